@@ -1,0 +1,584 @@
+"""H3 ("Hungry Hungry Hippos") language models: pure H3, hybrid and Transformer in one class.
+
+Paper: Fu, Dao et al. 2022, "Hungry Hungry Hippos: Towards Language Modeling with State Space
+Models", arXiv 2212.14052, section 3 (the layer). Official code, cited below as file:line:
+github.com/HazyResearch/H3. `python train.py` trains one of these, `python generate.py` writes.
+
+Glossary. B batch, L length, V vocabulary, and then
+  symbol      shape         paper, official name
+  d_model, D  D             width of the model; D is also an SSM's skip vector, as in the paper
+  p           head_dim      size of a head of the H3 layer: its k v^T has p*p entries
+  H           D/p           number of diagonal SSMs
+  N, M        d_state, N/2  state size; complex modes kept, one of each conjugate pair
+  A, B, C     (H,M)         the diagonal SSM x' = A x + B u, y = 2 Re C x, in continuous time
+  dt          (H,)          its time step, kept as log_dt
+  dA, dB      (H,M)         the same discretised (bilinear): x_t = dA x_{t-1} + dB u_t
+  K           (H,L)         its filter, K[l] = 2 Re sum_n C dB dA^l
+  S           (D,N)         filter of the shift SSM, S[i] = sum_m B[m] C[m+i]
+A complex tensor is a pair (re, im): tinygrad has no complex dtype.
+
+Not here: ZOH discretisation and HiPPO measures other than diag-lin (no released model uses
+them), half precision, and the official releases' files (`H3LM.from_pretrained` reads checkpoints
+written by `save_checkpoint`).
+"""
+from __future__ import annotations
+import dataclasses, functools, json, math, os
+from types import SimpleNamespace
+from typing import Iterator
+import numpy as np
+from tinygrad import Tensor, dtypes
+from tinygrad.nn.state import get_state_dict
+from flashconv import Pair, cmul, fftconv, layernorm, matmul
+
+State = tuple[Tensor, ...]  # of a mixer: () where there is none. Of the model: see H3LM.init_state
+
+# ---------------------------------------------------------------- configuration
+
+@dataclasses.dataclass
+class H3Config:
+  """Everything that fixes a model's shape. ValueError, one sentence, if the values can't be.
+
+  `H3Config.named("125M")` and the like give the released shapes (examples/README.md:10-77).
+  """
+  vocab_size: int = 257
+  d_model: int = 128
+  n_layer: int = 4
+  attn_layers: tuple[int, ...] = ()  # which layers are attention; all: a Transformer
+  n_heads: int = 4                   # attention heads
+  rotary_dim: int = 0                # leading dimensions of a head that are rotated
+  d_state: int = 64                  # N
+  head_dim: int = 1                  # p of the H3 layers
+  mlp_mult: int = 4
+  norm_eps: float = 1e-5
+  embed_dropout: float = 0.0
+  resid_dropout: float = 0.0
+  pad_vocab_multiple: int = 8
+  head_order: str = "d2h"            # output channel if p > 1: "d2h" d2*H+h, "hd2" h*p+d2
+  max_length: int = 2048             # positions of the KV cache; training may be longer
+
+  def __post_init__(self):
+    self.attn_layers = tuple(self.attn_layers)
+    for f in ("vocab_size", "d_model", "n_layer", "n_heads", "d_state", "head_dim", "mlp_mult",
+              "pad_vocab_multiple", "max_length"):
+      if not isinstance(getattr(self, f), int) or getattr(self, f) < 1:
+        raise ValueError(f"{f} must be a whole number of at least 1, not {getattr(self, f)!r}.")
+    for i in self.attn_layers:
+      if not 0 <= i < self.n_layer:
+        raise ValueError(f"attn_layers names layer {i}, but the layers are 0 to {self.n_layer-1}.")
+    for f in ("n_heads", "head_dim"):
+      if self.d_model % (n := getattr(self, f)):
+        raise ValueError(f"d_model ({self.d_model}) must be a multiple of {f} ({n}).")
+    if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.d_model // self.n_heads:
+      raise ValueError(f"rotary_dim must be even and at most the attention head's size "
+                       f"({self.d_model // self.n_heads}), not {self.rotary_dim}.")
+    if self.d_state % 2: raise ValueError(f"d_state must be even, not {self.d_state}.")
+    if self.norm_eps <= 0: raise ValueError(f"norm_eps must be above 0, not {self.norm_eps}.")
+    for f in ("embed_dropout", "resid_dropout"):
+      if not 0 <= (rate := getattr(self, f)) < 1:
+        raise ValueError(f"{f} must be at least 0 and below 1, not {rate}.")
+    if self.head_order not in ("d2h", "hd2"):
+      raise ValueError(f"head_order must be 'd2h' or 'hd2', not {self.head_order!r}.")
+
+  @property
+  def padded_vocab(self) -> int:
+    "Rows of the embedding and columns of the logits."
+    return -(-self.vocab_size // self.pad_vocab_multiple) * self.pad_vocab_multiple
+
+  @staticmethod
+  def named(name:str) -> H3Config:
+    "The released shapes: 125M, 355M, 1.3B, 2.7B, 2.7B-rotary. ValueError for another name."
+    shapes = {  # d_model, n_layer, n_heads, attn_layers, rotary_dim
+      "125M": (768, 12, 12, (6,), 0), "355M": (1024, 24, 16, (8, 16), 0),
+      "1.3B": (2048, 24, 16, (8, 16), 0), "2.7B": (2560, 32, 20, (8, 16, 24), 0),
+      "2.7B-rotary": (2560, 32, 20, (10, 21), 64)}
+    if name not in shapes:
+      raise ValueError(f"no model is called {name!r}, only {', '.join(shapes)}.")
+    d, n, heads, attn, rot = shapes[name]
+    return H3Config(50257, d, n, attn, heads, rot, embed_dropout=0.1)
+
+# ---------------------------------------------------------------- pieces
+
+def param(x:np.ndarray) -> Tensor: return Tensor(np.asarray(x, dtype=np.float32)).realize()
+
+class Linear:
+  "x (…,in) -> (…,out). weight (out,in), bias (out,)."
+  def __init__(self, n_in:int, n_out:int, rng:np.random.Generator, std:float=0.02):
+    self.weight, self.bias = param(rng.normal(0, std, (n_out, n_in))), param(np.zeros(n_out))
+  def __call__(self, x:Tensor) -> Tensor:
+    return matmul(x, self.weight, transposed=True, bias=self.bias)
+
+class LayerNorm:
+  def __init__(self, d:int, eps:float):
+    self.weight, self.bias, self.eps = param(np.ones(d)), param(np.zeros(d)), eps
+  def __call__(self, x:Tensor) -> Tensor: return layernorm(x, self.weight, self.bias, self.eps)
+
+# ---------------------------------------------------------------- the two SSMs
+
+def correlate(b:Tensor, c:Tensor) -> Tensor:
+  "y[i] = sum_m b[m] c[m+i], i < N: b (…,D,N), c (D,N) -> (…,D,N)."
+  N = c.shape[-1]
+  windows = c.pad((None, (0, N-1))).unfold(-1, N, 1)               # (D,N,N): [i,m] = c[m+i]
+  return (b.unsqueeze(-2) * windows).sum(-1)
+
+def fit(x:Tensor, L:int) -> Tensor:
+  "The last axis cut, or filled with zeros, to length L."
+  return x[..., :L].pad((None,)*(x.ndim-1) + ((0, max(0, L - x.shape[-1])),))
+
+class ShiftSSM:
+  """s_t = shift(s_{t-1}) + B k_t, y_t = C s_t: a causal FIR filter of N taps.
+
+  B (D,N) starts as e_1 and is trained, C (1,D,N). The state s is (B,D,N).
+  src/models/ssm/ss_kernel_shift.py:33-83.
+  """
+  def __init__(self, D:int, N:int, rng:np.random.Generator):
+    self.B = param(np.eye(1, N).repeat(D, axis=0))
+    self.C = param(rng.uniform(-1, 1, (1, D, N)) / N**0.5)
+
+  def filter(self) -> Tensor: return correlate(self.B, self.C[0])
+
+  def answer(self, s:Tensor, L:int) -> Tensor:
+    "What the next L outputs owe to the state s: sum_j C[j+l+1] s[j].  (B,D,L)"
+    return fit(correlate(s, self.C[0])[..., 1:], L)
+
+  def after(self, s:Tensor, k:Tensor) -> Tensor:
+    "State after inputs k (B,D,L): s[j] = s_old[j-L] + sum_{i<=j} B[j-i] k[L-1-i]."
+    N, L = s.shape[-1], k.shape[-1]
+    last = k[..., max(0, L-N):].pad((None, None, (max(0, N-L), 0)))  # (B,D,N), oldest first
+    taps = self.B.pad((None, (N-1, 0))).unfold(-1, N, 1)            # (D,N,N): [j,w] = B[j-(N-1)+w]
+    new = (last.unsqueeze(-2) * taps).sum(-1)
+    return new if L >= N else new + s.pad((None, None, (L, 0)))[..., :N]
+
+  def step(self, s:Tensor, k:Tensor) -> tuple[Tensor, Tensor]:
+    "One input k (B,D): output (B,D) and the new state."
+    s = s.pad((None, None, (1, 0)))[..., :-1] + self.B * k.unsqueeze(-1)
+    return (s * self.C[0]).sum(-1), s
+
+def cpow(a:Pair, n:int) -> Pair:
+  "a^n, n >= 1, by repeated squaring."
+  if n == 1: return a
+  half = cpow(a, n // 2)
+  return cmul(cmul(half, half), a) if n % 2 else cmul(half, half)
+
+def powers(a:Pair, n:int, step:int=1) -> Pair:
+  """a^l for l = 0, step, …, (n-1)*step on a new last axis: a (…) -> (…,n).
+
+  The bits of l choose among a, a^2, a^4, …: no exp, sin or cos, and in float32 more exact than
+  exp(l log a).
+  """
+  const = (a[0].detach().unsqueeze(-1), a[1].detach().unsqueeze(-1))
+  def power(l:Tensor) -> Pair:
+    out, sq = (const[0].const_like(1), const[0].const_like(0)), const
+    for b in range(((n-1)*step).bit_length()):
+      bit, prod = (l // 2**b) % 2 == 1, cmul(out, sq)
+      out, sq = (bit.where(prod[0], out[0]), bit.where(prod[1], out[1])), cmul(sq, sq)
+    return out
+  # Adding 0 = l a^(l-1) (a - const) changes no value and has the whole gradient,
+  # d a^l = l a^(l-1) da: one sum over l in the backward pass instead of one for each bit.
+  l = Tensor.arange(n) * step
+  prev = power((l - 1).maximum(0))
+  da = (a[0].unsqueeze(-1) - const[0], a[1].unsqueeze(-1) - const[1])
+  slope = cmul((l*prev[0], l*prev[1]), da)
+  return tuple(x + y for x, y in zip(power(l), slope))
+
+class Vandermonde:
+  """Sums over powers dA^l, l < L, in two levels: l = i*J + j, J ~ sqrt(L), dA^l = (dA^J)^i dA^j.
+
+  The (H,M,L) table never exists: what remains are matrix products over tables of about sqrt(L)
+  columns. The official sum has one level, src/ops/vandermonde.py:47-58.
+  """
+  def __init__(self, dA:Pair, L:int):
+    self.L, self.J = L, 1 << ((L-1).bit_length() + 1) // 2
+    self.I, self.M = -(-L // self.J), dA[0].shape[-1]
+    self.hi = powers(dA, self.I, self.J)                            # (H,M,I) each
+    self.lo = Tensor.cat(*powers(dA, self.J), dim=-2).contiguous()  # (H,2M,J), re above im
+
+  def sum(self, c:Pair) -> Tensor:
+    "2 Re sum_n c[n] dA[n]^l, l < L: c (…,H,M) -> (…,H,L)."
+    re, im = cmul((c[0].unsqueeze(-1), c[1].unsqueeze(-1)), self.hi)
+    left = Tensor.cat(2*re, -2*im, dim=-2).contiguous()             # (…,H,2M,I)
+    y = left.transpose(-1, -2) @ self.lo                            # (…,H,I,J)
+    return y.reshape(*y.shape[:-2], self.I*self.J)[..., :self.L]
+
+  def after(self, w:Tensor) -> Pair:
+    "The transpose: sum_j dA^(L-1-j) w[j], w (…,H,L) -> (…,H,M)."
+    x = fit(w.flip(-1), self.I*self.J).reshape(*w.shape[:-1], self.I, self.J)
+    x = (x @ self.lo.transpose(-1, -2)).transpose(-1, -2)           # (…,H,2M,I)
+    re, im = cmul((x[..., :self.M, :], x[..., self.M:, :]), self.hi)
+    return re.sum(-1), im.sum(-1)
+
+class DiagSSM:
+  """x_t = dA x_{t-1} + dB u_t, y_t = 2 Re C x_t. The state x is a pair of (…,H,M).
+
+  C (1,H,M,2) and B (H,M,2) hold (re, im) on the last axis; A = -exp(inv_A_real) + i A_imag, (H,M);
+  log_dt (H,). src/models/ssm/ss_kernel_diag.py:107-246.
+  """
+  def __init__(self, H:int, N:int, rng:np.random.Generator):
+    M = N // 2
+    self.C = param(rng.normal(0, 0.5**0.5, (1, H, M, 2)))           # E|C|^2 = 1
+    self.log_dt = param(rng.uniform(math.log(0.001), math.log(0.1), H))
+    self.B = param(np.broadcast_to([1.0, 0.0], (H, M, 2)))
+    # diag-lin, A = -1/2 + i pi n: src/models/ssm/dplr.py:21,34
+    self.inv_A_real = param(np.full((H, M), math.log(0.5)))
+    self.A_imag = param(np.broadcast_to(np.pi * np.arange(M), (H, M)))
+
+  def discretize(self) -> tuple[Pair, Pair, Pair]:
+    "dA, dB, C, pairs of (H,M). Bilinear: z = dt A/2, dA = (1+z)/(1-z), dB = dt B/(1-z)."
+    dt = self.log_dt.exp().unsqueeze(-1)
+    zr, zi = -0.5 * dt * self.inv_A_real.exp(), 0.5 * dt * self.A_imag
+    inv = 1 / ((1-zr)*(1-zr) + zi*zi)                               # 1/|1-z|^2 < 1, as zr < 0
+    dA = ((1 - zr*zr - zi*zi) * inv, 2 * zi * inv)
+    dB = cmul((self.B[..., 0], self.B[..., 1]), (dt * (1-zr) * inv, dt * zi * inv))
+    return dA, dB, (self.C[0, ..., 0], self.C[0, ..., 1])
+
+  def filter(self, L:int) -> Tensor:
+    "K (H,L)."
+    dA, dB, C = self.discretize()
+    return Vandermonde(dA, L).sum(cmul(C, dB))
+
+  def step(self, x:Pair, u:Tensor) -> tuple[Tensor, Pair]:
+    "One input u (…,H): output (…,H) and the new state, a pair of (…,H,M)."
+    dA, dB, C = self.discretize()
+    re, im = cmul(dA, x)
+    re, im = re + dB[0]*u.unsqueeze(-1), im + dB[1]*u.unsqueeze(-1)
+    return 2 * (C[0]*re - C[1]*im).sum(-1), (re, im)
+
+def joined(ssms:list) -> ShiftSSM|DiagSSM:
+  "One SSM with the channels of all: the filters of all layers then cost one layer's launches."
+  one = object.__new__(type(ssms[0]))
+  for name in vars(ssms[0]):
+    setattr(one, name, Tensor.cat(*[getattr(s, name) for s in ssms], dim=1 if name == "C" else 0))
+  return one
+
+# ---------------------------------------------------------------- mixers: H3 and attention
+# mixer(u, state, pos, filters) -> (y, state): a sequence u (B,L,D), the state before and after.
+# With () for the state none comes out and nothing is spent on it. filters: S and K, if they are
+# made already. mixer.step(u, state, pos): the same for one token, u (B,D), pos a Tensor (1,).
+
+class H3Mixer:
+  """y = Wo( q * DiagSSM( ShiftSSM(k) * v ) ), per channel; with p > 1, k v^T q per head.
+
+  State: (shift (B,D,N), re (B,p,p,H,M), im (B,p,p,H,M)), constant in length.
+  src/models/ssm/h3.py:73-206.
+  """
+  def __init__(self, cfg:H3Config, rng:np.random.Generator):
+    D, self.p, self.head_order = cfg.d_model, cfg.head_dim, cfg.head_order
+    self.q_proj, self.k_proj, self.v_proj = (Linear(D, D, rng) for _ in range(3))
+    self.ssm_k_kernel = SimpleNamespace(kernel=ShiftSSM(D, cfg.d_state, rng))
+    self.ssm_k_D = param(rng.normal(0, 1, D))
+    self.kernel = SimpleNamespace(kernel=DiagSSM(D // self.p, cfg.d_state, rng))
+    self.D = param(rng.normal(0, 1, D // self.p))
+    self.output_linear = Linear(D, D, rng)
+
+  def state_shapes(self, cfg:H3Config, batch:int, capacity:int) -> list[tuple[int, ...]]:
+    x = (batch, self.p, self.p, cfg.d_model // self.p, cfg.d_state // 2)
+    return [(batch, cfg.d_model, cfg.d_state), x, x]
+
+  def split(self, x:Tensor, row:bool) -> Tensor:
+    "Channel h*p + d to (B,p,1,H,…), the row index d1 of k v^T, or (B,1,p,H,…), its column d2."
+    x = x.reshape(x.shape[0], -1, self.p, *x.shape[2:]).transpose(1, 2)
+    return x.unsqueeze(2 if row else 1)
+
+  def join(self, x:Tensor) -> Tensor:
+    "(B,p,H,…) to channels, d2*H + h or h*p + d2 (h3.py:153; src/ops/fftconv.py:48)."
+    if self.head_order == "hd2": x = x.transpose(1, 2)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+  def __call__(self, u:Tensor, state:State=(), pos:int=0, filters:tuple[Tensor, Tensor]|None=None
+               ) -> tuple[Tensor, State]:
+    B, L, _ = u.shape
+    shift, diag, p, H = self.ssm_k_kernel.kernel, self.kernel.kernel, self.p, self.D.shape[0]
+    q, k, v = (f(u) for f in (self.q_proj, self.k_proj, self.v_proj))                    # (B,L,D)
+    if not filters:
+      dA, dB, C = diag.discretize()
+      van = Vandermonde(dA, L)
+      filters = shift.filter(), van.sum(cmul(C, dB))
+    S, K = filters
+    kp = fftconv(k, S, self.ssm_k_D, channels_last=True)
+    if p == 1 and not state:
+      return self.output_linear(fftconv(kp, K, self.D, v=v, q=q, channels_last=True)), ()
+    q, k, v, kp = (x.transpose(1, 2) for x in (q, k, v, kp))        # (B,D,L)
+    if state: kp = kp + shift.answer(state[0], L)
+    kv = self.split(kp, True) * self.split(v, False)                # (B,p,p,H,L)
+    y = fftconv(kv.reshape(B*p*p, H, L), K, self.D).reshape(B, p, p, H, L)
+    if state:
+      y = y + van.sum(cmul(cmul(C, dA), state[1:]))                 # C dA^(l+1) x
+      (re, im), (ore, oim) = cmul(dB, van.after(kv)), cmul(cpow(dA, L), state[1:])
+      state = (shift.after(state[0], k), re + ore, im + oim)
+    y = self.join((self.split(q, True) * y).sum(1))                 # (B,D,L)
+    return self.output_linear(y.transpose(1, 2)), state
+
+  def step(self, u:Tensor, state:State, pos:Tensor) -> tuple[Tensor, State]:
+    q, k, v = self.q_proj(u), self.k_proj(u), self.v_proj(u)        # (B,D)
+    kp, s = self.ssm_k_kernel.kernel.step(state[0], k)
+    kv = self.split(kp + self.ssm_k_D * k, True) * self.split(v, False)  # (B,p,p,H)
+    y, x = self.kernel.kernel.step(state[1:], kv)
+    y = self.join((self.split(q, True) * (y + self.D * kv)).sum(1))
+    return self.output_linear(y), (s, *x)
+
+@functools.cache
+def rotary_tables(n:int, dim:int, device:str) -> tuple[Tensor, Tensor]:
+  "cos and sin of t * 10000^(-2j/dim), (n, dim/2) each, for t < n."
+  angle = np.outer(np.arange(n), 10000.0 ** (-np.arange(0, dim, 2) / dim))
+  tables = (f(angle).astype(np.float32) for f in (np.cos, np.sin))
+  return tuple(Tensor(t, device=device).realize() for t in tables)
+
+class Attention:
+  """Causal softmax attention, with rotary positions (half-split) where rotary_dim > 0.
+
+  State: keys and values so far, (B,T,heads,hd) each, T the capacity; keys are kept rotated.
+  flash-attention 33e0860c, flash_attn/modules/mha.py:346-522 and layers/rotary.py:125-202.
+  """
+  def __init__(self, cfg:H3Config, rng:np.random.Generator):
+    D, self.n_heads, self.rotary_dim = cfg.d_model, cfg.n_heads, cfg.rotary_dim
+    self.Wqkv = Linear(D, 3*D, rng)
+    self.out_proj = Linear(D, D, rng, 0.02 / (2*cfg.n_layer)**0.5)
+
+  def state_shapes(self, cfg:H3Config, batch:int, capacity:int) -> list[tuple[int, ...]]:
+    return [(batch, capacity, cfg.n_heads, cfg.d_model // cfg.n_heads)] * 2
+
+  def qkv(self, u:Tensor, pos:int|Tensor, capacity:int) -> list[Tensor]:
+    "u (B,L,D) at positions pos, pos+1, … to q, k, v (B,L,heads,hd), q and k rotated."
+    B, L, D = u.shape
+    x = self.Wqkv(u).reshape(B, L, 3, self.n_heads, D // self.n_heads)
+    q, k, v = (x[:, :, i] for i in range(3))
+    if (r := self.rotary_dim // 2) == 0: return [q, k, v]
+    cos, sin = ((t[pos] if isinstance(pos, Tensor) else t[pos:pos+L]).reshape(L, 1, r)
+                for t in rotary_tables(capacity, 2*r, u.device))
+    def rotate(x:Tensor) -> Tensor:                                 # dims j and r+j are a pair
+      a, b, rest = x[..., :r], x[..., r:2*r], x[..., 2*r:]
+      return Tensor.cat(a*cos - b*sin, a*sin + b*cos, *[rest] * (x.shape[-1] > 2*r), dim=-1)
+    return [rotate(q), rotate(k), v]
+
+  def attend(self, q:Tensor, k:Tensor, v:Tensor, seen:Tensor) -> Tensor:
+    "q (B,L,heads,hd) over k, v (B,T,heads,hd) where seen (L,T): (B,L,D)."
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    s = matmul(q * q.shape[-1]**-0.5, k, transposed=True)           # (B,heads,L,T)
+    y = matmul(seen.where(s, -math.inf).softmax(-1), v)
+    return self.out_proj(y.transpose(1, 2).flatten(2))
+
+  def __call__(self, u:Tensor, state:State=(), pos:int=0, filters:None=None
+               ) -> tuple[Tensor, State]:
+    L, T = u.shape[1], pos + u.shape[1]
+    q, k, v = self.qkv(u, pos, state[0].shape[1] if state else T)
+    if state: k, v = (Tensor.cat(old[:, :pos], x, dim=1) for old, x in zip(state, (k, v)))
+    y = self.attend(q, k, v, Tensor.arange(T) <= Tensor.arange(pos, T).unsqueeze(-1))
+    return y, tuple(Tensor.cat(x, old[:, T:], dim=1) for old, x in zip(state, (k, v)))
+
+  def step(self, u:Tensor, state:State, pos:Tensor) -> tuple[Tensor, State]:
+    t = Tensor.arange(state[0].shape[1])
+    q, k, v = self.qkv(u.unsqueeze(1), pos, len(t))
+    state = tuple((t == pos).reshape(1, -1, 1, 1).where(x, old) for old, x in zip(state, (k, v)))
+    return self.attend(q, *state, (t <= pos).unsqueeze(0)).squeeze(1), state
+
+# ---------------------------------------------------------------- the language model
+
+class MLP:
+  "D -> mlp_mult D -> D with the tanh approximation of GELU (src/models/ssm_seq.py:44-45)."
+  def __init__(self, cfg:H3Config, rng:np.random.Generator):
+    self.fc1 = Linear(cfg.d_model, cfg.mlp_mult * cfg.d_model, rng)
+    self.fc2 = Linear(cfg.mlp_mult * cfg.d_model, cfg.d_model, rng, 0.02 / (2*cfg.n_layer)**0.5)
+  def __call__(self, x:Tensor) -> Tensor: return self.fc2(self.fc1(x).gelu())
+
+class Block:
+  "x + mixer(norm1 x), then + mlp(norm2 x): pre-norm (flash_attn/modules/block.py:102-150)."
+  def __init__(self, cfg:H3Config, i:int, rng:np.random.Generator):
+    self.dropout = cfg.resid_dropout
+    self.norm1, self.norm2 = (LayerNorm(cfg.d_model, cfg.norm_eps) for _ in range(2))
+    self.mixer = (Attention if i in cfg.attn_layers else H3Mixer)(cfg, rng)
+    self.mlp = MLP(cfg, rng)
+
+  def __call__(self, x:Tensor, state:State=(), pos:int|Tensor=0,
+               filters:tuple[Tensor, Tensor]|None=None) -> tuple[Tensor, State]:
+    u = self.norm1(x)
+    if x.ndim == 2: y, state = self.mixer.step(u, state, pos)
+    else: y, state = self.mixer(u, state, pos, filters)
+    x = x + y.dropout(self.dropout)
+    return x + self.mlp(self.norm2(x)).dropout(self.dropout), state
+
+class H3LM:
+  """Language model of H3 and attention layers (src/models/ssm_seq.py:104-190).
+
+  V below is `config.padded_vocab`. `nn.state.get_state_dict(model)` gives the official names and
+  shapes without lm_head.weight, which is the word embedding itself, and the constant
+  rotary_emb.inv_freq. Parameters are float32, drawn by numpy from `seed`.
+  """
+  def __init__(self, config:H3Config, seed:int=0):
+    self.config, rng, d = config, np.random.default_rng(seed), config.d_model
+    words = SimpleNamespace(weight=param(rng.normal(0, 0.02, (config.padded_vocab, d))))
+    self.backbone = SimpleNamespace(
+      embeddings=SimpleNamespace(word_embeddings=words),
+      layers=[Block(config, i, rng) for i in range(config.n_layer)],
+      ln_f=LayerNorm(d, config.norm_eps))
+
+  def embed(self, tokens:Tensor) -> Tensor:
+    "tokens (B,…) -> (B,…,D)."
+    w = self.backbone.embeddings.word_embeddings.weight
+    onehot = tokens.unsqueeze(-1) == Tensor.arange(w.shape[0])
+    if w.shape[0] <= 1024: x = matmul(onehot.float(), w)            # for the sake of its gradient
+    else: x = onehot.unsqueeze(-1).where(w, 0).sum(-2)              # tinygrad makes this a look-up
+    return x.dropout(self.config.embed_dropout)
+
+  def head(self, x:Tensor) -> Tensor:
+    words = self.backbone.embeddings.word_embeddings.weight
+    return matmul(self.backbone.ln_f(x), words, transposed=True)
+
+  def __call__(self, tokens:Tensor) -> Tensor:
+    "tokens (B,L) int -> logits (B,L,V); logits[:, t] are for token t+1."
+    if 0 in tokens.shape: raise ValueError(f"tokens of shape {tokens.shape} hold no token.")
+    x, filters = self.embed(tokens), self.filters(tokens.shape[1])
+    for layer in self.backbone.layers:
+      x, _ = layer(x, filters=next(filters) if isinstance(layer.mixer, H3Mixer) else None)
+    return self.head(x)
+
+  def filters(self, L:int) -> Iterator[tuple[Tensor, Tensor]]:
+    "S (D,N) and K (H,L) of each H3 layer in turn, all made at once."
+    mixers = [l.mixer for l in self.backbone.layers if isinstance(l.mixer, H3Mixer)]
+    if not mixers: return iter(())
+    S = joined([m.ssm_k_kernel.kernel for m in mixers]).filter().contiguous()
+    K = joined([m.kernel.kernel for m in mixers]).filter(L).contiguous()
+    return zip(S.chunk(len(mixers)), K.chunk(len(mixers)))
+
+  def init_state(self, batch:int, max_length:int|None=None) -> State:
+    """The state before the first token, one flat tuple of realised Tensors (so TinyJit sees each):
+    pos (1,) int32, the number of tokens so far; then for each H3 layer shift (B,D,N), re and im
+    (B,p,p,H,M); for each attention layer keys and values (B,max_length,heads,hd). max_length is
+    by default the config's."""
+    T, state = max_length or self.config.max_length, [np.zeros(1, np.int32)]
+    for layer in self.backbone.layers:
+      state += [np.zeros(s, np.float32) for s in layer.mixer.state_shapes(self.config, batch, T)]
+    return tuple(Tensor(z).realize() for z in state)
+
+  def _advance(self, x:Tensor, state:State, pos:int|Tensor) -> tuple[Tensor, State]:
+    "x (B,L,D), or (B,D) for one step, through the layers, each with its part of the state."
+    new, i = [], 1
+    for layer in self.backbone.layers:
+      n = 2 if isinstance(layer.mixer, Attention) else 3
+      x, s = layer(x, state[i:i+n], pos)
+      new, i = new + list(s), i + n
+    return x, (state[0] + (1 if x.ndim == 2 else x.shape[1]), *new)
+
+  def prefill(self, tokens:Tensor, state:State|None=None, chunk:int|None=None
+              ) -> tuple[Tensor, State]:
+    """A prompt, or a piece of one: tokens (B,L) int -> logits (B,V) after the last, and the state.
+
+    With `chunk` it is taken that many tokens at a time, which bounds the memory; the result is the
+    same. ValueError if L is 0, or if an attention layer's cache would overflow."""
+    B, L = tokens.shape
+    if L == 0: raise ValueError("the prompt is empty: prefill needs at least one token.")
+    if chunk is not None and chunk < 1: raise ValueError(f"chunk must be at least 1, not {chunk}.")
+    state, pos = (self.init_state(B), 0) if state is None else (state, int(state[0].item()))
+    if state[1].shape[0] != B:
+      raise ValueError(f"tokens of batch {B}, but a state of batch {state[1].shape[0]}.")
+    if self.config.attn_layers and pos + L > (T := self.capacity(state)):
+      raise ValueError(f"{pos + L} tokens do not fit the attention cache of {T}: "
+                       "make the state with a larger max_length.")
+    for i in range(0, L, step := chunk or L):
+      x, state = self._advance(self.embed(tokens[:, i:i+step]), state, pos + i)
+      Tensor.realize(last := x[:, -1].contiguous(), *state)
+    return self.head(last).realize(), state
+
+  def step(self, tokens:Tensor, state:State) -> tuple[Tensor, State]:
+    """One token: tokens (B,) int -> logits (B,V), new state; the state given stays as it is.
+
+    Never waits for the device, so TinyJit can capture it (and then reuses the buffers of what it
+    returned). It can't see a full attention cache for the same reason: the caller counts tokens
+    against `capacity(state)`."""
+    x, state = self._advance(self.embed(tokens), state, state[0])
+    Tensor.realize(logits := self.head(x), *state)
+    return logits, state
+
+  def capacity(self, state:State) -> int|None:
+    "Tokens that the state's attention caches hold; None, no limit, without attention layers."
+    i = min(self.config.attn_layers, default=None)
+    return None if i is None else state[1 + 3*i].shape[1]
+
+  @staticmethod
+  def from_pretrained(path:str, n_heads:int|None=None) -> H3LM:
+    """The model in a file of `save_checkpoint` with metadata model = "h3" and config = H3Config as
+    JSON. Tensors named optim.… are passed over. CheckpointError if it is anything else."""
+    tensors, meta = read_checkpoint(path)
+    if (kind := meta.get("model")) != "h3":
+      raise CheckpointError(f"{path}: not a checkpoint of an H3 model (its metadata: {kind!r}).")
+    heads = {} if n_heads is None else {"n_heads": n_heads}
+    try: config = H3Config(**json.loads(meta["config"]) | heads)
+    except (KeyError, TypeError, ValueError) as e:
+      raise CheckpointError(f"{path}: its config is unusable: {e}") from None
+    model = H3LM(config)
+    load_weights(model, {k: v for k, v in tensors.items() if not k.startswith("optim.")}, path)
+    return model
+
+# ---------------------------------------------------------------- checkpoints: safetensors
+
+class CheckpointError(ValueError):
+  "A checkpoint that can't be used. The message is one line and names the file."
+
+DTYPES = {k: np.dtype(v) for k, v in dict(
+  F64="f8", F32="f4", F16="f2", I64="i8", I32="i4", I16="i2", I8="i1", U64="u8", U32="u4",
+  U16="u2", U8="u1", BOOL="?").items()}
+
+def save_checkpoint(path:str, tensors:dict[str, Tensor], metadata:dict[str, str]):
+  """Writes a safetensors file, whole or not at all: beside `path` first, then renamed over it.
+
+  OSError if it can't be written; what was at `path` before is then untouched."""
+  arrays = {k: np.ascontiguousarray(v.numpy()) for k, v in tensors.items()}
+  ends = np.cumsum([0] + [a.nbytes for a in arrays.values()]).tolist()
+  name = {v: k for k, v in DTYPES.items()}
+  header = {"__metadata__": metadata} | {
+    k: {"dtype": name[a.dtype], "shape": list(tensors[k].shape), "data_offsets": ends[i:i+2]}
+    for i, (k, a) in enumerate(arrays.items())}
+  head = json.dumps(header, separators=(",", ":")).encode()
+  head += b" " * (-len(head) % 8)
+  try:
+    with open(tmp := f"{path}.tmp", "wb") as f:
+      f.write(len(head).to_bytes(8, "little") + head)
+      for a in arrays.values(): f.write(a.data)
+      f.flush()
+      os.fsync(f.fileno())
+    os.replace(tmp, path)
+  finally:
+    if os.path.exists(tmp): os.remove(tmp)
+
+def read_checkpoint(path:str) -> tuple[dict[str, Tensor], dict[str, str]]:
+  """All tensors of a safetensors file, and its metadata.
+
+  The whole layout is checked before anything is loaded: CheckpointError if it is off."""
+  def need(ok:bool, what:str):
+    if not ok: raise CheckpointError(f"{path}: {what}.")
+  need(os.path.isfile(path), "no such file")
+  size = os.path.getsize(path)
+  with open(path, "rb") as f:
+    n = int.from_bytes(f.read(8), "little")
+    need(size >= 8 and n >= 2 and (n + 8 <= size or n < 1 << 27), "not a safetensors file")
+    need(n + 8 <= size, f"truncated inside its header ({size} bytes)")
+    try: header = json.loads(f.read(n))
+    except (ValueError, RecursionError): header = None
+    need(isinstance(header, dict), "not a safetensors file (its header is not JSON)")
+    meta, end = header.pop("__metadata__", {}), 0
+    need(isinstance(meta, dict), "its metadata are malformed")
+    try:
+      entries = sorted((v["data_offsets"], k, v["dtype"], v["shape"]) for k, v in header.items())
+      for (lo, hi), k, dt, shape in entries:
+        need(dt in DTYPES, f"tensor {k} has dtype {dt}, which is not supported")
+        need(lo == end and hi - lo == math.prod(shape) * DTYPES[dt].itemsize
+             and min(shape, default=0) >= 0, f"its header is damaged at tensor {k}")
+        end = hi
+    except (KeyError, TypeError, ValueError) as e:
+      if isinstance(e, CheckpointError): raise
+      raise CheckpointError(f"{path}: its header is malformed.") from None
+    need(size >= n + 8 + end, f"truncated: {size} bytes where its header promises {n + 8 + end}")
+    need(size == n + 8 + end, f"{size - n - 8 - end} bytes too long for its header")
+    return {k: Tensor(np.frombuffer(f.read(hi-lo), DTYPES[dt]).reshape(shape).copy()).realize()
+            for (lo, hi), k, dt, shape in entries}, meta
+
+def load_weights(model:H3LM, weights:dict[str, Tensor], source:str="weights"):
+  "Puts weights, by official name, into the model. CheckpointError unless names and shapes match."
+  have = get_state_dict(model)
+  for name in have:
+    if name not in weights: raise CheckpointError(f"{source}: tensor {name} is missing.")
+    if (shape := weights[name].shape) != have[name].shape:
+      raise CheckpointError(f"{source}: tensor {name} has shape {shape}, not {have[name].shape}.")
+  for name in weights:
+    if name not in have and name != "lm_head.weight" and not name.endswith(".rotary_emb.inv_freq"):
+      raise CheckpointError(f"{source}: tensor {name} does not belong to this model.")
+  for name, p in have.items():
+    p.replace(weights[name].to(p.device).cast(dtypes.float32).clone().realize())
