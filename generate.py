@@ -1,0 +1,247 @@
+"""Text from a trained model, token by token.
+
+  python generate.py                                  goes on from a prompt with train.py's newest model
+  python generate.py --prompt "class Stack:" --tokens 500 --temperature 0.7
+  echo "import os" | python generate.py --model out/checkpoint.safetensors
+
+The prompt runs through the model once (`prefill`, convolutions); every further token is one `step`:
+constant time and memory in the H3 layers, a key-value cache in the attention layers. As a function:
+
+  for tokens in generate(model, prompt_ids, n=200, temperature=0.8): ...      # (B,) at a time
+
+Not here: beam search, repetition penalties, masked models.
+"""
+import argparse, codecs, json, os, stat, sys, time
+from pathlib import Path
+from typing import Iterator
+import numpy as np
+from flashconv import setup_device
+from h3tiny import CheckpointError, H3Config, H3LM, load_weights, read_checkpoint
+from tinygrad import Tensor, TinyJit, dtypes
+
+OUT = "out"                                # train.py's default folder
+CHECKPOINT = "checkpoint.safetensors"      # and the file it writes there
+
+class UserError(Exception):
+  "What the user can put right: shown as one line, exit status 2."
+
+class Parser(argparse.ArgumentParser):
+  def error(self, message:str):
+    self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+def number(kind:type, low:float|None=None, high:float|None=None, above:float|None=None):
+  "An argparse type: an int or a float, low <= x <= high, x > above."
+  wanted = "a whole number" if kind is int else "a number"
+  if low is not None: wanted += f" of at least {low}"
+  if above is not None: wanted += f" above {above}"
+  if high is not None: wanted += f" and at most {high}"
+  def parse(text:str) -> int|float:
+    try: x = kind(text)
+    except ValueError: raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+    if x != x or abs(x) == float("inf") or (low is not None and x < low) \
+       or (above is not None and x <= above) or (high is not None and x > high):
+      raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return x
+  return parse
+
+# ---- tokenizers: encode(str) -> ids, decode(ids) -> bytes, vocab_size, eot ------------------------
+
+class ByteTokenizer:
+  "UTF-8 bytes, and one token more: <|endoftext|>."
+  name, vocab_size, eot = "bytes", 257, 256
+  def encode(self, text:str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8).astype(np.uint16)
+  def decode(self, ids:np.ndarray) -> bytes:
+    ids = np.asarray(ids)
+    return ids[ids < 256].astype(np.uint8).tobytes()
+
+class GPT2Tokenizer:
+  "GPT-2's byte pairs, from tiktoken, which downloads its vocabulary once."
+  name, vocab_size, eot = "gpt2", 50257, 50256
+  def __init__(self):
+    try: import tiktoken
+    except ImportError: raise UserError("--tokenizer gpt2 needs tiktoken: pip install tiktoken") from None
+    try: self.bpe = tiktoken.get_encoding("gpt2")
+    except Exception as e:        # whatever the network layer raises: requests, urllib3, OSError
+      raise UserError("tiktoken could not get GPT-2's vocabulary "
+        f"({type(e).__name__}): connect once, or name a folder that holds it in TIKTOKEN_CACHE_DIR") from None
+  def encode(self, text:str) -> np.ndarray: return np.array(self.bpe.encode_ordinary(text), np.uint16)
+  def decode(self, ids:np.ndarray) -> bytes:
+    return self.bpe.decode_bytes([int(i) for i in ids if i < self.eot])
+
+TOKENIZERS = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}
+
+# ---- sampling -------------------------------------------------------------------------------------
+
+def sample(logits:np.ndarray, rng:np.random.Generator, temperature:float=1.0, top_k:int=0,
+           top_p:float=1.0) -> np.ndarray:
+  """One token a row: logits (B,V) -> (B,). Temperature 0 takes the likeliest. top_k keeps the k likeliest,
+  top_p the fewest whose probabilities reach p (after top_k and the temperature)."""
+  if temperature == 0: return logits.argmax(-1)
+  x = logits.astype(np.float64)
+  if 0 < top_k < x.shape[-1]: x[x < np.partition(x, -top_k, -1)[:, -top_k, None]] = -np.inf
+  p = np.exp((x - x.max(-1, keepdims=True)) / temperature)
+  p /= p.sum(-1, keepdims=True)
+  if top_p < 1:
+    order = np.argsort(-p, -1, kind="stable")
+    ranked = np.take_along_axis(p, order, -1)
+    ranked[ranked.cumsum(-1) - ranked >= top_p] = 0     # what came before it was already enough
+    np.put_along_axis(p, order, ranked, -1)
+  c = p.cumsum(-1)
+  return (c / c[:, -1:] > rng.random((len(x), 1))).argmax(-1)
+
+def generate(model:H3LM, tokens:np.ndarray, n:int, temperature:float=1.0, top_k:int=0, top_p:float=1.0,
+             seed:int=0, max_length:int|None=None) -> Iterator[np.ndarray]:
+  """Continues a prompt, (P,) or (B,P), P >= 1: yields n arrays (B,) of tokens, one at a time.
+  max_length: the room in the attention layers' caches (default: the config's). Raises UserError where
+  prompt and continuation do not fit in it; models without attention have no limit."""
+  tokens = np.atleast_2d(np.asarray(tokens)).astype(np.int32)
+  B, P = tokens.shape
+  room = max_length or model.config.max_length
+  if model.config.attn_layers and P + n > room:
+    raise UserError(f"{P} tokens of prompt and {n} to generate exceed the cache of {room}: "
+                    f"ask for fewer tokens, or give --max-length {P + n}")
+  rng = np.random.default_rng(seed)
+  # prune: what depends on the weights alone (the discretised SSMs) is computed once, not at every token
+  step = TinyJit(lambda tokens, state: model.step(tokens, state), prune=True)
+  logits, state = model.prefill(Tensor(tokens), model.init_state(B, room))
+  for i in range(n):
+    token = sample(logits.numpy()[:, :model.config.vocab_size], rng, temperature, top_k, top_p)
+    yield token
+    if i < n-1: logits, state = step(Tensor(token.astype(np.int32)).realize(), state)
+
+class TextStream:
+  """Bytes in pieces -> text in pieces: characters come out whole, and nothing from `stop` on comes out at
+  all, so what may be the beginning of it is held back. `done` once it was met."""
+  def __init__(self, stop:str|None=None):
+    self.decoder, self.stop, self.held, self.done = codecs.getincrementaldecoder("utf-8")("replace"), stop, "", False
+  def feed(self, data:bytes, final:bool=False) -> str:
+    if self.done: return ""
+    self.held += self.decoder.decode(data, final)
+    keep = 0
+    if self.stop:
+      if (at := self.held.find(self.stop)) >= 0: self.held, self.done = self.held[:at], True
+      elif not final:
+        keep = next((k for k in range(len(self.stop)-1, 0, -1) if self.held.endswith(self.stop[:k])), 0)
+    out, self.held = self.held[:len(self.held)-keep], self.held[len(self.held)-keep:]
+    return out
+
+def write(model:H3LM, tokenizer, prompt:str, n:int, stop:str|None=None, **kw) -> tuple[int, int, float]:
+  """Prints the prompt and its continuation as it comes, up to <|endoftext|> or `stop`; with kw's batch > 1, all of
+  them at the end. Returns tokens of prompt, tokens generated, tokens per second; kw as of `generate`."""
+  # an empty prompt is the beginning of a text
+  ids, batch = (tokenizer.encode(prompt) if prompt else np.array([tokenizer.eot])), kw.pop("batch", 1)
+  show = (lambda text: print(text, end="", flush=True)) if batch == 1 else (lambda text: None)
+  show(prompt)
+  streams, texts, times = [TextStream(stop) for _ in range(batch)], [prompt]*batch, []
+  for tokens in generate(model, np.tile(ids, (batch, 1)), n, **kw):
+    times.append(time.perf_counter())
+    for b, (stream, token) in enumerate(zip(streams, tokens)):
+      if stream.done: continue
+      piece = stream.feed(tokenizer.decode(token[None]), final=bool(token == tokenizer.eot))
+      stream.done |= bool(token == tokenizer.eot)
+      texts[b] += piece
+      show(piece)
+    if all(s.done for s in streams): break
+  tails = [s.feed(b"", final=True) for s in streams]
+  if batch == 1: print(tails[0], flush=True)
+  else: print(*(f"--- {b+1} of {batch} ---\n{t}{tail}" for b, (t, tail) in enumerate(zip(texts, tails))), sep="\n")
+  # the first two steps compile and capture: no measure of the others
+  count, timed = len(times), times[2:] if len(times) > 3 else times
+  return len(ids), count, batch*(len(timed)-1) / max(1e-9, timed[-1]-timed[0])
+
+# ---- checkpoints ----------------------------------------------------------------------------------
+
+def find_checkpoint(path:str) -> Path:
+  p = Path(path)
+  if p.is_dir():
+    files = sorted(p.glob("*.safetensors"), key=lambda f: f.stat().st_mtime)
+    if not files: raise UserError(f"no model in {p}: run train.py first, or name one with --model")
+    return files[-1]
+  if not p.exists(): raise UserError(f"no model at {p}: run train.py first, or name one with --model")
+  return p
+
+def model_of(path:Path, tensors:dict[str, Tensor], meta:dict[str, str]) -> H3LM:
+  "The model of a checkpoint that train.py wrote and read_checkpoint read."
+  if meta.get("model") != "h3" or "config" not in meta:
+    raise CheckpointError(f"{path} is not a checkpoint of train.py")
+  try:
+    config = json.loads(meta["config"])
+    model = H3LM(H3Config(**{**config, "attn_layers": tuple(config["attn_layers"])}))
+  except (ValueError, TypeError, KeyError) as e:
+    raise CheckpointError(f"{path} holds a configuration that does not fit this version: {e}") from None
+  load_weights(model, {k: v for k, v in tensors.items() if not k.startswith("optim.")})
+  return model
+
+def load_model(path:Path) -> tuple[H3LM, dict[str, str]]:
+  "A checkpoint of train.py, or a file of official weights: the model and the checkpoint's metadata."
+  tensors, meta = read_checkpoint(path)
+  if "config" in meta or not any(k.startswith("backbone.") for k in tensors):
+    return model_of(path, tensors, meta), meta
+  return H3LM.from_pretrained(path), {"tokenizer": "gpt2"}
+
+# ---- command line ---------------------------------------------------------------------------------
+
+def parser() -> Parser:
+  p = Parser(prog="generate.py", description="Continue a prompt with a trained model.",
+             epilog='example: python generate.py --prompt "def main():" --tokens 400 --temperature 0.7',
+             formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+  p.add_argument("--model", metavar="PATH", default=OUT, help="a checkpoint, or a folder: its newest one")
+  p.add_argument("--prompt", metavar="TEXT", default=argparse.SUPPRESS,
+                 help="the text to go on from; without it --prompt-file, or what is piped in, or a short one")
+  p.add_argument("--prompt-file", metavar="FILE", default=argparse.SUPPRESS, help="read the prompt from a file")
+  p.add_argument("--tokens", metavar="N", type=number(int, 1), default=400, help="how many tokens to generate")
+  p.add_argument("--temperature", metavar="T", type=number(float, 0), default=0.8,
+                 help="below 1 safer, above 1 wilder, 0 always the likeliest token")
+  p.add_argument("--top-k", metavar="K", type=number(int, 0), default=0, help="choose among the K likeliest; 0: all")
+  p.add_argument("--top-p", metavar="P", type=number(float, above=0, high=1), default=1.0,
+                 help="choose among the likeliest that hold this share of the probability")
+  p.add_argument("--seed", metavar="N", type=number(int, 0), default=0, help="the same seed gives the same text")
+  p.add_argument("--batch", metavar="N", type=number(int, 1), default=1,
+                 help="so many continuations side by side; more than one is printed at the end")
+  p.add_argument("--stop", metavar="TEXT", default=argparse.SUPPRESS, help="end where this text would come")
+  p.add_argument("--max-length", metavar="N", type=number(int, 1), default=argparse.SUPPRESS,
+                 help="room for prompt and continuation in the attention layers' caches; default: the model's")
+  return p
+
+def read_prompt(args:argparse.Namespace, default:str) -> str:
+  if hasattr(args, "prompt") and hasattr(args, "prompt_file"):
+    raise UserError("give --prompt or --prompt-file, not both")
+  if hasattr(args, "prompt"): return args.prompt
+  if hasattr(args, "prompt_file"):
+    try: return Path(args.prompt_file).read_text("utf-8")
+    except UnicodeDecodeError: raise UserError(f"{args.prompt_file} is not UTF-8 text") from None
+    except OSError as e: raise UserError(f"can't read {args.prompt_file}: {e.strerror}") from None
+  if sys.stdin is not None and not sys.stdin.closed:
+    try: mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError): mode = 0
+    # a pipe or a file; not a terminal, not /dev/null
+    if stat.S_ISFIFO(mode) or stat.S_ISREG(mode): return sys.stdin.buffer.read().decode("utf-8", "replace") or default
+  return default
+
+def run(args:argparse.Namespace) -> None:
+  path = find_checkpoint(args.model)
+  model, meta = load_model(path)
+  tokenizer = TOKENIZERS.get(meta.get("tokenizer", "bytes"), ByteTokenizer)()
+  trained_on = json.loads(meta.get("args", "{}")).get("data")
+  prompt = read_prompt(args, "def " if not trained_on and tokenizer.name == "bytes" else "")
+  asked, count, speed = write(model, tokenizer, prompt, args.tokens, getattr(args, "stop", None), batch=args.batch,
+    temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
+    max_length=getattr(args, "max_length", None))
+  print(f"[{path}: {asked} tokens of prompt, {count} generated, {speed:.0f} tokens/s]", file=sys.stderr)
+
+def main(argv:list[str]|None=None) -> int:
+  p = parser()
+  args = p.parse_args(argv)
+  setup_device()
+  try: run(args)
+  except (UserError, CheckpointError) as e: p.error(str(e))
+  except KeyboardInterrupt:
+    print(file=sys.stderr)
+    return 130
+  except BrokenPipeError:                              # the reader of our pipe, `head` say, has had enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
+  return 0
+
+if __name__ == "__main__": sys.exit(main())
