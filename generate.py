@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Iterator
 import numpy as np
 from flashconv import setup_device
-from h3tiny import CheckpointError, H3Config, H3LM, load_weights, read_checkpoint
+from h3tiny import CheckpointError, H3LM, read_checkpoint
 from tinygrad import Tensor, TinyJit, dtypes
 
 OUT = "out"                                # train.py's default folder
@@ -161,25 +161,6 @@ def find_checkpoint(path:str) -> Path:
   if not p.exists(): raise UserError(f"no model at {p}: run train.py first, or name one with --model")
   return p
 
-def model_of(path:Path, tensors:dict[str, Tensor], meta:dict[str, str]) -> H3LM:
-  "The model of a checkpoint that train.py wrote and read_checkpoint read."
-  if meta.get("model") != "h3" or "config" not in meta:
-    raise CheckpointError(f"{path} is not a checkpoint of train.py")
-  try:
-    config = json.loads(meta["config"])
-    model = H3LM(H3Config(**{**config, "attn_layers": tuple(config["attn_layers"])}))
-  except (ValueError, TypeError, KeyError) as e:
-    raise CheckpointError(f"{path} holds a configuration that does not fit this version: {e}") from None
-  load_weights(model, {k: v for k, v in tensors.items() if not k.startswith("optim.")})
-  return model
-
-def load_model(path:Path) -> tuple[H3LM, dict[str, str]]:
-  "A checkpoint of train.py, or a file of official weights: the model and the checkpoint's metadata."
-  tensors, meta = read_checkpoint(path)
-  if "config" in meta or not any(k.startswith("backbone.") for k in tensors):
-    return model_of(path, tensors, meta), meta
-  return H3LM.from_pretrained(path), {"tokenizer": "gpt2"}
-
 # ---- command line ---------------------------------------------------------------------------------
 
 def parser() -> Parser:
@@ -221,7 +202,8 @@ def read_prompt(args:argparse.Namespace, default:str) -> str:
 
 def run(args:argparse.Namespace) -> None:
   path = find_checkpoint(args.model)
-  model, meta = load_model(path)
+  tensors, meta = read_checkpoint(str(path))
+  model = H3LM.from_checkpoint(tensors, meta, str(path))
   tokenizer = TOKENIZERS.get(meta.get("tokenizer", "bytes"), ByteTokenizer)()
   trained_on = json.loads(meta.get("args", "{}")).get("data")
   prompt = read_prompt(args, "def " if not trained_on and tokenizer.name == "bytes" else "")

@@ -494,17 +494,22 @@ class H3LM:
 
   @staticmethod
   def from_pretrained(path:str, n_heads:int|None=None) -> H3LM:
-    """The model in a file of `save_checkpoint` with metadata model = "h3" and config = H3Config as
-    JSON. Tensors named optim.… are passed over. CheckpointError if it is anything else."""
-    tensors, meta = read_checkpoint(path)
+    "The model in a file that `save_checkpoint` wrote. CheckpointError if it is anything else."
+    return H3LM.from_checkpoint(*read_checkpoint(path), path, n_heads)
+
+  @staticmethod
+  def from_checkpoint(tensors:dict[str, Tensor], meta:dict[str, str], source:str,
+                      n_heads:int|None=None) -> H3LM:
+    """The model of what `read_checkpoint` read: metadata model = "h3" and config = H3Config as JSON;
+    tensors named optim.… are passed over. CheckpointError, naming `source`, if that is not it."""
     if (kind := meta.get("model")) != "h3":
-      raise CheckpointError(f"{path}: not a checkpoint of an H3 model (its metadata: {kind!r}).")
+      raise CheckpointError(f"{source}: not a checkpoint of an H3 model (its metadata: {kind!r}).")
     heads = {} if n_heads is None else {"n_heads": n_heads}
     try: config = H3Config(**json.loads(meta["config"]) | heads)
     except (KeyError, TypeError, ValueError) as e:
-      raise CheckpointError(f"{path}: its config is unusable: {e}") from None
+      raise CheckpointError(f"{source}: its config is unusable: {e}") from None
     model = H3LM(config)
-    load_weights(model, {k: v for k, v in tensors.items() if not k.startswith("optim.")}, path)
+    load_weights(model, {k: v for k, v in tensors.items() if not k.startswith("optim.")}, source)
     return model
 
 # ---------------------------------------------------------------- checkpoints: safetensors

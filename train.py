@@ -22,21 +22,21 @@ from tinygrad.helpers import Context
 from tinygrad.nn.state import get_state_dict
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 from flashconv import FLASH, setup_device
-from generate import CHECKPOINT, OUT, TOKENIZERS, Parser, UserError, model_of, number, write
+from generate import CHECKPOINT, OUT, TOKENIZERS, Parser, UserError, number, write
 from h3tiny import CheckpointError, H3Config, H3LM, read_checkpoint, save_checkpoint
 
 # ---- options --------------------------------------------------------------------------------------
 
 # The last four are shapes of the paper, with its learning rates
 SIZES = {"tiny": dict(d_model=64, n_layer=2, n_heads=2, lr=3e-3),
-         "small": dict(d_model=128, n_layer=4, n_heads=4, lr=3e-3),
+         "small": dict(d_model=128, n_layer=4, n_heads=2, lr=3e-3),
          "medium": dict(d_model=384, n_layer=8, n_heads=6, lr=1e-3),
          "125M": dict(d_model=768, n_layer=12, n_heads=12, lr=6e-4),
          "355M": dict(d_model=1024, n_layer=24, n_heads=16, lr=3e-4),
          "1.3B": dict(d_model=2048, n_layer=24, n_heads=16, lr=2e-4),
          "2.7B": dict(d_model=2560, n_layer=32, n_heads=20, lr=1.6e-4)}
 
-STEPS = 400                                     # of the default run
+STEPS = 500                                     # of the default run
 KINDS = {"h3": "H3", "hybrid": "hybrid H3", "transformer": "Transformer"}
 
 def layer_list(text:str) -> list[int]:
@@ -74,7 +74,7 @@ def parser() -> Parser:
 
   g = p.add_argument_group("training")
   add(g, "--steps", positive, STEPS, "steps in all", metavar="N")
-  add(g, "--batch", positive, 16, "sequences a step", metavar="N")
+  add(g, "--batch", positive, 8, "sequences a step", metavar="N")
   add(g, "--length", positive, 256, "tokens a sequence", metavar="N")
   add(g, "--lr", number(float, above=0), None, "highest learning rate", "by --size", metavar="X")
   add(g, "--warmup", number(int, 0), None, "steps up to it; a cosine then falls to a tenth",
@@ -412,7 +412,7 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
   task = TASKS[args.task](args)
   if tensors is None: model = H3LM(make_config(args, task.tokenizer.vocab_size), seed=args.seed)
   else:
-    model = model_of(path if args.resume else Path(args.init), tensors, meta)
+    model = H3LM.from_checkpoint(tensors, meta, str(path) if args.resume else args.init)
     if model.config.vocab_size != task.tokenizer.vocab_size:
       raise UserError(f"the checkpoint's vocabulary is {model.config.vocab_size}, --tokenizer {args.tokenizer}'s "
                       f"{task.tokenizer.vocab_size}: give the tokenizer it was trained with")

@@ -1,0 +1,763 @@
+"""The tests of the whole project: `python -m pytest -q test_all.py`, on whatever device tinygrad finds (DEV=CPU, DEV=CL, …).
+
+From top to bottom: the kernels against float64, the model against the official code's outputs (golden/) and against a float64
+recurrence, its three ways of running against each other, the trainer and the generator, and every command of the README.
+`-k kernel` runs the first part alone.
+"""
+import dataclasses, json, os, re, shlex, signal, subprocess, sys
+from pathlib import Path
+import numpy as np, pytest
+import flashconv
+flashconv.setup_device()
+from tinygrad import Device, GlobalCounters, Tensor, TinyJit
+from tinygrad.helpers import Context
+from tinygrad.nn.state import get_state_dict
+import generate as gen, h3tiny, train
+from flashconv import fftconv, layernorm, matmul, product
+from h3tiny import CheckpointError, H3Config, H3LM, H3Mixer, load_weights, read_checkpoint, save_checkpoint
+
+HERE = Path(__file__).resolve().parent
+EPS = np.finfo(np.float32).eps
+rng = np.random.default_rng(0)
+def normal(*shape:int) -> np.ndarray: return rng.standard_normal(shape).astype(np.float32)
+on_cpu = pytest.mark.skipif(Device[Device.DEFAULT].renderer.has_local, reason="the kernel is the CPU's")
+
+@pytest.fixture(params=[1, 0], ids=["kernel", "plain"])
+def flash(request):
+  with Context(FLASH=request.param): yield request.param
+
+# ================================================================ kernels: the convolution
+
+def np_fftconv(u, k, D, v, q, dy) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  "y and the gradients of (y * dy).sum(), float64, by numpy's FFT of a length at which nothing wraps around"
+  u, k, D, v, q, dy = (np.asarray(x, np.float64) for x in (u, k, D, v, q, dy))
+  L, K, w, g = u.shape[-1], min(k.shape[-1], u.shape[-1]), u*v, q*dy
+  F, I = (lambda x: np.fft.rfft(x, 2*L)), (lambda x: np.fft.irfft(x, 2*L)[..., :L])
+  S = F(k[:, :K])
+  c, dw = I(F(w)*S) + D[:, None]*w, I(F(g)*S.conj()) + D[:, None]*g
+  dk = np.zeros(np.broadcast_shapes(k.shape, (u.shape[1], 1)))
+  dk[:, :K] = I(F(w).conj()*F(g)).sum(0)[:, :K]
+  return q*c, {"u": dw*v, "v": dw*u, "q": dy*c, "D": (w*g).sum((0, 2)), "k": dk if len(k) > 1 else dk.sum(0, keepdims=True)}
+
+CASES = [(1, 1, 1, 1, "Dvq"), (2, 3, 3, 9, "D"), (1, 5, 7, 5, "v"), (2, 16, 64, 64, "Dvq"), (3, 16, 100, 130, "Dq"),
+         (2, 8, 33, 33, "1"), (1, 3, 33, 33, "1Dvq"), (2, 4, 500, 64, ""), (2, 4, 1024, 1024, "Dvq")]
+
+def check_fftconv(B:int, H:int, L:int, K:int, what:str, channels_last:bool=False) -> None:
+  "what: the optional arguments that are given; 1: one filter for all channels"
+  x = {"u": normal(B, H, L), "k": normal(1 if "1" in what else H, K)} | {n: normal(*((H,) if n == "D" else (B, H, L))) for n in "Dvq" if n in what}
+  ones, dy = np.ones((B, H, L)), normal(B, H, L)
+  y, want = np_fftconv(x["u"], x["k"], x.get("D", np.zeros(H)), x.get("v", ones), x.get("q", ones), dy)
+  turn = lambda a: a.swapaxes(1, 2) if channels_last and a.ndim == 3 else a
+  t = {n: Tensor(turn(a).copy()).realize() for n, a in x.items()}
+  got = fftconv(**t, channels_last=channels_last)
+  grads = (got * Tensor(turn(dy).copy())).sum().gradient(*t.values())
+  Tensor.realize(got, *grads)
+  def near(a:np.ndarray, b:np.ndarray, tolerance:float, name:str):
+    assert a.shape == b.shape and np.abs(a - b).max() <= tolerance*np.abs(b).max(), (name, np.abs(a - b).max() / np.abs(b).max())
+  near(turn(got.numpy()), y, 2e-6, "y")
+  for n, g in zip(t, grads): near(turn(g.numpy()), want[n], 1e-5, "d" + n)
+
+@pytest.mark.parametrize("B,H,L,K,what", CASES)
+def test_kernel_fftconv(B, H, L, K, what): check_fftconv(B, H, L, K, what)
+
+def test_kernel_fftconv_channels_last(): check_fftconv(3, 8, 20, 20, "Dvq", channels_last=True)
+
+@pytest.mark.parametrize("B,H,L,K,what", CASES[3:6])
+def test_fftconv_ref(B, H, L, K, what):
+  with Context(FLASH=0): check_fftconv(B, H, L, K, what)
+
+def test_kernel_fftconv_takes_views_and_the_jit():
+  "Pieces of one unfinished product as inputs, replayed with other data: the same as plain ops."
+  w, k = Tensor(normal(32, 48)).realize(), Tensor(normal(16, 20)).realize()
+  def f(x:Tensor) -> Tensor:
+    u, v, q = (t.transpose(1, 2) for t in (x @ w).chunk(3, -1))
+    return fftconv(u, k, None, v, q).realize()
+  jit = TinyJit(f)
+  for _ in range(3):
+    x = Tensor(normal(2, 20, 32)).realize()
+    got = jit(x).numpy()
+    with Context(FLASH=0): want = f(x).numpy()
+    assert np.abs(got - want).max() <= 1e-5*np.abs(want).max()
+
+@on_cpu
+def test_kernel_fftconv_launches():
+  "One for the filter's spectrum and one forward; one back for all gates and the spectrum, one for the filter."
+  u, v, q, r = (Tensor(normal(2, 64, 16)).realize() for _ in range(4))
+  k, n = Tensor(normal(16, 64)).realize(), GlobalCounters.kernel_count
+  y = fftconv(u, k, None, v, q, channels_last=True)
+  grads = y.gradient(u, k, v, q, gradient=r)
+  y.realize()
+  assert GlobalCounters.kernel_count - n == 2
+  Tensor.realize(*grads)
+  assert GlobalCounters.kernel_count - n == 4
+
+def test_fftconv_refuses_shapes():
+  u = Tensor(normal(2, 4, 8))
+  for bad in ({"k": (3, 8)}, {"k": (4, 8), "D": (2,)}, {"k": (4, 8), "v": (2, 4, 7)}, {"k": (8,)}):
+    with pytest.raises(ValueError, match="fftconv: u, v, q are"): fftconv(u, **{n: Tensor(normal(*shape)) for n, shape in bad.items()})
+
+# ================================================================ kernels: the matrix product
+
+def close(got:Tensor, a:np.ndarray, b:np.ndarray) -> None:
+  "got is the product a @ b: each entry's error is at most about eps sqrt(K) |a_row| |b_column|."
+  a, b = a.astype(np.float64), b.astype(np.float64)
+  bound = EPS*(2 + a.shape[-1]**.5)*np.linalg.norm(a, axis=-1)[..., :, None]*np.linalg.norm(b, axis=-2)[..., None, :]
+  got = got.numpy()
+  assert got.shape == (a @ b).shape and (np.abs(got - a @ b) <= bound + 1e-30).all()
+
+def check(lead:tuple, M:int, K:int, N:int, batched:bool, transposed:bool) -> None:
+  "forward and both gradients of matmul"
+  x, w, g = normal(*lead, M, K), normal(*(lead if batched else ()), *((N, K) if transposed else (K, N))), normal(*lead, M, N)
+  X, W = Tensor(x), Tensor(w)
+  y = matmul(X, W, transposed)
+  y.backward(Tensor(g))
+  T = lambda a: a.swapaxes(-1, -2)
+  b = T(w) if transposed else w
+  close(y, x, b)
+  close(X.grad, g, T(b))
+  if not batched: x, g = x.reshape(-1, K), g.reshape(-1, N)
+  close(W.grad, *((T(g), x) if transposed else (T(x), g)))
+
+sizes = [(1, 1, 1), (1, 32, 32), (2, 257, 1), (3, 5, 2), (31, 6, 33), (25, 23, 24), (6, 1, 257), (257, 32, 31), (257, 257, 257),
+         (3, 255, 33), (7, 513, 65), (4, 769, 31), (64, 1024, 96), (600, 40, 96)]
+
+@pytest.fixture
+def always(monkeypatch): monkeypatch.setattr(flashconv, "SMALL", 0)  # the kernel at every size
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("M,K,N", sizes)
+def test_kernel_matmul_sizes(M, K, N, transposed, always): check((), M, K, N, False, transposed)
+
+@pytest.mark.parametrize("lead,batched", [((2,), False), ((2, 3), False), ((2,), True), ((2, 3), True)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("M,K,N", [(25, 24, 33)])
+def test_kernel_matmul_leading_dimensions(lead, batched, M, K, N, transposed, always): check(lead, M, K, N, batched, transposed)
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("lead,M,K,N,batched", [((), 40, 64, 96, False), ((2,), 40, 33, 70, False), ((3,), 40, 33, 70, True)])
+def test_kernel_matmul_switch(lead, M, K, N, batched, transposed, flash): check(lead, M, K, N, batched, transposed)
+
+@on_cpu
+@pytest.mark.parametrize("ta,tb", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_kernel_matmul_transposes_and_second_gradient(ta, tb):
+  "product in all four storages; the gradient of a gradient is a product again"
+  a, b = normal(2, 5, 37), normal(2, 37, 34)
+  A, B = (Tensor(t.swapaxes(1, 2).copy() if s else t) for t, s in ((a, ta), (b, tb)))
+  y = product(A, B, ta=ta, tb=tb)
+  dA = y.square().sum().gradient(A)[0]     # 2 (AB) B^T
+  ddB = dA.square().sum().gradient(B)[0]
+  close(y, a, b)
+  A2, B2 = A.detach(), B.detach()
+  y2 = (A2.transpose(1, 2) if ta else A2) @ (B2.transpose(1, 2) if tb else B2)
+  ref = y2.square().sum().gradient(A2)[0].square().sum().gradient(B2)[0].numpy()
+  np.testing.assert_allclose(ddB.numpy(), ref, rtol=0, atol=1e-5*np.abs(ref).max())
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_kernel_matmul_constant_gradient(reduce, flash):
+  x, w = normal(70, 40), normal(40, 50)
+  X, W = Tensor(x), Tensor(w)
+  getattr(matmul(X, W), reduce)().backward()
+  g = np.full((70, 50), 1 if reduce == "sum" else 1/3500)
+  close(X.grad, g, w.T)
+  close(W.grad, x.T, g)
+
+@pytest.mark.parametrize("x", [Tensor.ones(70, 40), Tensor.arange(2800).reshape(70, 40).float(), Tensor.full((70, 40), 2.0)])
+def test_kernel_matmul_constant_inputs(x, flash):
+  w = normal(40, 50)
+  close(matmul(x, Tensor(w)), x.numpy(), w)
+  close(matmul(Tensor(w).T, x.T), w.T, x.numpy().T)
+
+def test_kernel_matmul_views(flash):
+  "a lazy view or an unevaluated expression may come in, and the product may go on lazily"
+  x, w = normal(8, 64, 2, 48), normal(50, 96)
+  X = Tensor(x).transpose(1, 2)[1:, :, 3:60]
+  y = matmul(X*2 + 1, Tensor(w)[:, ::2], transposed=True).relu() + 1
+  a, b = x.swapaxes(1, 2)[1:, :, 3:60]*2 + 1, w[:, ::2].T
+  np.testing.assert_allclose(y.numpy(), np.maximum(a @ b, 0) + 1, atol=1e-4)
+
+def test_kernel_matmul_inside_jit(flash):
+  w = Tensor(normal(64, 80)).realize()
+  @TinyJit
+  def step(x:Tensor) -> tuple[Tensor, Tensor]:
+    y = matmul(x, w)
+    dw = y.square().sum().gradient(w)[0]  # before y is realized: a realized tensor has no history
+    return y.realize(), dw.realize()
+  for _ in range(4):
+    x = normal(40, 64)
+    y, dw = step(Tensor(x).realize())
+    close(y, x, w.numpy())
+    close(dw, x.T, 2*y.numpy())
+
+def test_kernel_matmul_what_stays_plain():
+  "other types, small sizes and broadcasting go to tinygrad's own product; a wrong shape is its error"
+  x, w = Tensor(normal(64, 64)), Tensor(normal(64, 64))
+  assert matmul(x.half(), w.half()).dtype == x.half().dtype
+  assert matmul(x, w.reshape(1, 1, 64, 64).expand(2, 3, 64, 64)).shape == (2, 3, 64, 64)
+  assert matmul(x[0], w).shape == (64,)
+  with pytest.raises(Exception): matmul(x, w[:63])
+
+@on_cpu
+def test_kernel_matmul_one_kernel():
+  "no copies around the kernel, whatever the storage"
+  x, w = Tensor(normal(64, 80)).realize(), Tensor(normal(96, 80)).realize()
+  y = matmul(x, w, transposed=True)
+  (dx, dw), n = y.gradient(x, w, gradient=Tensor(normal(64, 96)).realize()), GlobalCounters.kernel_count
+  Tensor.realize(y, dx, dw)
+  assert GlobalCounters.kernel_count - n == 3
+
+@on_cpu
+def test_kernel_matmul_infinity():
+  "an infinity in x reaches its row of the product, and no other"
+  x, w = normal(10, 300), np.abs(normal(300, 40)) + 1
+  x[4, 299] = np.inf
+  y = matmul(Tensor(x), Tensor(w)).numpy()
+  assert not np.isfinite(y[4]).any() and np.isfinite(np.delete(y, 4, 0)).all()
+
+def test_kernel_matmul_bias(flash):
+  x, w, b, g = normal(3, 40, 70), normal(50, 70), normal(50), normal(3, 40, 50)
+  X, W, B = Tensor(x), Tensor(w), Tensor(b)
+  y = matmul(X, W, transposed=True, bias=B)
+  dB, dX = y.gradient(B, X, gradient=Tensor(g))
+  close(y, np.concatenate([x, np.ones((3, 40, 1))], -1), np.concatenate([w.T, b[None]]))
+  close(dB.reshape(1, -1), np.ones((1, 120)), g.reshape(-1, 50))
+  close(dX, g, w)
+
+# ================================================================ kernels: layer norm
+
+@pytest.mark.parametrize("shape", [(7, 5), (1, 1), (2, 9, 48)])
+def test_kernel_layernorm(shape, flash):
+  x, w, b, dy = 3 + normal(*shape), normal(shape[-1]), normal(shape[-1]), normal(*shape)
+  t = [Tensor(a).realize() for a in (x, w, b)]
+  y = layernorm(*t)
+  grads = y.gradient(*t, gradient=Tensor(dy))
+  Tensor.realize(y, *grads)
+  x, dy = x.astype(np.float64), dy.astype(np.float64)
+  d = np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+  hat, g, mean = (x - x.mean(-1, keepdims=True))/d, dy*w, lambda a: a.mean(-1, keepdims=True)
+  want = [hat*w + b, (g - mean(g) - hat*mean(g*hat))/d, *((a.reshape(-1, shape[-1]).sum(0)) for a in (dy*hat, dy))]
+  for got, a in zip([y, *grads], want): assert np.abs(got.numpy() - a).max() <= 1e-5*max(1, np.abs(a).max())
+
+# ================================================================ the model
+
+GOLDEN = HERE / "golden" / "h3"
+def golden(name): return np.load(f"{GOLDEN}/{name}")
+def tensors(name): return {k: v.numpy() for k, v in read_checkpoint(f"{GOLDEN}/{name}.safetensors")[0].items()}
+def toks(x): return Tensor(np.ascontiguousarray(x, dtype=np.int32))
+def assert_close(got, want, atol, name=""):
+  got = got.numpy() if isinstance(got, Tensor) else got
+  assert got.shape == want.shape, (name, got.shape, want.shape)
+  assert abs(got - want).max() <= atol, f"{name}: off by {abs(got - want).max():.2e}, allowed {atol:.0e}"
+def assert_grads(got, want):
+  assert got.keys() == want.keys()
+  for k, g in want.items(): assert_close(got[k], g, 1e-4 * np.linalg.norm(g), k)
+
+# ---------------------------------------------------------------- the official code's own outputs
+
+@pytest.fixture(scope="module")
+def tiny():
+  c = json.load(open(f"{GOLDEN}/tiny_h3/config.json"))
+  model = H3LM(H3Config(c["vocab_size"], c["d_model"], c["n_layer"], d_state=c["ssm_cfg"]["d_state"]))
+  load_weights(model, read_checkpoint(f"{GOLDEN}/tiny_h3/model.safetensors")[0])
+  return model
+
+@pytest.mark.parametrize("L, atol", [(7, 5e-5), (513, 1e-3)])
+def test_golden_logits(tiny, L, atol):
+  assert_close(tiny(toks(golden(f"tiny_h3/tokens_L{L}.npy"))), golden(f"tiny_h3/logits_L{L}.npy"), atol)
+
+def test_golden_logits_loss_and_gradients(tiny):
+  t, want, params = toks(golden("tiny_h3/tokens_L64.npy")), tensors("tiny_h3/grads_L64"), get_state_dict(tiny)
+  logits = tiny(t)
+  loss = logits[:, :-1].sparse_categorical_crossentropy(t[:, 1:])
+  grads = dict(zip(params, loss.gradient(*params.values())))
+  Tensor.realize(logits, loss, *grads.values())
+  assert_close(logits, golden("tiny_h3/logits_L64.npy"), 5e-5)
+  assert_close(loss.reshape(1), want.pop("loss"), 1e-5, "loss")
+  assert_grads(grads, want)
+
+def assert_states(state, z, tag):
+  for i in range(3):
+    s, re, im = (x.numpy() for x in state[1+3*i:4+3*i])
+    assert_close(s, z[f"{tag}.layers.{i}.state_k"], 2e-5, tag)
+    assert_close(re[:, 0, 0] + 1j*im[:, 0, 0], z[f"{tag}.layers.{i}.state"], 2e-5, tag)
+
+def test_golden_states(tiny):
+  z = golden("tiny_h3/states.npz")
+  for n in (5, 1, 40):
+    logits, state = tiny.prefill(toks(z["tokens"][:, :n]))
+    assert_states(state, z, f"after{n}")
+  assert_close(logits, z["logits_prompt"][:, -1], 5e-5)
+  for i in (40, 41):
+    logits, state = tiny.step(toks(z["tokens"][:, i]), state)
+    assert_close(logits, z[f"logits_step{i}"][:, 0], 5e-5)
+  assert_states(state, z, "after42")
+  assert state[0].item() == 42
+
+def test_golden_greedy_under_tinyjit(tiny):
+  want, logits = golden("tiny_h3/gen_logits.npy"), None
+  logits, state = tiny.prefill(toks(golden("tiny_h3/gen_prompt.npy")))
+  step, out = TinyJit(tiny.step), []
+  for i in range(32):
+    assert_close(logits, want[:, i], 5e-5, f"token {i}")
+    out.append(logits.numpy().argmax(-1))
+    logits, state = step(toks(out[-1]), state)
+  assert (np.stack(out, 1) == golden("tiny_h3/gen_tokens.npy")[:, -32:]).all()
+
+@pytest.mark.parametrize("name", ["hd1", "hd1_L_lt_N", "hd4"])
+def test_golden_layer(name):
+  c = json.load(open(f"{GOLDEN}/layers/{name}/config.json"))
+  layer = H3Mixer(H3Config(d_model=c["d_model"], d_state=c["d_state"], head_dim=c["head_dim"]), np.random.default_rng(0))
+  load_weights(layer, read_checkpoint(f"{GOLDEN}/layers/{name}/params.safetensors")[0])
+  x, params = Tensor(golden(f"layers/{name}/x.npy")).realize(), get_state_dict(layer)
+  out = layer(x)[0]
+  gx, *grads = (out * Tensor(golden(f"layers/{name}/r.npy"))).sum().gradient(x, *params.values())
+  Tensor.realize(out, gx, *grads)
+  assert_close(out, golden(f"layers/{name}/out.npy"), 5e-6)
+  assert_grads({"x": gx} | dict(zip(params, grads)), {"x": golden(f"layers/{name}/grad_x.npy")} | tensors(f"layers/{name}/grads"))
+
+# ---------------------------------------------------------------- a second oracle: the recurrences, in float64, in loops
+
+def np_h3(w, u, p, order):
+  (B, L, D), H = u.shape, u.shape[-1] // p
+  q, k, v = (u @ w[f"{n}_proj.weight"].T + w[f"{n}_proj.bias"] for n in "qkv")
+  cplx = lambda x: x[..., 0] + 1j*x[..., 1]
+  Bs, Cs, Bd, Cd = w["ssm_k_kernel.kernel.B"], w["ssm_k_kernel.kernel.C"][0], cplx(w["kernel.kernel.B"]), cplx(w["kernel.kernel.C"][0])
+  A = -np.exp(w["kernel.kernel.inv_A_real"]) + 1j*w["kernel.kernel.A_imag"]
+  dt = np.exp(w["kernel.kernel.log_dt"])[:, None]
+  dA, dB = (1 + dt*A/2) / (1 - dt*A/2), dt*Bd / (1 - dt*A/2)
+  out = np.zeros((B, L, D))
+  for b in range(B):
+    s, x = np.zeros(Bs.shape), np.zeros((p, p, *A.shape), complex)
+    for t in range(L):
+      s = np.pad(s, ((0, 0), (1, 0)))[:, :-1] + Bs * k[b, t, :, None]
+      kp = (Cs * s).sum(-1) + w["ssm_k_D"] * k[b, t]
+      for h in range(H):
+        for d2 in range(p):
+          for d1 in range(p):
+            kv = kp[h*p+d1] * v[b, t, h*p+d2]
+            x[d1, d2, h] = dA[h] * x[d1, d2, h] + dB[h] * kv
+            y = 2 * (Cd[h] * x[d1, d2, h]).sum().real + w["D"][h] * kv
+            out[b, t, d2*H+h if order == "d2h" else h*p+d2] += q[b, t, h*p+d1] * y
+  return out @ w["output_linear.weight"].T + w["output_linear.bias"]
+
+def np_attention(w, u, heads, rotary):
+  (B, L, D), hd = u.shape, u.shape[-1] // heads
+  out = np.zeros((B, L, D))
+  for b in range(B):
+    for h in range(heads):
+      q, k, v = ((u[b] @ w["Wqkv.weight"].T + w["Wqkv.bias"])[:, i*D + h*hd:i*D + (h+1)*hd].copy() for i in range(3))
+      for x in (q, k):
+        for t in range(L):
+          for j in range(rotary // 2):
+            z = (x[t, j] + 1j*x[t, j+rotary//2]) * np.exp(1j * t * 10000 ** (-2*j/rotary))
+            x[t, j], x[t, j+rotary//2] = z.real, z.imag
+      for t in range(L):
+        e = np.exp(q[t] @ k[:t+1].T / hd**0.5)
+        out[b, t, h*hd:(h+1)*hd] = e / e.sum() @ v[:t+1]
+  return out @ w["out_proj.weight"].T + w["out_proj.bias"]
+
+def np_lm(model, tokens):
+  c, w = model.config, {k: v.numpy().astype(np.float64) for k, v in get_state_dict(model).items()}
+  def norm(x, n):
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x*x).mean(-1, keepdims=True) + c.norm_eps) * w[n+".weight"] + w[n+".bias"]
+  x = w["backbone.embeddings.word_embeddings.weight"][tokens]
+  for i in range(c.n_layer):
+    pre = f"backbone.layers.{i}."
+    m = {k[len(pre)+6:]: v for k, v in w.items() if k.startswith(pre + "mixer.")}
+    u = norm(x, pre + "norm1")
+    x = x + (np_attention(m, u, c.n_heads, c.rotary_dim) if i in c.attn_layers else np_h3(m, u, c.head_dim, c.head_order))
+    h = norm(x, pre + "norm2") @ w[pre+"mlp.fc1.weight"].T + w[pre+"mlp.fc1.bias"]
+    h = 0.5 * h * (1 + np.tanh((2/np.pi)**0.5 * (h + 0.044715*h**3)))
+    x = x + h @ w[pre+"mlp.fc2.weight"].T + w[pre+"mlp.fc2.bias"]
+  return norm(x, "backbone.ln_f") @ w["backbone.embeddings.word_embeddings.weight"].T
+
+def shaken(config, seed=1):
+  "A model in which no parameter is at a trivial value."
+  model, rng = H3LM(config), np.random.default_rng(seed)
+  for p in get_state_dict(model).values(): p.replace(h3tiny.param(p.numpy() + rng.normal(0, 0.2, p.shape)))
+  return model
+
+HYBRIDS = [H3Config(19, 12, 2, (1,), n_heads=2, rotary_dim=4, d_state=10, head_dim=2, head_order="hd2", max_length=12),
+           H3Config(19, 12, 2, (), d_state=16, head_dim=3, mlp_mult=2), H3Config(19, 12, 2, (0, 1), n_heads=3, mlp_mult=2)]
+
+@pytest.mark.parametrize("config", HYBRIDS, ids=["hybrid", "h3", "transformer"])
+def test_against_float64_recurrence(config):
+  model, t = shaken(config), np.random.default_rng(0).integers(0, 19, (2, 11))
+  assert_close(model(toks(t)), np_lm(model, t), 2e-5)
+
+# ---------------------------------------------------------------- one model, three ways to run it
+
+def test_forward_equals_steps_equals_prefill_in_pieces():
+  model, t = shaken(HYBRIDS[0]), np.random.default_rng(0).integers(0, 19, (2, 7))
+  want, state = model(toks(t)).numpy(), model.init_state(2)
+  for i in range(7):
+    before = [s.numpy() for s in state]
+    logits, new = model.step(toks(t[:, i]), state)
+    assert_close(logits, want[:, i], 2e-5, f"step {i}")
+    assert all((a == b.numpy()).all() for a, b in zip(before, state))      # the state it was given is as it was
+    state = new
+  def same(got):
+    assert_close(got[0], want[:, -1], 2e-5)
+    for a, b in zip(got[1], state): assert_close(a, b.numpy(), 2e-5)
+  same(model.prefill(toks(t)))
+  same(model.prefill(toks(t), chunk=3))                                    # 3 + 3 + 1
+  logits, s = model.prefill(toks(t[:, :3]))
+  for i in range(3, 7): logits, s = model.step(toks(t[:, i]), s)
+  same((logits, s))
+  with pytest.raises(ValueError, match="14 tokens do not fit the attention cache of 12"): model.prefill(toks(t), s)
+  with pytest.raises(ValueError, match="empty"): model.prefill(toks(t[:, :0]))
+
+def direct_conv(u, k, D=None, v=None, q=None, channels_last=False):
+  "The definition as a sum over taps: no FFT, so no rounding noise crosses from one position to another."
+  if channels_last: return direct_conv(*(x if x is None or x.ndim < 3 else x.transpose(1, 2) for x in (u, k, D, v, q))).transpose(1, 2)
+  w, L = u if v is None else u*v, u.shape[-1]
+  taps = h3tiny.fit(k, L).flip(-1).pad((None, (0, L-1))).unfold(-1, L, 1).flip(1)        # [t,s] = k[t-s], 0 if s > t
+  y = (w.unsqueeze(-2) * taps).sum(-1) + D.reshape(-1, 1)*w
+  return y if q is None else q*y
+
+@pytest.mark.parametrize("exact", [True, False], ids=["direct", "fftconv"])
+def test_causality(monkeypatch, exact):
+  # The model around the convolution lets nothing back in time: exactly 0. An FFT mixes all positions and takes them
+  # apart again, which leaves float32 rounding: a true leak would be of the order of the gradient itself.
+  if exact: monkeypatch.setattr(h3tiny, "fftconv", direct_conv)
+  model, t, rng = shaken(HYBRIDS[0]), 6, np.random.default_rng(0)
+  x = Tensor(rng.normal(size=(2, 11, 12)).astype(np.float32)).realize()
+  y = x
+  for layer in model.backbone.layers: y, _ = layer(y, (), 0)
+  g = abs((model.head(y)[:, t] * Tensor(rng.normal(size=24).astype(np.float32))).sum().gradient(x)[0].numpy())
+  assert (g[:, :t+1].max(-1) > 1e-3 * g.max()).all()                       # every position up to t matters
+  assert g[:, t+1:].max() <= (0 if exact else 1e-6 * g.max())
+
+# ---------------------------------------------------------------- shapes, names, files
+
+def test_config():
+  for bad, why in [({"attn_layers": (4,)}, "layers are 0 to 3"), ({"n_heads": 3}, "multiple of n_heads"), ({"d_state": 7}, "even"),
+                   ({"head_dim": 5}, "multiple of head_dim"), ({"rotary_dim": 34}, "rotary_dim"), ({"n_layer": 0}, "n_layer")]:
+    with pytest.raises(ValueError, match=why): H3Config(**bad)
+  c = H3Config.named("2.7B-rotary")
+  assert (c.padded_vocab, c.d_model, c.attn_layers, c.rotary_dim) == (50264, 2560, (10, 21), 64)
+  with pytest.raises(ValueError, match="125M"): H3Config.named("3B")
+
+def test_checkpoint(tmp_path):
+  model, path = shaken(HYBRIDS[0]), str(tmp_path / "m.safetensors")
+  w, meta = get_state_dict(model), {"model": "h3", "config": json.dumps(dataclasses.asdict(model.config))}
+  def refused(why, data=None, tensors=None, metadata=meta):
+    if data is not None: open(path, "wb").write(data)
+    else: save_checkpoint(path, tensors, metadata)
+    with pytest.raises(CheckpointError, match=why) as e: H3LM.from_pretrained(path)
+    assert path in str(e.value) and "\n" not in str(e.value)
+  save_checkpoint(path, w | {"optim.step": Tensor([7])}, meta)
+  assert os.listdir(tmp_path) == ["m.safetensors"]
+  again, whole, n = H3LM.from_pretrained(path), open(path, "rb").read(), None
+  assert again.config == model.config
+  for k, v in get_state_dict(again).items(): assert (v.numpy() == w[k].numpy()).all(), k
+  n = 8 + int.from_bytes(whole[:8], "little")
+  for cut in (0, 5, 8): refused("safetensors|truncated", whole[:cut])
+  for cut in (20, n-1, n, n+1, len(whole)//2, len(whole)-1): refused("truncated", whole[:cut])
+  refused("too long", whole + b"\0")
+  refused("safetensors", b"PK\3\4" + bytes(range(256))*4)
+  refused("damaged", whole.replace(b'"shape":[24,12]', b'"shape":[24,13]', 1))
+  name = "backbone.layers.0.mixer.kernel.kernel.log_dt"
+  refused(f"{name} is missing", tensors={k: v for k, v in w.items() if k != name})
+  refused(f"{name} has shape", tensors=w | {name: Tensor([1.0])})
+  refused("odd.one does not belong", tensors=w | {"odd.one": Tensor([1.0])})
+  refused("not a checkpoint of an H3 model", tensors=w, metadata=meta | {"model": "bigs"})
+  refused("config", tensors=w, metadata={"model": "h3"})
+  refused("config", tensors=w, metadata=meta | {"config": '{"d_modle": 3}'})
+  with pytest.raises(CheckpointError, match="no such file"): H3LM.from_pretrained(str(tmp_path / "none"))
+
+# ================================================================ the trainer and the generator
+
+TINY = "--d-model 16 --n-layer 2 --n-heads 2 --d-state 4 --batch 2 --length 16 --sample 0".split()
+TEXT = "".join(f"def f{i}(x): return x * {i} + {i*i}\n" for i in range(200))
+
+@pytest.fixture(scope="module")
+def run8(tmp_path_factory):
+  "A run of 8 steps, used by several tests: its folder, and its text."
+  folder = tmp_path_factory.mktemp("run8")
+  (folder / "text.txt").write_text(TEXT)
+  args = [*TINY, "--data", str(folder/"text.txt"), "--steps", "8", "--eval-every", "4"]
+  assert train.main([*args, "--out", str(folder/"out")]) == 0
+  return folder, args
+
+def weights(path) -> dict[str, np.ndarray]: return {k: t.numpy() for k, t in read_checkpoint(str(path))[0].items()}
+
+# -- what a user gets wrong: one line, status 2, nothing written
+
+def bad(tmp:Path, run8:Path) -> dict[str, tuple]:
+  "name -> (module, arguments, what the line must contain)"
+  (tmp/"empty.txt").touch()
+  (tmp/"binary.bin").write_bytes(b"\x7fELF\0\0\xff")
+  (tmp/"latin.txt").write_bytes("déjà vu".encode("latin1") * 99)
+  (tmp/"short.txt").write_text("too short")
+  (tmp/"text.txt").write_text(TEXT)
+  (tmp/"folder").mkdir()
+  (tmp/"torn").mkdir()
+  whole = (run8/"out"/gen.CHECKPOINT).read_bytes()
+  (tmp/"torn"/gen.CHECKPOINT).write_bytes(whole[:len(whole)//2])
+  other = tmp/"other.safetensors"
+  save_checkpoint(str(other), {"w": Tensor([1.0])}, {"model": "bert"})
+  data, out = ["--data", str(tmp/"text.txt")], ["--out", str(tmp/"out")]
+  ok = [*TINY, *data, *out]
+  t = lambda *a: [*TINY, *out, *a]
+  ckpt, prompt = ["--model", str(run8/"out")], ["--prompt", "def"]
+  return {
+    "no such file": (train, t("--data", str(tmp/"nope")), "no such file"),
+    "empty file": (train, t("--data", str(tmp/"empty.txt")), "is empty"),
+    "binary file": (train, t("--data", str(tmp/"binary.bin")), "binary"),
+    "not UTF-8": (train, t("--data", str(tmp/"latin.txt")), "UTF-8"),
+    "folder without text": (train, t("--data", str(tmp/"folder")), "no text"),
+    "shorter than a window": (train, t("--data", str(tmp/"short.txt")), "too short"),
+    "held-out part shorter than a window": (train, [*ok, "--length", "1000"], "held-out"),
+    "unknown task": (train, [*ok, "--task", "poetry"], "invalid choice: 'poetry'"),
+    "unknown model": (train, [*ok, "--model", "rnn"], "invalid choice: 'rnn'"),
+    "unknown option": (train, [*ok, "--colour", "red"], "--colour"),
+    "zero steps": (train, [*ok, "--steps", "0"], "at least 1"),
+    "negative rate": (train, [*ok, "--lr", "-1"], "above 0"),
+    "rate not a number": (train, [*ok, "--lr", "nan"], "is not a number"),
+    "heads do not fit": (train, [*ok, "--n-heads", "3"], "n_heads"),
+    "no such layer": (train, [*ok, "--attn-layers", "5"], "layer 5"),
+    "layers not numbers": (train, [*ok, "--attn-layers", "a,b"], "a,b"),
+    "unwritable folder": (train, [*TINY, *data, "--out", str(tmp/"text.txt"/"sub")], "can't write"),
+    "nothing to resume": (train, [*ok, "--resume"], "no checkpoint"),
+    "no --init": (train, [*ok, "--init", str(tmp/"nope")], "no checkpoint"),
+    "--init torn": (train, [*ok, "--init", str(tmp/"torn"/gen.CHECKPOINT)], "truncated"),
+    "--init of another model": (train, [*ok, "--init", str(other)], "not a checkpoint of train.py"),
+    "--init is a text": (train, [*ok, "--init", str(tmp/"text.txt")], "not a safetensors"),
+    "--init of another width": (train, [*ok, "--init", str(run8/"out"/gen.CHECKPOINT), "--d-model", "32"], "differs"),
+    "resume a torn one": (train, ["--resume", "--out", str(tmp/"torn")], "truncated"),
+    "resume with another shape": (train, ["--resume", "--out", str(run8/"out"), "--n-layer", "3"], "differs"),
+    "resume what is done": (train, ["--resume", "--out", str(run8/"out")], "has done its 8 steps"),
+    "no model": (gen, [*prompt, "--model", str(tmp/"nope")], "run train.py first"),
+    "folder without model": (gen, [*prompt, "--model", str(tmp/"folder")], "run train.py first"),
+    "torn model": (gen, [*prompt, "--model", str(tmp/"torn")], "truncated"),
+    "model of another kind": (gen, [*prompt, "--model", str(other)], "not a checkpoint of an H3 model"),
+    "no prompt file": (gen, [*ckpt, "--prompt-file", str(tmp/"nope")], "can't read"),
+    "two prompts": (gen, [*ckpt, *prompt, "--prompt-file", str(tmp/"text.txt")], "not both"),
+    "more than the cache": (gen, [*ckpt, *prompt, "--tokens", "3000"], "--max-length 3003"),
+    "top-p above 1": (gen, [*ckpt, *prompt, "--top-p", "2"], "at most 1"),
+    "negative temperature": (gen, [*ckpt, *prompt, "--temperature", "-1"], "at least 0"),
+  }
+
+def test_bad_input(tmp_path, run8, capsys):
+  before = weights(run8[0]/"out"/gen.CHECKPOINT)
+  for name, (module, args, words) in bad(tmp_path, run8[0]).items():
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop: module.main(args)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2, name
+    assert err.count("\n") == 1 and words in err and err.startswith(f"{module.__name__}.py: error: "), (name, err)
+    assert not (tmp_path/"out").exists(), f"{name}: left something behind"
+  after = weights(run8[0]/"out"/gen.CHECKPOINT)
+  assert all((before[k] == after[k]).all() for k in before)
+
+def test_gpt2_without_network(tmp_path, monkeypatch, capsys):
+  tiktoken = pytest.importorskip("tiktoken")
+  def refuse(name): raise OSError("no network")
+  monkeypatch.setattr(tiktoken, "get_encoding", refuse)
+  with pytest.raises(SystemExit) as stop: train.main([*TINY, "--tokenizer", "gpt2", "--out", str(tmp_path/"out")])
+  err = capsys.readouterr().err
+  assert stop.value.code == 2 and err.count("\n") == 1 and "TIKTOKEN_CACHE_DIR" in err
+
+def test_programming_errors_keep_their_traceback(monkeypatch):
+  monkeypatch.setattr(train, "train", lambda *a: 1/0)
+  with pytest.raises(ZeroDivisionError): train.main([])
+
+# -- runs
+
+def test_run_leaves_what_it_promises(run8):
+  out = run8[0]/"out"
+  tensors, meta = read_checkpoint(str(out/gen.CHECKPOINT))
+  assert meta["step"] == "8" and json.loads(meta["config"])["d_model"] == 16 and json.loads(meta["args"])["batch"] == 2
+  assert "backbone.layers.0.mixer.kernel.kernel.log_dt" in tensors
+  assert "optim.m.backbone.layers.0.mixer.kernel.kernel.log_dt" in tensors
+  losses = json.loads(meta["losses"])
+  assert len(losses) == 8 and losses[-1][1] < losses[0][1]
+  assert [step for step, bits in json.loads(meta["held_out"])] == [4, 8]
+  lines = (out/"log.csv").read_text().splitlines()
+  assert len(lines) == 9 and lines[0].startswith("step,loss_nats,bits_per_byte")
+  try: import matplotlib
+  except ImportError: return
+  assert (out/"loss.png").read_bytes().startswith(b"\x89PNG")
+
+def test_resume_is_exact(run8, tmp_path, monkeypatch, capsys):
+  "Interrupted after 4 of 8 steps and resumed: the same bits as the run that was not. With dropout too."
+  folder, args = run8
+  for extra, signum in ([], signal.SIGINT), (["--embed-dropout", "0.2", "--n-layer", "1"], signal.SIGTERM):
+    whole, parts = folder/"out", tmp_path/f"parts{len(extra)}"
+    if extra: assert train.main([*args, *extra, "--out", str(whole := tmp_path/"whole")]) == 0
+    step = train.Log.step
+    def interrupted(self, n, *rest):
+      step(self, n, *rest)
+      if n == 4: os.kill(os.getpid(), signum)
+    with monkeypatch.context() as m:
+      m.setattr(train.Log, "step", interrupted)
+      assert train.main([*args, *extra, "--out", str(parts)]) == 128 + signum
+    assert f"python train.py --resume --out {parts}" in capsys.readouterr().out
+    assert read_checkpoint(str(parts/gen.CHECKPOINT))[1]["step"] == "4"
+    assert train.main(["--resume", "--out", str(parts)]) == 0
+    a, b = weights(whole/gen.CHECKPOINT), weights(parts/gen.CHECKPOINT)
+    assert a.keys() == b.keys()
+    for k in a: assert (a[k] == b[k]).all(), k
+    meta = [read_checkpoint(str(p/gen.CHECKPOINT))[1] for p in (whole, parts)]
+    assert meta[0]["losses"] == meta[1]["losses"]
+
+def test_init_takes_weights_and_shape(run8, tmp_path):
+  folder, _ = run8
+  ckpt = folder/"out"/gen.CHECKPOINT
+  args, tensors, meta = train.settle(["--init", str(ckpt), "--length", "32", "--lr", "1e-4"])
+  assert args.d_model == 16 and args.length == 32 and args.lr == 1e-4 and args.steps == train.STEPS
+  assert args.data is None and not args.resume
+  model = H3LM.from_checkpoint(tensors, meta, str(ckpt))
+  for k, t in train.get_state_dict(model).items(): assert (t.numpy() == tensors[k].numpy()).all(), k
+
+def test_ctrl_c_saves(run8, tmp_path):
+  "From outside, as a terminal does it."
+  out = tmp_path/"out"
+  args = [*run8[1], "--steps", "100000", "--log-every", "5", "--eval-every", "100000", "--out", str(out)]
+  p = subprocess.Popen([sys.executable, HERE/"train.py", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  for line in p.stdout:
+    if line.startswith("step"): break
+  p.send_signal(signal.SIGINT)
+  stdout, stderr = p.communicate(timeout=60)
+  assert p.returncode == 130, stderr
+  assert "Traceback" not in stderr and f"go on with: python train.py --resume --out {out}" in stdout
+  assert int(read_checkpoint(str(out/gen.CHECKPOINT))[1]["step"]) >= 1 and (out/"log.csv").exists()
+  assert sorted(f.name for f in out.iterdir()) in (["checkpoint.safetensors", "log.csv"],
+                                                  ["checkpoint.safetensors", "log.csv", "loss.png"])
+
+# -- the pieces
+
+def test_adamw_matches_numpy():
+  rng, names = np.random.default_rng(0), ["a.weight", "a.bias", "x.kernel.kernel.log_dt", "x.ssm_k_kernel.kernel.C", "b.weight"]
+  shapes = [(24, 7), (5,), (64,), (1, 16, 8), (24, 7)]
+  p64 = {k: rng.standard_normal(s) for k, s in zip(names, shapes)}
+  params = {k: Tensor(x.astype(np.float32)).realize() for k, x in p64.items()}
+  m, v = ({k: np.zeros(s) for k, s in zip(names, shapes)} for _ in "mv")
+  opt, lr, wd, clip = train.AdamW(params), 3e-3, 0.1, 1.0
+  update = TinyJit(lambda grads, hyper: opt.update(grads, hyper))
+  for step in range(5):
+    g = {k: rng.standard_normal(x.shape) * (3 if step % 2 else 0.01) for k, x in p64.items()}     # clipped, not clipped
+    rate = lr / (step+1)
+    norm = update({k: Tensor(x.astype(np.float32)).realize() for k, x in g.items()}, opt.hyper(step, rate, wd, clip, 1/3)).item()
+    want = sum((x*x).sum() for x in g.values())**0.5
+    assert norm == pytest.approx(want, rel=1e-5)
+    for k in names:
+      gk = g[k] * min(1, clip/(want+1e-6))
+      m[k], v[k] = 0.9*m[k] + 0.1*gk, 0.95*v[k] + 0.05*gk*gk
+      rate_k = rate/3 if "log_dt" in k else rate
+      up = m[k]/(1-0.9**(step+1)) / (np.sqrt(v[k]/(1-0.95**(step+1))) + 1e-8)
+      p64[k] = p64[k] - rate_k*up - (rate*wd*p64[k] if k.endswith((".weight", ".C")) else 0)
+  for k in names:
+    np.testing.assert_allclose(params[k].numpy(), p64[k], atol=2e-6)
+    np.testing.assert_allclose(opt.v[k].numpy(), v[k], rtol=1e-4, atol=1e-9)
+
+def test_parameter_groups():
+  names = train.get_state_dict(H3LM(H3Config(d_model=16, n_layer=2, n_heads=2, attn_layers=(1,), d_state=4)))
+  group = lambda n: {k.split("layers.")[-1] for k in names if train.group_of(k) == n}
+  assert group(2) == {"0.mixer.ssm_k_kernel.kernel.B", *(f"0.mixer.kernel.kernel.{k}" for k in ("log_dt", "B", "inv_A_real", "A_imag"))}
+  assert {"0.mixer.kernel.kernel.C", "0.mixer.ssm_k_kernel.kernel.C", "0.mixer.D", "0.mixer.ssm_k_D", "1.mixer.Wqkv.weight"} <= group(0)
+  assert {"0.norm1.weight", "1.mlp.fc1.bias", "backbone.embeddings.word_embeddings.weight", "backbone.ln_f.weight"} <= group(1)
+  assert all(k.endswith((".weight", ".C", ".D", "ssm_k_D")) for k in group(0))
+
+def test_schedule():
+  f = lambda step: train.learning_rate(step, 100, 1.0, 10)
+  assert f(0) == 0.1 and f(9) == 1.0 and f(10) == 1.0
+  assert f(55) == pytest.approx(0.55) and f(99) == pytest.approx(0.1, abs=1e-3)
+  assert all(f(i) >= f(i+1) for i in range(10, 99)) and train.learning_rate(0, 1, 1.0, 0) == 1.0
+
+def test_split_and_batches(run8, tmp_path):
+  "Held-out text is nowhere in the training part; the same seed and step give the same batch."
+  texts = [np.full(10, i, np.uint16) for i in range(40)]
+  a, b = train.split(texts, 0.05)
+  assert set(b) == {38, 39} and set(a) == set(range(38))
+  a, b = train.split([np.arange(100)], 0.05)
+  assert a.tolist() == list(range(95)) and b.tolist() == list(range(95, 100))
+  args = train.settle([*run8[1], "--out", str(tmp_path)])[0]
+  one, two = train.text_task(args), train.text_task(args)
+  for s in (0, 1, 77):
+    (x, y), (x2, y2) = one.batch(s), two.batch(s)
+    assert (x == x2).all() and (y == y2).all() and (x[:, 1:] == y[:, :-1]).all() and x.shape == (2, 16)
+  assert not (one.batch(0)[0] == one.batch(1)[0]).all()
+  assert one.bits == pytest.approx(1/np.log(2), rel=1e-3)
+  files = train.stdlib_files()
+  assert files == sorted(files) and len(files) > 100 and not any("test" in f.parts or "site-packages" in f.parts for f in files)
+
+def test_bigram_bits():
+  train_ids = np.array([0, 1, 0, 1, 2], np.uint16)        # pairs 01 10 01 12
+  x, y = np.array([0, 2]), np.array([1, 5])
+  assert train.bigram_bits(train_ids, x, y) == pytest.approx(-np.log2(3/259) - np.log2(1/257))
+
+def test_sampling():
+  rng, logits = np.random.default_rng(0), np.log([[0.5, 0.3, 0.15, 0.05]])
+  draw = lambda **kw: np.array([gen.sample(logits, rng, **kw)[0] for _ in range(2000)])
+  assert set(draw(temperature=0)) == {0} and set(draw(top_k=1)) == {0}
+  assert set(draw(top_k=2)) == {0, 1} and set(draw(top_p=0.75)) == {0, 1} and set(draw(top_p=0.85)) == {0, 1, 2}
+  assert set(draw(top_p=1e-9)) == {0} and set(draw()) == {0, 1, 2, 3}
+  share = np.bincount(draw(temperature=0.5), minlength=4) / 2000        # p² in proportion
+  np.testing.assert_allclose(share, np.array([.25, .09, .0225, .0025]) / .365, atol=0.04)
+  both = gen.sample(np.array([[9.0, 0], [0, 9.0]]), rng, temperature=0.1)
+  assert both.tolist() == [0, 1]
+
+def test_stream_is_whole_characters_and_stops():
+  text = "naïve 🙂 日本語"
+  stream, pieces = gen.TextStream(), []
+  for b in text.encode(): pieces.append(stream.feed(bytes([b])))
+  assert "".join(pieces) == text and all("\ufffd" not in p for p in pieces)
+  assert gen.TextStream().feed(b"ok\xe6", final=True) == "ok\ufffd"
+  stream = gen.TextStream("END")
+  assert [stream.feed(bytes([b])) for b in b"a E EN ENDz"] == ["a", " ", "", "E ", "", "", "EN ", "", "", "", ""]
+  assert stream.done
+  stream = gen.TextStream("END")
+  assert [stream.feed(b"xEN"), stream.feed(b"", final=True)] == ["x", "EN"]
+
+def test_generation(run8, capfd):
+  "The same seed, the same text; each token as the whole forward pass gives it; --stop; --batch."
+  path = gen.find_checkpoint(str(run8[0]/"out"))
+  model = H3LM.from_pretrained(str(path))
+  prompt = np.frombuffer(b"def f", np.uint8)
+  take = lambda **kw: [t[0].tolist() for t in gen.generate(model, prompt, 12, **kw)]
+  greedy, one = take(temperature=0), take(seed=3, temperature=0.8)
+  assert one != take(seed=4, temperature=0.8)
+  logits = model(Tensor([prompt.tolist() + greedy])).numpy()[0, len(prompt)-1:-1, :257]
+  assert logits.argmax(-1).tolist() == greedy
+  with pytest.raises(gen.UserError, match="--max-length"): next(gen.generate(model, prompt, 12, max_length=16))
+  run = lambda *a: (gen.main(["--model", str(path), "--prompt", "def f", "--tokens", "12", *a]), capfd.readouterr())[1]
+  text = lambda ids: gen.ByteTokenizer().decode(ids).decode("utf-8", "replace")
+  first = run("--seed", "3")
+  assert first.out == "def f" + text(one) + "\n" and "12 generated" in first.err
+  said = text(greedy)
+  assert run("--temperature", "0", "--stop", said[4:6]).out == "def f" + said[:said.index(said[4:6])] + "\n"
+  assert "--- 2 of 2 ---" in run("--batch", "2").out
+
+# ================================================================ the README
+
+def readme_commands() -> list[str]:
+  blocks = re.findall(r"```sh\n(.*?)```", (HERE/"README.md").read_text(), re.S)
+  return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+def test_readme_commands(tmp_path, monkeypatch, capfd):
+  "Each runs as written, with small sizes added; what installs or tests is looked up instead. Nothing is left out."
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, "stdin", None)
+  (tmp_path/"notes").mkdir()
+  for f in ("book.txt", "notes/a.md"): (tmp_path/f).write_text(TEXT)
+  project, seen = (HERE/"pyproject.toml").read_text(), 0
+  for command in readme_commands():
+    for part in re.split(r" && | \| ", command):
+      words = [w.removeprefix(".venv/bin/") for w in shlex.split(part) if not re.fullmatch(r"[A-Z_]+=\S*", w)]
+      if words[0] == "echo" or words[:3] in (["python3", "-m", "venv"], ["source", "activate"]): continue
+      if words[0] == "pip":
+        for extra in re.findall(r"\w+", words[-1]): assert re.search(rf"^{extra} = \[", project, re.M), command
+      elif words[1:3] == ["-m", "pytest"]: assert (HERE/words[-1 if "-k" not in words else words.index("-k")-1]).is_file(), command
+      elif "--help" in words:
+        with pytest.raises(SystemExit) as stop: {"train.py": train, "generate.py": gen}[words[1]].main(words[2:])
+        assert stop.value.code == 0
+      elif words[1] == "train.py":
+        shape = [] if "--init" in words or "--resume" in words else [*TINY[:8], "--n-layer", "1"]
+        with Context(FLASH=int("FLASH=0" not in part)):
+          assert train.main([*words[2:], *shape, *TINY[8:], "--steps", "2" if "--resume" in words else "1"]) == 0, command
+      elif words[1] == "generate.py": assert gen.main([*words[2:], "--tokens", "2"]) == 0, command
+      else: assert False, f"no test for: {command}"
+      seen += 1
+  assert seen >= 8
