@@ -83,8 +83,9 @@ def test_kernel_fftconv_takes_views_and_the_jit():
 def test_kernel_fftconv_launches():
   "One for the filter's spectrum and one forward; one back for all gates and the spectrum, one for the filter."
   u, v, q, r = (Tensor(normal(2, 64, 16)).realize() for _ in range(4))
-  k, n = Tensor(normal(16, 64)).realize(), GlobalCounters.kernel_count
-  y = fftconv(u, k, None, v, q, channels_last=True)
+  k = Tensor(normal(16, 64)).realize()
+  fftconv(u, k, channels_last=True).realize()                              # the table of roots is made once
+  y, n = fftconv(u, k, None, v, q, channels_last=True), GlobalCounters.kernel_count
   grads = y.gradient(u, k, v, q, gradient=r)
   y.realize()
   assert GlobalCounters.kernel_count - n == 2
@@ -579,6 +580,15 @@ def test_run_leaves_what_it_promises(run8):
   try: import matplotlib
   except ImportError: return
   assert (out/"loss.png").read_bytes().startswith(b"\x89PNG")
+
+def test_a_new_run_keeps_the_old_checkpoint(run8, tmp_path):
+  "and writes beside it only once it has something to write."
+  out, old = tmp_path/"out", (run8[0]/"out"/gen.CHECKPOINT).read_bytes()
+  out.mkdir()
+  (out/gen.CHECKPOINT).write_bytes(old)
+  assert train.main([*run8[1], "--steps", "1", "--seed", "1", "--out", str(out)]) == 0
+  assert (out/"checkpoint.1.safetensors").read_bytes() == old != (out/gen.CHECKPOINT).read_bytes()
+  assert gen.find_checkpoint(str(out)) == out/gen.CHECKPOINT
 
 def test_resume_is_exact(run8, tmp_path, monkeypatch, capsys):
   "Interrupted after 4 of 8 steps and resumed: the same bits as the run that was not. With dropout too."

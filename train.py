@@ -13,7 +13,7 @@ Not here: mixed precision, gradient accumulation, several devices.
 """
 import time
 START = time.perf_counter()
-import argparse, csv, dataclasses, json, math, os, re, shutil, signal, sys, sysconfig
+import argparse, csv, dataclasses, itertools, json, math, os, re, shutil, signal, sys, sysconfig
 from pathlib import Path
 from typing import Callable, Iterator
 import numpy as np
@@ -303,7 +303,8 @@ def check_writable(out:Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (probe := out / ".writable").touch()
     probe.unlink()
-  except OSError as e: raise UserError(f"can't write to the folder {out}: {e.strerror}: name another with --out") from None
+  except OSError as e:
+    raise UserError(f"can't write to the folder {out}: {e.strerror}: name another with --out") from None
 
 # ---- what is shown --------------------------------------------------------------------------------
 
@@ -333,7 +334,8 @@ class Log:
     text = f"step {step:>{len(str(a.steps))}}/{a.steps}  loss {mean:.3f}  {mean*self.bits:.3f} bits/byte  lr {lr:.1e}"
     if len(self.rows) - self.begun > 2:                        # the first two compile and capture
       self.a_step = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
-    if self.a_step: text += f"  {a.batch*a.length/self.a_step:,.0f} tokens/s  {duration((a.steps-step)*self.a_step)} left"
+    if self.a_step:
+      text += f"  {a.batch*a.length/self.a_step:,.0f} tokens/s  {duration((a.steps-step)*self.a_step)} left"
     if self.live:
       width = shutil.get_terminal_size().columns - 1
       bar = max(0, min(20, width - len(text) - 1))              # what the text leaves
@@ -347,7 +349,8 @@ class Log:
     held = dict(self.evals)
     with open(out / "log.csv", "w", newline="") as f:
       w = csv.writer(f)
-      w.writerow(["step", "loss_nats", "bits_per_byte", "learning_rate", "held_out_bits_per_byte", "bigram_bits_per_byte"])
+      w.writerow(["step", "loss_nats", "bits_per_byte", "learning_rate", "held_out_bits_per_byte",
+                  "bigram_bits_per_byte"])
       for step, loss, lr in self.rows:
         w.writerow([step, loss, round(loss*self.bits, 5), lr, held.get(step, ""), round(self.baseline, 5)])
     try: self.plot(out / "loss.png", title)
@@ -432,7 +435,8 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
   print(task.about)
   print(f"{args.steps} steps of {args.batch} x {args.length} = {args.batch*args.length:,} tokens"
         + (f", going on after step {first}" if args.resume else ""), flush=True)
-  if path.exists() and not args.resume: print(f"note: {path} will be replaced (--resume would go on with it)", flush=True)
+  aside = next(p for i in itertools.count(1) if not (p := out / f"checkpoint.{i}.safetensors").exists())
+  if path.exists() and not args.resume: print(f"the checkpoint in {out} will be kept as {aside.name}", flush=True)
 
   @TinyJit
   def train_step(x:Tensor, y:Tensor, *hyper:Tensor) -> Tensor:
@@ -451,7 +455,7 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
     log.restart_clock()
 
   with Interrupt() as interrupt:
-    log.begun = len(log.rows)
+    log.begun, saved = len(log.rows), False
     for step in range(first, args.steps):
       lr = learning_rate(step, args.steps, args.lr, args.warmup)
       hyper = opt.hyper(step, lr, args.weight_decay, args.clip, min(1e-3, args.lr) / args.lr)
@@ -463,7 +467,11 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
       if step - first < 2: log.restart_clock()
       last = step+1 == args.steps
       if last or (not interrupt.seen and (step+1) % args.eval_every == 0): evaluate(step+1)
-      if interrupt.seen or (step+1) % args.save_every == 0 or last: save(path, model, opt, args, step+1, log)
+      if interrupt.seen or (step+1) % args.save_every == 0 or last:
+        # a new run's first: what another run left goes aside, and not before there is something to put in its place
+        if not saved and not args.resume and path.exists(): os.replace(path, aside)
+        save(path, model, opt, args, step+1, log)
+        saved = True
       if interrupt.seen and not last:
         log.write(out, title)
         log.line(f"stopped after step {step+1} of {args.steps}, saved {path}")
@@ -489,7 +497,8 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
   if args.resume or args.init:
     path = Path(args.out) / CHECKPOINT if args.resume else Path(args.init)
     if not path.is_file():
-      raise UserError(f"no checkpoint at {path}: " + ("leave --resume out to start a run" if args.resume else "--init takes a file"))
+      raise UserError(f"no checkpoint at {path}: "
+                      + ("leave --resume out to start a run" if args.resume else "--init takes a file"))
     tensors, meta = read_checkpoint(str(path))
     if meta.get("model") != "h3" or not {"config", "args", "step"} <= meta.keys():
       raise CheckpointError(f"{path} is not a checkpoint of train.py")
@@ -498,11 +507,12 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
     for k in keep:
       if k not in now: setattr(args, k, old[k])
       elif now[k] != old[k] and k in (FIXED if args.resume else SHAPE):
-        raise UserError(f"--{k.replace('_', '-')} {now[k]} differs from the checkpoint's {old[k]}: leave it out, or start afresh")
+        raise UserError(f"--{k.replace('_', '-')} {now[k]} differs from the checkpoint's {old[k]}: "
+                        "leave it out, or start afresh")
     args.resume, args.out, args.init = "resume" in now, now.get("out", OUT), now.get("init")
   if args.lr is None: args.lr = SIZES[args.size]["lr"]
   if args.warmup is None: args.warmup = min(1000, args.steps//10)
-  if args.eval_every is None: args.eval_every = max(1, args.steps//8)
+  if args.eval_every is None: args.eval_every = -(-args.steps//8)
   if args.save_every is None: args.save_every = args.eval_every
   if args.log_every is None: args.log_every = max(1, args.steps//20)
   return args, tensors, meta
