@@ -36,7 +36,7 @@ SIZES = {"tiny": dict(d_model=64, n_layer=2, n_heads=2, lr=3e-3),
          "1.3B": dict(d_model=2048, n_layer=24, n_heads=16, lr=2e-4),
          "2.7B": dict(d_model=2560, n_layer=32, n_heads=20, lr=1.6e-4)}
 
-STEPS = 500                                     # of the default run
+STEPS = 600                                     # of the default run
 KINDS = {"h3": "H3", "hybrid": "hybrid H3", "transformer": "Transformer"}
 
 def layer_list(text:str) -> list[int]:
