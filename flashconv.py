@@ -17,7 +17,7 @@ Not here: half precision; FFT lengths past 2^16 on a CPU, past what local memory
 (plain ops do those); a fused matrix product on GPUs, where tinygrad's own is good.
 """
 from __future__ import annotations
-import cmath, functools, itertools, operator, os, shutil, sys
+import cmath, functools, importlib.util, itertools, operator, os, subprocess, sys
 from typing import Callable
 import numpy as np
 from tinygrad import Device, Tensor, UOp, dtypes
@@ -362,7 +362,7 @@ def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor
   L = u.shape[1 if channels_last else 2]
   k, turned = k[:, :L], lambda x: None if x is None else x.transpose(1, 2)
   N = _length(L, k.shape[1])
-  if not serves(u.device, N) or any(x.dtype != dtypes.float for x in (k, *inputs.values())):
+  if not serves(u.device, N) or any(x.dtype != dtypes.float for x in (k, *inputs.values(), *([] if D is None else [D]))):
     if not channels_last: return fftconv_ref(u, k, D, v, q)
     return turned(fftconv_ref(turned(u), k, D, turned(v), turned(q)))
   gpu, tw, names = _gpu(u.device), _twiddles(N, u.device), tuple(inputs)
@@ -473,7 +473,7 @@ def matmul(x:Tensor, w:Tensor, transposed:bool=False, bias:Tensor|None=None) -> 
   in all three. A kernel of our own on the CPU, from SMALL multiplications on; else tinygrad's.
   """
   K, N = w.shape[-2:][::-1 if transposed else 1] if w.ndim > 1 else (0, 0)
-  fits = all(t.dtype == dtypes.float for t in (x, w)) and all_int(x.shape + w.shape) and x.shape[-1] == K
+  fits = all(t is None or t.dtype == dtypes.float for t in (x, w, bias)) and all_int(x.shape + w.shape) and x.shape[-1] == K
   fits = fits and (w.ndim == 2 or (x.shape[:-2] == w.shape[:-2] and bias is None))
   # a small product costs less where tinygrad can fuse it with what stands around it
   fits = fits and prod(x.shape)*N >= SMALL
@@ -540,6 +540,11 @@ def layernorm(x:Tensor, w:Tensor, b:Tensor, eps:float=1e-5) -> Tensor:
   return _launch(functools.partial(_norm, eps=eps), [empty(*rows.shape)], [rows, w, b], grad)[0].reshape(x.shape)
 
 # ---------------------------------------------------------------- the device
+def _is_clang(command:str) -> bool:
+  "gcc does not know tinygrad's options; a Mac without its developer tools has a clang that only says so."
+  try: return "clang" in subprocess.run([command, "--version"], capture_output=True, text=True).stdout
+  except OSError: return False
+
 def setup_device():
   """What a program calls before it touches a device.
 
@@ -549,23 +554,23 @@ def setup_device():
   registers, where tinygrad would unroll into vectors of 4: a training step took 0.83 s instead of
   0.94, the first one 20 s instead of 27.
   """
-  if "CC" not in os.environ and not shutil.which("clang"):
-    try:
-      import ziglang  # noqa: F401
-      launcher = os.path.join(cache_dir, "tinygrad", "zig-clang")
-      os.makedirs(os.path.dirname(launcher), exist_ok=True)
-      with open(f"{launcher}.{os.getpid()}", "w") as f:
-        f.write(f'#!/bin/sh\nexec "{sys.executable}" -m ziglang clang "$@"\n')
-      os.chmod(f.name, 0o755)
-      os.replace(f.name, launcher)
-      os.environ["CC"] = launcher
-    except ImportError:
-      try: Device[Device.DEFAULT]
-      except Exception:
-        print("error: no GPU that tinygrad can use, and its CPU device needs a C compiler: "
-              "`pip install ziglang` (no root needed), or install clang (`apt install clang`; "
-              "on a Mac `xcode-select --install`)", file=sys.stderr)
-        sys.exit(2)
+  how = ("`pip install ziglang` (no root needed), or install clang (`apt install clang`; on a Mac "
+         "`xcode-select --install`)")
+  compiler = next((c for c in (os.environ.get("CC"), "clang") if c and _is_clang(c)), None)
+  if compiler is None and importlib.util.find_spec("ziglang"):
+    compiler = os.path.join(cache_dir, "tinygrad", "zig-clang")
+    os.makedirs(os.path.dirname(compiler), exist_ok=True)
+    with open(f"{compiler}.{os.getpid()}", "w") as f:
+      f.write(f'#!/bin/sh\nexec "{sys.executable}" -m ziglang clang "$@"\n')
+    os.chmod(f.name, 0o755)
+    os.replace(f.name, compiler)
+  if compiler: os.environ["CC"] = compiler
+  try: Device[Device.DEFAULT]
+  except Exception as e:
+    why = f"{type(e).__name__}: {e}".split("\n")[0]
+    print(f"error: tinygrad can't open a device ({why})" if compiler else "error: no GPU that tinygrad can use, "
+          f"and its CPU device needs a C compiler: {how}", file=sys.stderr)
+    sys.exit(2)
   if FLASH and not _gpu(Device.DEFAULT) and "NOOPT" not in os.environ: NOOPT.value = 1
   # tinygrad's compile workers live on instead of starting anew: the first step 9.6 s, not 12.3
   os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "100000")

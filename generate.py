@@ -204,8 +204,11 @@ def run(args:argparse.Namespace) -> None:
   path = find_checkpoint(args.model)
   tensors, meta = read_checkpoint(str(path))
   model = H3LM.from_checkpoint(tensors, meta, str(path))
-  tokenizer = TOKENIZERS.get(meta.get("tokenizer", "bytes"), ByteTokenizer)()
-  trained_on = json.loads(meta.get("args", "{}")).get("data")
+  if (name := meta.get("tokenizer", "bytes")) not in TOKENIZERS:
+    raise CheckpointError(f"{path}: its tokenizer, {name!r}, is none of {', '.join(TOKENIZERS)}")
+  tokenizer = TOKENIZERS[name]()
+  try: trained_on = json.loads(meta.get("args", "{}")).get("data")
+  except (ValueError, AttributeError): raise CheckpointError(f"{path}: its metadata are damaged") from None
   prompt = read_prompt(args, "def " if not trained_on and tokenizer.name == "bytes" else "")
   asked, count, speed = write(model, tokenizer, prompt, args.tokens, getattr(args, "stop", None), batch=args.batch,
     temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
@@ -215,6 +218,7 @@ def run(args:argparse.Namespace) -> None:
 def main(argv:list[str]|None=None) -> int:
   p = parser()
   args = p.parse_args(argv)
+  if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")
   setup_device()
   try: run(args)
   except (UserError, CheckpointError) as e: p.error(str(e))
@@ -224,6 +228,10 @@ def main(argv:list[str]|None=None) -> int:
   except BrokenPipeError:                              # the reader of our pipe, `head` say, has had enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
+  except MemoryError: p.error("not enough memory: take a smaller --batch or --max-length")
+  except OSError as e:
+    if e.filename is None: raise
+    p.error(f"{e.filename}: {e.strerror}")
   return 0
 
 if __name__ == "__main__": sys.exit(main())

@@ -57,7 +57,7 @@ class H3Config:
   max_length: int = 2048             # positions of the KV cache; training may be longer
 
   def __post_init__(self):
-    self.attn_layers = tuple(self.attn_layers)
+    self.attn_layers = tuple(sorted(set(self.attn_layers)))
     for f in ("vocab_size", "d_model", "n_layer", "n_heads", "d_state", "head_dim", "mlp_mult",
               "pad_vocab_multiple", "max_length"):
       if not isinstance(getattr(self, f), int) or getattr(self, f) < 1:
@@ -534,7 +534,7 @@ def save_checkpoint(path:str, tensors:dict[str, Tensor], metadata:dict[str, str]
   head = json.dumps(header, separators=(",", ":")).encode()
   head += b" " * (-len(head) % 8)
   try:
-    with open(tmp := f"{path}.tmp", "wb") as f:
+    with open(tmp := f"{path}.{os.getpid()}.tmp", "wb") as f:
       f.write(len(head).to_bytes(8, "little") + head)
       for a in arrays.values(): f.write(a.data)
       f.flush()
@@ -559,10 +559,11 @@ def read_checkpoint(path:str) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (ValueError, RecursionError): header = None
     need(isinstance(header, dict), "not a safetensors file (its header is not JSON)")
     meta, end = header.pop("__metadata__", {}), 0
-    need(isinstance(meta, dict), "its metadata are malformed")
+    need(isinstance(meta, dict) and all(isinstance(v, str) for v in meta.values()), "its metadata are malformed")
     try:
       entries = sorted((v["data_offsets"], k, v["dtype"], v["shape"]) for k, v in header.items())
       for (lo, hi), k, dt, shape in entries:
+        if not all(type(n) is int for n in (lo, hi, *shape)): raise TypeError
         need(dt in DTYPES, f"tensor {k} has dtype {dt}, which is not supported")
         need(lo == end and hi - lo == math.prod(shape) * DTYPES[dt].itemsize
              and min(shape, default=0) >= 0, f"its header is damaged at tensor {k}")

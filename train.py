@@ -167,9 +167,9 @@ def readable(files:Iterator[Path]) -> Iterator[str]:
 
 def split(texts:list[np.ndarray], share:float) -> tuple[np.ndarray, np.ndarray]:
   "Training and held-out tokens: the last files, or the end of the text where there are few files."
-  cut = len(texts) - round(len(texts) * share)
-  if len(texts) * share >= 1: return np.concatenate(texts[:cut]), np.concatenate(texts[cut:])
-  tokens = np.concatenate(texts)
+  cut, tokens = len(texts) - round(len(texts) * share), np.concatenate(texts)
+  if len(texts) * share >= 1 and sum(map(len, texts[cut:])) >= len(tokens) * share / 2:
+    return np.concatenate(texts[:cut]), np.concatenate(texts[cut:])
   cut = len(tokens) - round(len(tokens) * share)
   return tokens[:cut], tokens[cut:]
 
@@ -288,6 +288,15 @@ def save(path:Path, model:H3LM, opt:AdamW, args:argparse.Namespace, step:int, lo
   try: save_checkpoint(str(path), tensors, meta)
   except OSError as e: raise UserError(f"can't write {path}: {e.strerror}") from None
 
+def set_aside(path:Path) -> Path:
+  "Moves a checkpoint to the first free number beside it; never over another, not even one that appears meanwhile."
+  for i in itertools.count(1):
+    aside = path.with_name(f"checkpoint.{i}.safetensors")
+    try: os.close(os.open(aside, os.O_CREAT | os.O_EXCL))
+    except FileExistsError: continue
+    os.replace(path, aside)
+    return aside
+
 def restore(tensors:dict[str, Tensor], opt:AdamW, source:Path) -> None:
   for n in "mv":
     for k, t in getattr(opt, n).items():
@@ -318,12 +327,15 @@ class Log:
     self.args, self.bits, self.baseline = args, task.bits, task.baseline
     self.rows: list[list[float]] = []             # step, loss in nats, lr
     self.evals: list[list[float]] = []            # step, held-out bits per byte
-    self.live, self.begun, self.a_step = sys.stdout.isatty(), 0, 0.0
+    self.live, self.begun, self.a_step = bool(sys.stdout and sys.stdout.isatty()), 0, 0.0
     self.restart_clock()
 
+  def show(self, text:str, end:str="\n") -> None:
+    try: print(text, end=end, flush=True)
+    except BrokenPipeError: sys.stdout = open(os.devnull, "w")  # nobody reads any more: the training goes on
   def line(self, text:str) -> None:
     "A line that stays, over the progress line if there is one."
-    print(("\r\x1b[K" if self.live else "") + text, flush=True)
+    self.show(("\r\x1b[K" if self.live else "") + text)
 
   def step(self, step:int, loss:float, lr:float) -> None:
     a = self.args
@@ -339,13 +351,17 @@ class Log:
     if self.live:
       width = shutil.get_terminal_size().columns - 1
       bar = max(0, min(20, width - len(text) - 1))              # what the text leaves
-      print("\r\x1b[K" + f"{'━'*(bar*step//a.steps):─<{bar}} {text}"[:width].strip(), end="", flush=True)
-    elif step % a.log_every == 0 or step in (1, a.steps): print(text, flush=True)
+      self.show("\r\x1b[K" + f"{'━'*(bar*step//a.steps):─<{bar}} {text}"[:width].strip(), end="")
+    elif step % a.log_every == 0 or step in (1, a.steps): self.show(text)
 
   def restart_clock(self) -> None: self.times = [time.perf_counter()]
 
   def write(self, out:Path, title:str) -> str:
     "log.csv and loss.png; returns what to tell the user."
+    try: return self.write_files(out, title)
+    except OSError as e: return f"not the log ({e.filename}: {e.strerror})"
+
+  def write_files(self, out:Path, title:str) -> str:
     held = dict(self.evals)
     with open(out / "log.csv", "w", newline="") as f:
       w = csv.writer(f)
@@ -388,8 +404,9 @@ def cross_entropy(logits:Tensor, targets:Tensor) -> Tensor:
   return (logits.logsumexp(-1) - picked).mean()
 
 class Interrupt:
-  "While training, the first Ctrl-C or SIGTERM waits for the step to end; a second one doesn't."
-  signals, seen = (signal.SIGINT, signal.SIGTERM), 0
+  "While training, the first Ctrl-C, SIGTERM or SIGHUP waits for the step to end; a second one doesn't."
+  signals = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s)]
+  seen = 0
   def __enter__(self) -> "Interrupt":
     self.old = [signal.signal(s, self.note) for s in self.signals]
     return self
@@ -435,22 +452,25 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
   print(task.about)
   print(f"{args.steps} steps of {args.batch} x {args.length} = {args.batch*args.length:,} tokens"
         + (f", going on after step {first}" if args.resume else ""), flush=True)
-  aside = next(p for i in itertools.count(1) if not (p := out / f"checkpoint.{i}.safetensors").exists())
-  if path.exists() and not args.resume: print(f"the checkpoint in {out} will be kept as {aside.name}", flush=True)
 
   @TinyJit
-  def train_step(x:Tensor, y:Tensor, *hyper:Tensor) -> Tensor:
+  def train_step(x:Tensor, y:Tensor, *hyper:Tensor) -> tuple[Tensor, Tensor]:
     with Context(TRAINING=1):
       loss = cross_entropy(model(x), y)
       grads = loss.gradient(*params.values())
       Tensor.realize(loss, *grads)                                     # all of them before any weight changes
-      opt.update(dict(zip(params, grads)), list(hyper))
-    return loss
+      norm = opt.update(dict(zip(params, grads)), list(hyper))
+    return loss, norm
   @TinyJit
   def eval_step(x:Tensor, y:Tensor) -> Tensor: return cross_entropy(model(x), y).realize()
+  def finite(step:int, *values:float) -> None:
+    if not all(map(math.isfinite, values)):
+      raise UserError(f"the loss or the gradient is not finite at step {step}: take a smaller --lr "
+                      "(checkpoints stay as they were)")
+  def held_out(batches:list) -> float: return float(np.mean([eval_step(*to_tensors(*b)).item() for b in batches]))
   def evaluate(step:int) -> None:
-    nats = np.mean([eval_step(*to_tensors(*b)).item() for b in task.held_out])
-    log.evals.append([step, round(float(nats*task.held_out_bits), 5)])
+    finite(step, nats := held_out(task.held_out))
+    log.evals.append([step, round(nats*task.held_out_bits, 5)])
     log.line(f"step {step}: held out {log.evals[-1][1]:.3f} bits per byte")
     log.restart_clock()
 
@@ -459,17 +479,17 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
     for step in range(first, args.steps):
       lr = learning_rate(step, args.steps, args.lr, args.warmup)
       hyper = opt.hyper(step, lr, args.weight_decay, args.clip, min(1e-3, args.lr) / args.lr)
-      loss = train_step(*to_tensors(*task.batch(step)), *hyper).item()
+      loss, norm = (x.item() for x in train_step(*to_tensors(*task.batch(step)), *hyper))
       if step == first: log.line(f"first step after {time.perf_counter()-START:.1f} s")
-      if not math.isfinite(loss):
-        raise UserError(f"the loss is not finite at step {step+1}: take a smaller --lr (checkpoints stay as they were)")
+      finite(step+1, loss, norm)
       log.step(step+1, loss, lr)
       if step - first < 2: log.restart_clock()
       last = step+1 == args.steps
-      if last or (not interrupt.seen and (step+1) % args.eval_every == 0): evaluate(step+1)
+      if last or (step+1) % args.eval_every == 0: evaluate(step+1)
       if interrupt.seen or (step+1) % args.save_every == 0 or last:
-        # a new run's first: what another run left goes aside, and not before there is something to put in its place
-        if not saved and not args.resume and path.exists(): os.replace(path, aside)
+        finite(step+1, held_out(task.held_out[:1]))                    # never weights that have blown up
+        if not saved and not args.resume and path.exists():
+          log.line(f"the checkpoint that was in {out} is now {set_aside(path).name}")
         save(path, model, opt, args, step+1, log)
         saved = True
       if interrupt.seen and not last:
@@ -482,7 +502,8 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
   if args.sample:
     prompt = "def " if not args.data and args.tokenizer == "bytes" else ""
     print("\n--- a sample ---")
-    write(model, task.tokenizer, prompt, args.sample, temperature=0.7, seed=args.seed, max_length=args.sample+8)
+    try: write(model, task.tokenizer, prompt, args.sample, temperature=0.7, seed=args.seed, max_length=args.sample+8)
+    except KeyboardInterrupt: print()
     print("---")
   print(f"\nheld out: {log.evals[-1][1]:.3f} bits per byte; a byte-bigram model: {task.baseline:.3f}")
   print(f"wrote {path}, {files}; {duration(time.perf_counter()-START)} in all")
@@ -502,11 +523,18 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
     tensors, meta = read_checkpoint(str(path))
     if meta.get("model") != "h3" or not {"config", "args", "step"} <= meta.keys():
       raise CheckpointError(f"{path} is not a checkpoint of train.py")
-    old = json.loads(meta["args"])
-    keep = set(old) if args.resume else {*SHAPE, "model", "size", "tokenizer"}
+    try:
+      config = json.loads(meta["config"])
+      old = json.loads(meta["args"]) | {k: config[k] for k in SHAPE}
+      if args.resume:
+        int(meta["step"])
+        if not all(len(row) == n for name, n in (("losses", 3), ("held_out", 2)) for row in json.loads(meta[name])) \
+           or not vars(args).keys() <= old.keys(): raise ValueError
+    except (KeyError, TypeError, ValueError): raise CheckpointError(f"{path}: its metadata are damaged") from None
+    keep = set(vars(args)) if args.resume else {*SHAPE, "model", "size", "tokenizer"}
     for k in keep:
       if k not in now: setattr(args, k, old[k])
-      elif now[k] != old[k] and k in (FIXED if args.resume else SHAPE):
+      elif now[k] != old[k] and k in (FIXED if args.resume else (*SHAPE, "model", "size")):
         raise UserError(f"--{k.replace('_', '-')} {now[k]} differs from the checkpoint's {old[k]}: "
                         "leave it out, or start afresh")
     args.resume, args.out, args.init = "resume" in now, now.get("out", OUT), now.get("init")
@@ -518,9 +546,14 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
   return args, tensors, meta
 
 def main(argv:list[str]|None=None) -> int:
+  if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")
   setup_device()
   try: return train(*settle(argv))
   except (UserError, CheckpointError) as e: parser().error(str(e))
+  except MemoryError: parser().error("not enough memory: take a smaller --batch, --length or model")
+  except OSError as e:
+    if e.filename is None: raise
+    parser().error(f"{e.filename}: {e.strerror}")
   except KeyboardInterrupt:
     print("\nstopped at once: nothing was saved that was not before", file=sys.stderr)
     return 130
