@@ -104,7 +104,8 @@ def generate(model:H3LM, tokens:np.ndarray, n:int, temperature:float=1.0, top_k:
   rng = np.random.default_rng(seed)
   # prune: what depends on the weights alone (the discretised SSMs) is computed once, not at every token
   step = TinyJit(lambda tokens, state: model.step(tokens, state), prune=True)
-  logits, state = model.prefill(Tensor(tokens), model.init_state(B, room))
+  # every step reads the whole cache: no larger than this text needs, in sizes that kernels are compiled for
+  logits, state = model.prefill(Tensor(tokens), model.init_state(B, min(room, -(-(P+n)//256)*256)))
   for i in range(n):
     token = sample(logits.numpy()[:, :model.config.vocab_size], rng, temperature, top_k, top_p)
     yield token
