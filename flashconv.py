@@ -243,7 +243,7 @@ def _conv(names:tuple[str, ...], gpu:bool) -> Callable:
   @functools.cache
   def kernel(y:UOp, kf:UOp, tw:UOp, *inputs:UOp) -> UOp:
     x, N = dict(zip(names, inputs)), tw.shape[1]
-    B, H, L = _bhl(x["u"], gpu)
+    B, H, L = _turned(x["u"].shape, gpu)
     g = Group(H, N, gpu)
     p = UOp.special(-(-B//2), "gidx1") if gpu else g.loop(-(-B//2))
     rows, z = Rows(g, B, L, p), Block(g, tw, 0)
@@ -270,7 +270,7 @@ def _conv_grad(names:tuple[str, ...], gpu:bool) -> Callable:
   def kernel(dkf:UOp, *bufs:UOp) -> UOp:
     n = len(names)
     d, (kf, tw, dy), x = dict(zip(names, bufs[:n])), bufs[n:n+3], dict(zip(names, bufs[n+3:]))
-    (B, H, L), N = _bhl(x["u"], gpu), tw.shape[1]
+    (B, H, L), N = _turned(x["u"].shape, gpu), tw.shape[1]
     g = Group(H, N, gpu)
     z, e, acc = (Block(g, tw, slot) for slot in range(3))
     zero = lambda mem, t, lane: acc.put(mem, t, lane, (ZERO, ZERO))
@@ -313,9 +313,10 @@ def _conv_grad(names:tuple[str, ...], gpu:bool) -> Callable:
   return kernel
 
 def _times(a:Pair, b:Pair) -> Pair: return a[0]*b[0], a[1]*b[1]  # two real rows, two real gates
-def _bhl(x:UOp, gpu:bool) -> tuple[int, int, int]:
-  B, H, L = x.shape if gpu else (x.shape[0], x.shape[2], x.shape[1])
-  return B, H, L
+def _turned(shape:tuple[int, ...], gpu:bool) -> tuple[int, int, int]:
+  "(B,H,L) to the layout of the device's kernels, or back: the CPU's have the channels last."
+  a, b, c = shape
+  return (a, b, c) if gpu else (a, c, b)
 
 # ---------------------------------------------------------------- the public function
 @functools.cache
@@ -324,6 +325,12 @@ def _twiddles(N:int, device:str) -> Tensor:
   return Tensor(np.stack([w.real, w.imag]).astype(np.float32), device=device).realize()
 
 def _gpu(device:str) -> bool: return Device[device].renderer.has_local
+
+def _float_on_cpu(*tensors:Tensor|None) -> bool:
+  "Whether the CPU's matrix product and layer norm serve: float32, on one device without local memory."
+  device = tensors[0].device
+  return bool(FLASH) and all(t is None or t.dtype == dtypes.float for t in tensors) \
+    and isinstance(device, str) and not _gpu(device)
 
 def _stored(x:Tensor) -> Tensor:
   "x in storage of its own, copied only if it is a view or an expression: the kernels take no views."
@@ -339,7 +346,7 @@ def _spectrum_of(k:Tensor, D:Tensor|None, N:int, gpu:bool) -> Tensor:
   def grad(dkf:UOp, call:UOp) -> tuple:
     dk = _launch(_spectrum_grad(gpu), [empty(H, _padded(1, K, N)[1])], [tw, Tensor(dkf)])[0]
     return None, None, dk[:, :K].uop, *(dk[:, 0].uop for _ in D)               # dD = dk at lag 0
-  kf = empty(*((2, H, N) if gpu else (2, N, H)))
+  kf = empty(*_turned((2, H, N), gpu))
   return _launch(_spectrum(gpu), [kf], [tw, k, *D], grad)[0]
 
 def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor|None=None,
@@ -371,16 +378,15 @@ def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor
   turn = turned if gpu == channels_last else lambda x: x  # to the kernel's layout and back
   B, (Bp, Lp) = u.shape[0], _padded(u.shape[0], L, N)
   cut = lambda x: x[:B, :, :L] if gpu else x[:B, :L]
-  empty = lambda: Tensor.empty(*((Bp, H, Lp) if gpu else (Bp, Lp, H)), device=u.device)
+  empty = lambda *shape: Tensor.empty(*_turned(shape, gpu), device=u.device)
   def grad(dy:UOp, call:UOp) -> tuple:
     kf, tw, *x = (Tensor(s) for s in call.src[2:])
-    dkf = Tensor.empty(*((2, H, N) if gpu else (2, N, H)), device=u.device)
-    outs, ins = [dkf, *(empty() for _ in names)], [kf, tw, cut(Tensor(dy)), *x]
+    outs, ins = [empty(2, H, N), *(empty(Bp, H, Lp) for _ in names)], [kf, tw, cut(Tensor(dy)), *x]
     dkf, *d = _launch(_conv_grad(names, gpu), outs, ins)
     if k.shape[0] == 1: dkf = dkf.sum(1 if gpu else 2, keepdim=True)
     return None, dkf.uop, None, *(cut(x).uop for x in d)
   ins = [kf, tw, *(turn(x) for x in inputs.values())]
-  return turn(cut(_launch(_conv(names, gpu), [empty()], ins, grad)[0]))
+  return turn(cut(_launch(_conv(names, gpu), [empty(Bp, H, Lp)], ins, grad)[0]))
 
 def serves(device:str|tuple, N:int) -> bool:
   "Whether a kernel for FFT length N runs on the device: asked of its renderer, never of its name."
@@ -473,11 +479,10 @@ def matmul(x:Tensor, w:Tensor, transposed:bool=False, bias:Tensor|None=None) -> 
   in all three. A kernel of our own on the CPU, from SMALL multiplications on; else tinygrad's.
   """
   K, N = w.shape[-2:][::-1 if transposed else 1] if w.ndim > 1 else (0, 0)
-  fits = all(t is None or t.dtype == dtypes.float for t in (x, w, bias)) and all_int(x.shape + w.shape) and x.shape[-1] == K
+  fits = _float_on_cpu(x, w, bias) and all_int(x.shape + w.shape) and x.shape[-1] == K
   fits = fits and (w.ndim == 2 or (x.shape[:-2] == w.shape[:-2] and bias is None))
   # a small product costs less where tinygrad can fuse it with what stands around it
-  fits = fits and prod(x.shape)*N >= SMALL
-  if not (FLASH and fits and isinstance(x.device, str)) or _gpu(x.device):
+  if not fits or prod(x.shape)*N < SMALL:
     y = x @ (w.transpose(-1, -2) if transposed else w)
     return y if bias is None else y + bias
   a = x.reshape(1, -1, K) if w.ndim == 2 else x.reshape(-1, *x.shape[-2:])
@@ -530,8 +535,7 @@ def _norm_grad(dx:UOp, dw:UOp, db:UOp, x:UOp, w:UOp, dy:UOp, eps:float) -> UOp:
 
 def layernorm(x:Tensor, w:Tensor, b:Tensor, eps:float=1e-5) -> Tensor:
   "(x - mean)/sqrt(variance + eps) · w + b over the last axis: x (…,D), w, b (D,). Differentiable once in all three."
-  if not FLASH or any(t.dtype != dtypes.float for t in (x, w, b)) or not isinstance(x.device, str) or _gpu(x.device):
-    return x.layernorm(eps=eps)*w + b
+  if not _float_on_cpu(x, w, b): return x.layernorm(eps=eps)*w + b
   rows, empty = x.reshape(-1, x.shape[-1]), functools.partial(Tensor.empty, device=x.device)
   def grad(dy:UOp, call:UOp) -> tuple:
     x, w = (Tensor(s) for s in call.src[2:4])

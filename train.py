@@ -485,9 +485,10 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
       log.step(step+1, loss, lr)
       if step - first < 2: log.restart_clock()
       last = step+1 == args.steps
+      saving = interrupt.seen or (step+1) % args.save_every == 0 or last
       if last or (step+1) % args.eval_every == 0: evaluate(step+1)
-      if interrupt.seen or (step+1) % args.save_every == 0 or last:
-        finite(step+1, held_out(task.held_out[:1]))                    # never weights that have blown up
+      elif saving: finite(step+1, held_out(task.held_out[:1]))         # never weights that have blown up
+      if saving:
         if not saved and not args.resume and path.exists():
           log.line(f"the checkpoint that was in {out} is now {set_aside(path).name}")
         save(path, model, opt, args, step+1, log)
@@ -513,6 +514,7 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
 def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|None]:
   "The options, completed by the checkpoint that --resume or --init names, and that checkpoint."
   args, now = parser().parse_args(argv), given(argv)
+  setup_device()                                       # not before: --help and a wrong option need none
   tensors = meta = None
   if args.resume and args.init: raise UserError("--resume goes on with a run, --init starts one: give one of them")
   if args.resume or args.init:
@@ -547,7 +549,6 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
 
 def main(argv:list[str]|None=None) -> int:
   if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")
-  setup_device()
   try: return train(*settle(argv))
   except (UserError, CheckpointError) as e: parser().error(str(e))
   except MemoryError: parser().error("not enough memory: take a smaller --batch, --length or model")
