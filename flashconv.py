@@ -9,7 +9,7 @@ Glossary. B batch, H channels, L length, K taps, N ≥ L + K - 1 length of the F
   v, q    (B,H,L)  gates before, after    D   (H,)   skip term
   y = q * (k ∗ (u*v) + D*(u*v))           the long convolution of the H3 layer, section 3.1
   F                                       discrete Fourier transform of length N
-  kf      (2,N,H)  F(k + D δ)/N           the filter's spectrum, re and im, digit-reversed
+  kf      F(k + D δ)/N                    the filter's spectrum, digit-reversed, kept in registers
 Also here, where tinygrad's own are slow on a CPU: `matmul` and `layernorm`, with their gradients.
 Compare: `python train.py` runs on the kernels, `FLASH=0 python train.py` on plain ops.
 
@@ -17,13 +17,13 @@ Not here: half precision; FFT lengths past 2^16 on a CPU, past what local memory
 (plain ops do those); a fused matrix product on GPUs, where tinygrad's own is good.
 """
 from __future__ import annotations
-import cmath, functools, importlib.util, itertools, operator, os, subprocess, sys
-from typing import Callable
+import cmath, ctypes, functools, importlib.util, itertools, operator, os, queue, subprocess, sys, threading, time
+from typing import Callable, NamedTuple
 import numpy as np
 from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.dtype import AddrSpace
 from tinygrad.helpers import NOOPT, ContextVar, all_int, cache_dir, prod
-from tinygrad.uop.ops import AxisType, KernelInfo
+from tinygrad.uop.ops import AxisType, KernelInfo, Ops, PatternMatcher, UPat, graph_rewrite
 
 FLASH = ContextVar("FLASH", 1)  # 0: plain tinygrad ops everywhere
 
@@ -67,261 +67,318 @@ def fftconv_ref(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None,
 
 # ---------------------------------------------------------------- the block FFT, as a kernel's author sees it
 RADIX = 8
-MAX_N = 1 << 16
+MAX_N = 1 << 16                      # FFT length on a CPU: 2 MB of stack in the backward pass
 
-def _rotate(x:Pair, w:complex) -> Pair:
-  "x·w for a constant w of modulus 1, without the products by 0 and ±1."
-  c, s = round(w.real, 15), round(w.imag, 15)
-  if s == 0: return x if c == 1 else (-x[0], -x[1])
-  if c == 0: return (-x[1], x[0]) if s > 0 else (x[1], -x[0])
-  return x[0]*c - x[1]*s, x[0]*s + x[1]*c
+class Machine(NamedTuple):
+  "What the kernels ask of a device's renderer; its name is never asked."
+  gpu: bool                          # threads, local memory and barriers; else loops
+  cores: int                         # threads of a CPU that share the outermost loop
+  scratch: int                       # bytes of local memory
+  has_sub: bool                      # renders a - b
+
+@functools.cache
+def machine(device:str) -> Machine:
+  r = Device[device].renderer
+  return Machine(r.has_local, r.global_max[0] if r.has_threads else 1, r.shared_max, Ops.SUB in r.code_for_op)
+
+class Real:
+  """±x or 0, a float in a register.
+
+  The sign is carried here and zeros are dropped here: tinygrad writes a - b as a + (-1)·b and
+  multiplies sums out, which made the butterflies a third longer.
+  """
+  def __init__(self, x:UOp|None, sign:int=1): self.x, self.sign = x, sign
+  def __neg__(a) -> Real: return Real(a.x, -a.sign)
+  def __add__(a, b:Real) -> Real:
+    if not a.sign or not b.sign: return a if a.sign else b
+    if a.sign == b.sign: return Real(a.x + b.x, a.sign)
+    return Real(a.x.alu(Ops.SUB, b.x)) if a.sign > 0 else Real(b.x.alu(Ops.SUB, a.x))
+  def __sub__(a, b:Real) -> Real: return a + -b
+  def __mul__(a, b:Real|float) -> Real:
+    sign = a.sign*(b.sign if isinstance(b, Real) else 1 if b > 0 else -1)
+    return Real(a.x*(b.x if isinstance(b, Real) else abs(b)), sign) if sign else ZERO
+  @property
+  def uop(a) -> UOp: return a.x if a.sign > 0 else a.x*-1 if a.sign < 0 else UOp.const(0.0, dtypes.float)
+
+ZERO = Real(None, 0)
+
+def rotate(x:Pair, w:complex) -> Pair:
+  "x·w for a constant w of modulus 1, with the fewest products"
+  (a, b), c, s = x, round(w.real, 15), round(w.imag, 15)
+  if s == 0: return x if c == 1 else (-a, -b)
+  if c == 0: return (-b, a) if s > 0 else (b, -a)
+  if abs(c) == abs(s): return ((a-b)*c, (a+b)*c) if c == s else ((a+b)*c, (b-a)*c)
+  return cmul(x, (c, s))
 
 def dft(x:list[Pair], sign:int) -> list[Pair]:
   "X[k] = Σ_n x[n] exp(sign 2πi nk/R) of R = 2^m values in registers: a radix-2 tree, written out."
   if (R := len(x)) == 1: return x
   even, odd = dft(x[0::2], sign), dft(x[1::2], sign)
-  odd = [_rotate(o, cmath.exp(sign*2j*cmath.pi*i/R)) for i, o in enumerate(odd)]
+  odd = [rotate(o, cmath.exp(sign*2j*cmath.pi*i/R)) for i, o in enumerate(odd)]
   return [tuple(f(a, b) for a, b in zip(e, o))
           for f in (operator.add, operator.sub) for e, o in zip(even, odd)]
 
-ZERO = UOp.const(0.0, dtypes.float)
-
 class Group:
-  """A work group (GPU), or one turn of the outermost loop (CPU): some channels, hands to work on them.
+  """One channel and the hands that work on it: the threads of a work group (GPU), or one turn of the
+  outermost loop (CPU), which the cores share.
 
-  On a GPU a group has one channel and a thread a butterfly; tensors are (B,H,L), so that threads
-  read neighbours. On a CPU it has as many channels as fill the vector registers, in the innermost
-  loop, which clang vectorises; tensors are (B,L,H).
+  N = 8 M: the first pass of the transform splits it into 8 transforms of length M, which go on side
+  by side, as the lanes of a vector register (CPU) or in neighbouring threads (GPU).
   """
-  def __init__(self, H:int, N:int, gpu:bool):
-    self.gpu, self.N, self.ids = gpu, N, itertools.count()
-    self.lanes = 1 if gpu else self.most_lanes(H, N)
-    self.threads = min(N//RADIX, 256)
-    self.g = UOp.special(H, "gidx0") if gpu else self.loop(H//self.lanes)
-    self.thread = UOp.special(self.threads, "lidx0") if gpu else None
-    self.passes, M = [], N           # (M, R): sub-length before the pass, radix; the last has M = R
-    while M > RADIX: self.passes.append((M, RADIX)); M //= RADIX
-    self.passes.append((M, M))
+  def __init__(self, m:Machine, H:int, N:int):
+    self.m, self.N, self.M, self.ids = m, N, N//RADIX, itertools.count()
+    self.threads = min(self.M, 256)
+    self.passes, M = [], self.M      # sub-lengths of the passes over the lanes; the last has radix R
+    while M > RADIX: self.passes.append(M); M //= RADIX
     self.R = M
-  @staticmethod
-  def most_lanes(H:int, N:int) -> int:
-    "One or two vector registers of channels, and scratch that stays in the cache, on the stack."
-    most = {16: 1 << 13, 8: 1 << 16, 4: 1 << 16}
-    return next(V for V in (16, 8, 4, 2, 1) if H % V == 0 and V*N <= most.get(V, V*N))
-  def loop(self, n:int) -> UOp: return UOp.range(n, next(self.ids))
-  def sweep(self, n:int, body:Callable[[UOp, UOp], list[UOp]]) -> UOp:
-    "body(t, lane) for t < n, over the threads or in a loop."
-    if self.gpu: return UOp.group(*[s for t in range(0, n, self.threads) for s in body(self.thread + t, 0)])
-    t, lane = self.loop(n), self.loop(self.lanes)
-    return UOp.group(*body(t, lane)).end(lane, t)
-  def channel(self, lane:UOp) -> UOp: return self.g*self.lanes + lane
-  def cell(self, x:UOp, b:UOp|int, i:UOp, lane:UOp) -> UOp:
-    "Place i of this lane's channel in row b of x; of the only channel, if x has one."
-    h = 0 if x.shape[1 if self.gpu else 2] == 1 else self.channel(lane)
-    return x[b, h, i] if self.gpu else x[b, i, h]
-  def pair(self, x:UOp, i:UOp, lane:UOp) -> Pair: return self.cell(x, 0, i, lane), self.cell(x, 1, i, lane)
+    if m.gpu:
+      self.h, self.thread, self.outer = UOp.special(H, "gidx0"), UOp.special(self.threads, "lidx0"), ()
+    else:
+      cores = next(c for c in range(m.cores, 0, -1) if H % c == 0)
+      core = UOp.range(cores, next(self.ids), AxisType.THREAD if cores > 1 else AxisType.LOOP)
+      i = self.loop(H//cores)
+      self.h, self.outer = core*(H//cores) + i, (i, core)
+  def loop(self, n:int, axis:AxisType=AxisType.LOOP) -> UOp: return UOp.range(n, next(self.ids), axis)
+  def columns(self, body:Callable[[UOp], list[UOp]]) -> UOp:
+    "body(j) for j < M; clang makes vectors of the loop over j."
+    if self.m.gpu: return UOp.group(*[s for t in range(0, self.M, self.threads) for s in body(self.thread + t)])
+    return UOp.group(*body(j := self.loop(self.M))).end(j)
+  def everywhere(self, P:int, body:Callable[[UOp, UOp], list[UOp]]) -> UOp:
+    "body(p, j) for p < P, j < M: columns that don't meet in scratch memory."
+    if not self.m.gpu: return UOp.group(*body(p := self.loop(P), j := self.loop(self.M))).end(j, p)
+    p, t = UOp.special(P, "gidx1"), UOp.special(self.M//self.threads, "gidx2")
+    return UOp.group(*body(p, t*self.threads + self.thread))
+  def lanes(self, n:int, body:Callable[[int|UOp, UOp, UOp], list[UOp]]) -> UOp:
+    "body(turn, t, lane) for t < n in each lane; turn counts a thread's own."
+    if self.m.gpu:
+      places = [self.thread + t for t in range(0, n*RADIX, self.threads)]
+      return UOp.group(*[s for turn, t in enumerate(places) for s in body(turn, t//RADIX, t%RADIX)])
+    t, lane = self.loop(n), self.loop(RADIX)
+    return UOp.group(*body(t, t, lane)).end(lane, t)
   def finish(self, done:UOp, name:str) -> UOp:
-    return (done if self.gpu else done.end(self.g)).sink(arg=KernelInfo(name=name, opts_to_apply=()))
+    sink = done.end(*self.outer).sink(arg=KernelInfo(name=f"{name}_{self.N}", opts_to_apply=()))
+    return sink if self.m.has_sub else graph_rewrite(sink, without_sub)
+
+without_sub = PatternMatcher([(UPat(Ops.SUB, src=(UPat.var("a"), UPat.var("b"))), lambda a, b: a + b*-1)])
+
+class Kept:
+  "A spectrum in registers: of each butterfly of the last pass, with the hands that work on it."
+  def __init__(self, group:Group, slot:int):
+    self.group, self.done = group, group.outer
+    shape = (2, group.N//group.threads, 1) if group.m.gpu else (2, group.M, RADIX)
+    self.mem = UOp.placeholder(shape, dtypes.float, slot=slot, addrspace=AddrSpace.REG)
+  def at(self, turn:int|UOp, lane:UOp, *after:UOp) -> Callable[[int], tuple[UOp, UOp]]:
+    mem, lane = self.mem.after(*self.done, *after), 0 if self.group.m.gpu else lane
+    return lambda r: tuple(mem[c, turn*self.group.R + r, lane] for c in range(2))
+  def get(self, turn:int|UOp, lane:UOp, *after:UOp) -> list[Pair]:
+    place = self.at(turn, lane, *after)
+    return [tuple(Real(x) for x in place(r)) for r in range(self.group.R)]
+  def put(self, turn:int|UOp, lane:UOp, X:list[Pair], *after:UOp) -> list[UOp]:
+    place = self.at(turn, lane, *after)
+    return [x.store(v.uop) for r, z in enumerate(X) for x, v in zip(place(r), z)]
 
 class Block:
-  """N complex numbers a channel in scratch memory, and the passes of their transform, in place.
+  """N complex numbers in scratch memory, and the passes of their transform, in place.
 
   Forward by decimation in frequency (natural order in, digit-reversed out), back by decimation in
-  time (the reverse): with the spectrum kept digit-reversed nothing is ever reordered. A butterfly
-  writes the places it has read and no others, so one barrier a pass is enough. `done` is what has
-  to be finished before the next reader.
+  time (the reverse): with spectra kept digit-reversed nothing is ever reordered. A butterfly writes
+  the places it has read and no others, so one barrier a pass is enough. `done` is what has to be
+  finished before the next reader.
   """
-  def __init__(self, group:Group, tw:UOp, slot:int):
-    self.group, self.tw, self.done = group, tw, ()
+  def __init__(self, group:Group, tw:UOp):
+    self.group, self.tw, self.done = group, tw, group.outer
     # LOCAL on a CPU puts a fence at every loop's end, nothing is vectorised: 6x slower
-    space = AddrSpace.LOCAL if group.gpu else AddrSpace.REG
-    self.mem = UOp.placeholder((2, group.N, group.lanes), dtypes.float, slot=slot, addrspace=space)
-  def sweep(self, n:int, body:Callable, after:tuple=()):
-    mem = self.mem.after(*self.done, *after)
-    self.done = (self.group.sweep(n, lambda t, lane: body(mem, t, lane)),)
-  def get(self, mem:UOp, i:UOp, lane:UOp) -> Pair: return mem[0, i, lane], mem[1, i, lane]
-  def put(self, mem:UOp, i:UOp, lane:UOp, z:Pair) -> list[UOp]:
-    return [mem[c, i, lane].store(z[c]) for c in range(2)]
-  def twiddle(self, x:list[Pair], j:UOp, M:int, sign:int) -> list[Pair]:
-    "x[r] · exp(sign 2πi jr/M)"
-    w = [tuple(self.tw[c, j*(r*(self.group.N//M))] for c in range(2)) for r in range(len(x))]
-    return [z if r == 0 else cmul(z, w[r] if sign < 0 else conj(w[r])) for r, z in enumerate(x)]
-  def forward(self, load:Callable[[UOp, int, UOp], Pair]):
-    "All passes but the last of X = F x; the first takes x at j + off from load(j, off, lane)."
-    N = self.group.N
-    for M, R in self.group.passes[:-1]:
-      def butterfly(mem:UOp, t:UOp, lane:UOp, M=M, R=R, S=M//R) -> list[UOp]:
-        j, i = t%S, t//S*M + t%S
-        x = [load(j, r*S, lane) if M == N else self.get(mem, i + r*S, lane) for r in range(R)]
-        x = self.twiddle(dft(x, -1), j, M, -1)                                 # x = T · (F_R x)
-        return [s for r in range(R) for s in self.put(mem, i + r*S, lane, x[r])]
-      self.sweep(N//R, butterfly)
-  def inverse(self, store:Callable[[UOp, int, UOp, Pair], list[UOp]]):
-    "All passes but the first of x = N F⁻¹ X. The last hands x at j + off to store(j, off, lane, x)."
-    N = self.group.N
-    for M, R in self.group.passes[-2::-1]:
-      def butterfly(mem:UOp, t:UOp, lane:UOp, M=M, R=R, S=M//R) -> list[UOp]:
-        j, i = t%S, t//S*M + t%S
-        x = [self.get(mem, i + r*S, lane) for r in range(R)]
-        x = dft(self.twiddle(x, j, M, +1), +1)                                 # x = F_R* (T* · x)
-        put = lambda r: store(j, r*S, lane, x[r]) if M == N else self.put(mem, i + r*S, lane, x[r])
-        return [s for r in range(R) for s in put(r)]
-      self.sweep(N//R, butterfly)
+    space = AddrSpace.LOCAL if group.m.gpu else AddrSpace.REG
+    self.mem = UOp.placeholder((2, group.M, RADIX), dtypes.float, slot=0, addrspace=space)
+  def get(self, mem:UOp, i:UOp, lane:UOp|int) -> Pair: return tuple(Real(mem[c, i, lane]) for c in range(2))
+  def put(self, mem:UOp, i:UOp, lane:UOp|int, z:Pair) -> list[UOp]:
+    return [mem[c, i, lane].store(z[c].uop) for c in range(2)]
+  def twiddle(self, x:list[Pair], j:UOp, sign:int) -> list[Pair]:
+    "x[r] · exp(sign 2πi jr/N)"
+    return [z if r == 0 else cmul(z, (Real(self.tw[0, r, j]), Real(self.tw[1, r, j], -sign))) for r, z in enumerate(x)]
+  def free(self):
+    "Others may write next where somebody still reads: that takes a barrier of its own on a GPU."
+    if self.group.m.gpu: self.done = (UOp.group(*self.done).barrier(),)
+  def forward(self, load:Callable[[UOp, int], Pair], *after:UOp):
+    "All passes but the last of X = F x, with x at j + off from load(j, off)."
+    g, mem = self.group, self.mem.after(*self.done, *after)
+    def split(j:UOp) -> list[UOp]:
+      x = self.twiddle(dft([load(j, r*g.M) for r in range(RADIX)], -1), j, -1)          # x = T · (F₈ x)
+      return [s for r in range(RADIX) for s in self.put(mem, j, r, x[r])]
+    self.done = (g.columns(split),)
+    for M in g.passes: self.inner(M, lambda x, j: self.twiddle(dft(x, -1), j, -1))      # x = T · (F₈ x)
+  def inner(self, M:int, butterfly:Callable[[list[Pair], UOp], list[Pair]]):
+    "A radix-8 pass over sub-transforms of length M, in each lane."
+    g, S, mem = self.group, M//RADIX, self.mem.after(*self.done)
+    def body(_:int|UOp, t:UOp, lane:UOp) -> list[UOp]:
+      j, i = t%S, t//S*M + t%S
+      x = butterfly([self.get(mem, i + r*S, lane) for r in range(RADIX)], j*(g.M//M*RADIX))
+      return [s for r in range(RADIX) for s in self.put(mem, i + r*S, lane, x[r])]
+    self.done = (g.lanes(g.M//RADIX, body),)
+  def spectrum(self, body:Callable[[int|UOp, UOp, list[Pair]|None], tuple[list[Pair]|None, list[UOp]]], back_only:bool=False):
+    """The last pass of X = F x, body(turn, lane, X) -> (Y, stores), and the first pass of y = N F⁻¹ Y.
+    Without a Y nothing goes back; with back_only there is no X."""
+    g, R, mem = self.group, self.group.R, self.mem.after(*self.done)
+    def last(turn:int|UOp, t:UOp, lane:UOp) -> list[UOp]:
+      X = None if back_only else dft([self.get(mem, t*R + r, lane) for r in range(R)], -1)
+      Y, stores = body(turn, lane, X)
+      return stores + ([s for r, y in enumerate(dft(Y, +1)) for s in self.put(mem, t*R + r, lane, y)] if Y else [])
+    self.done = (g.lanes(g.M//R, last),)
+  def inverse(self, store:Callable[[UOp, int, Pair], list[UOp]]):
+    "All passes but the first of y = N F⁻¹ Y; y at j + off goes to store(j, off, y)."
+    g = self.group
+    for M in g.passes[::-1]: self.inner(M, lambda x, j: dft(self.twiddle(x, j, +1), +1))  # x = F₈* (T* · x)
+    mem = self.mem.after(*self.done)
+    def join(j:UOp) -> list[UOp]:
+      x = dft(self.twiddle([self.get(mem, j, r) for r in range(RADIX)], j, +1), +1)
+      return [s for r in range(RADIX) for s in store(j, r*g.M, x[r])]
+    self.done = (g.columns(join),)
 
 class Rows:
   """Rows 2p and 2p+1 of a batch as one complex sequence: the filter is real, so the two results come
   out as re and im.
 
   Past the end of a row, and for the row that an odd batch lacks, reads give 0. Writes go to buffers
-  of whole pairs and whole strides (`_padded`), of which views cut the rest off.
+  of whole pairs and whole columns (`_padded`), of which views cut the rest off.
   """
-  def __init__(self, group:Group, B:int, L:int, p:UOp):
-    self.group, self.L, self.S = group, L, group.N//RADIX
-    self.rows = ((2*p, None), (2*p + 1, 2*p + 1 < B if B % 2 else None))
-  def load(self, j:UOp, off:int, lane:UOp, *factors:UOp) -> Pair:
+  def __init__(self, group:Group, shape:tuple[int, ...], p:UOp|int):
+    (B, _, self.L), self.group, b = shape, group, 2*p + 1
+    self.rows = [(2*p, None)] if B == 1 else [(2*p, None), (b, b < B if B % 2 else None)]
+  @staticmethod
+  def count(shape:tuple[int, ...]) -> int: return -(-shape[0]//2)
+  def load(self, j:UOp, off:int, *factors:UOp) -> Pair:
     "Π factors at j + off"
     if off >= self.L: return ZERO, ZERO
-    def read(b:UOp, *inside:UOp|None) -> UOp:
-      gate = functools.reduce(lambda a, c: c if a is None else a if c is None else a & c, inside)
-      at = b if gate is None else b.valid(gate)
-      x = [self.group.cell(x, at, j + off, lane) for x in factors]
-      return functools.reduce(operator.mul, x if gate is None else [gate.where(c, 0.0) for c in x])
-    inside = j + off < self.L if off + self.S > self.L else None
-    return tuple(read(b, inside, there) for b, there in self.rows)
-  def store(self, j:UOp, off:int, lane:UOp, out:UOp, z:Pair) -> list[UOp]:
+    inside = j + off < self.L if off + self.group.M > self.L else None
+    def read(b:UOp, there:UOp|None) -> Real:
+      gates = [c for c in (inside, there) if c is not None]
+      at = (j + off).valid(gate := functools.reduce(operator.and_, gates)) if gates else j + off
+      x = [f[b, 0 if f.shape[1] == 1 else self.group.h, at] for f in factors]
+      return Real(functools.reduce(operator.mul, [gate.where(c, 0.0) for c in x] if gates else x))
+    return *(read(*row) for row in self.rows), *[ZERO]*(2 - len(self.rows))
+  def store(self, j:UOp, off:int, out:UOp, z:Pair) -> list[UOp]:
     if off >= self.L: return []
-    return [self.group.cell(out, b, j + off, lane).store(c) for (b, _), c in zip(self.rows, z)]
+    return [out[b, self.group.h, j + off].store(c.uop) for (b, _), c in zip(self.rows, z)]
 
-def _padded(B:int, L:int, N:int) -> tuple[int, int]:
-  """Whole pairs of rows, and whole strides of the first pass: tinygrad 0.14.0 can lose the condition
+def _padded(B:int, L:int, M:int) -> tuple[int, int]:
+  """Whole pairs of rows, and whole columns of the first pass: tinygrad 0.14.0 can lose the condition
   of a store, where it leaves a single place."""
-  S = N//RADIX
-  return B + B%2, -(-L//S)*S
+  return B + (B % 2 if B > 1 else 0), -(-L//M)*M
+
+class Parts:
+  "Sub-transform h of sequence p, complex numbers between the launches of a two-level transform: (P,H,2,N)."
+  def __init__(self, group:Group, shape:tuple[int, ...], p:UOp|int): self.group, self.p = group, p
+  @staticmethod
+  def count(shape:tuple[int, ...]) -> int: return shape[0]
+  def load(self, j:UOp, off:int, x:UOp) -> Pair: return tuple(Real(x[self.p, self.group.h, c, j + off]) for c in range(2))
+  def store(self, j:UOp, off:int, out:UOp, z:Pair) -> list[UOp]:
+    return [out[self.p, self.group.h, c, j + off].store(z[c].uop) for c in range(2)]
 
 # ---------------------------------------------------------------- the kernels
-@functools.cache
-def _spectrum(gpu:bool) -> Callable:
-  "kf = F(k + D δ)/N, digit-reversed: k (H,K), D (H,), kf (2,N,H)"
-  @functools.cache
-  def kernel(kf:UOp, tw:UOp, k:UOp, *D:UOp) -> UOp:
-    (H, K), N = k.shape, tw.shape[1]
-    g = Group(H, N, gpu)
-    z = Block(g, tw, 0)
-    def load(j:UOp, off:int, lane:UOp) -> Pair:
-      if off >= K: return ZERO, ZERO
-      h, inside = g.channel(lane), None if off + N//RADIX <= K else j + off < K
-      x = k[h, j + off] if inside is None else inside.where(k[h, (j + off).valid(inside)], 0.0)
-      return x + j.eq(0).where(D[0][h], 0.0) if D and off == 0 else x, ZERO
-    z.forward(load)
-    def last(mem:UOp, t:UOp, lane:UOp) -> list[UOp]:
-      X = dft([z.get(mem, t*g.R + r, lane) for r in range(g.R)], -1)
-      return [g.cell(kf, c, t*g.R + r, lane).store(X[r][c]*(1/N)) for r in range(g.R) for c in range(2)]
-    z.sweep(N//g.R, last)
-    return g.finish(z.done[0], f"spectrum_{N}")
-  return kernel
+def _times(a:Pair, b:Pair) -> Pair: return a[0]*b[0], a[1]*b[1]  # two real rows, two real gates
+
+def _start(m:Machine, kind:type, x:dict[str, UOp], tw:UOp, k:UOp) -> tuple[Group, Block, Kept]:
+  "kf = F(k + D δ)/N, which stays in registers"
+  g = Group(m, x["u"].shape[1], RADIX*tw.shape[2])
+  z, kf, rows = Block(g, tw), Kept(g, 1), kind(g, k.shape, 0)
+  def load(j:UOp, off:int) -> Pair:
+    re, im = rows.load(j, off, k)
+    return re + Real(j.eq(0).where(x["D"][g.h], 0.0)) if "D" in x and off == 0 else re, im
+  z.forward(load)
+  z.spectrum(lambda turn, lane, X: (None, kf.put(turn, lane, [(a*(1/g.N), b*(1/g.N)) for a, b in X])))
+  kf.done = z.done
+  z.free()
+  return g, z, kf
 
 @functools.cache
-def _spectrum_grad(gpu:bool) -> Callable:
-  "dk = Re F⁻¹ dkf, the adjoint of `_spectrum`"
-  @functools.cache
-  def kernel(dk:UOp, tw:UOp, dkf:UOp) -> UOp:
-    (H, K), N = dk.shape, tw.shape[1]
-    g = Group(H, N, gpu)
-    z = Block(g, tw, 0)
-    def first(mem:UOp, t:UOp, lane:UOp) -> list[UOp]:
-      X = [_times(g.pair(dkf, t*g.R + r, lane), (1/N, 1/N)) for r in range(g.R)]
-      return [s for r, x in enumerate(dft(X, +1)) for s in z.put(mem, t*g.R + r, lane, x)]
-    z.sweep(N//g.R, first, after=(g.g,))
-    z.inverse(lambda j, off, lane, x:
-              [dk[g.channel(lane), j + off].store(x[0])] if off < K else [])
-    return g.finish(z.done[0], f"spectrum_grad_{N}")
-  return kernel
-
-@functools.cache
-def _conv(names:tuple[str, ...], gpu:bool) -> Callable:
+def _conv(names:tuple[str, ...], m:Machine, kind:type) -> Callable:
   "y = q · F⁻¹(kf · F(u v))"
   @functools.cache
-  def kernel(y:UOp, kf:UOp, tw:UOp, *inputs:UOp) -> UOp:
-    x, N = dict(zip(names, inputs)), tw.shape[1]
-    B, H, L = _turned(x["u"].shape, gpu)
-    g = Group(H, N, gpu)
-    p = UOp.special(-(-B//2), "gidx1") if gpu else g.loop(-(-B//2))
-    rows, z = Rows(g, B, L, p), Block(g, tw, 0)
-    w = [x[n] for n in "uv" if n in x]
-    z.forward(lambda j, off, lane: rows.load(j, off, lane, *w))                # Z = F (u v)
-    def product(mem:UOp, t:UOp, lane:UOp) -> list[UOp]:
-      places = [t*g.R + r for r in range(g.R)]
-      Z = dft([z.get(mem, i, lane) for i in places], -1)
-      Y = [cmul(a, g.pair(kf, i, lane)) for i, a in zip(places, Z)]            # Y = kf · Z
-      return [s for i, a in zip(places, dft(Y, +1)) for s in z.put(mem, i, lane, a)]
-    z.sweep(N//g.R, product)
-    def out(j:UOp, off:int, lane:UOp, c:Pair) -> list[UOp]:                    # y = q · F⁻¹ Y
-      if "q" in x: c = _times(c, rows.load(j, off, lane, x["q"]))
-      return rows.store(j, off, lane, y, c)
-    z.inverse(out)
-    return g.finish(z.done[0] if gpu else z.done[0].end(p), f"fftconv_{N}")
+  def kernel(y:UOp, tw:UOp, k:UOp, *inputs:UOp) -> UOp:
+    x = dict(zip(names, inputs))
+    g, z, kf = _start(m, kind, x, tw, k)
+    p = g.loop(kind.count(x["u"].shape), AxisType.REDUCE)
+    rows, w = kind(g, x["u"].shape, p), [x[n] for n in "uv" if n in x]
+    z.forward(lambda j, off: rows.load(j, off, *w), p)                                    # Z = F (u v)
+    z.spectrum(lambda turn, lane, Z: (list(map(cmul, Z, kf.get(turn, lane))), []))        # Y = kf · Z
+    gate = (lambda j, off, c: _times(c, rows.load(j, off, x["q"]))) if "q" in x else lambda j, off, c: c
+    z.inverse(lambda j, off, c: rows.store(j, off, y, gate(j, off, c)))                   # y = q · F⁻¹ Y
+    z.free()
+    return g.finish(z.done[0].end(p), "fftconv")
   return kernel
 
 @functools.cache
-def _conv_grad(names:tuple[str, ...], gpu:bool) -> Callable:
-  """The gradients of `_conv`: dkf, and du, dv, dq for those of u, v, q that are there. Nothing is
-  kept from the forward pass but its inputs: w = u v and c = k ∗ w are computed anew."""
+def _conv_grad(names:tuple[str, ...], m:Machine, kind:type) -> Callable:
+  """The gradients of `_conv`: dk, and du, dv, dq for those of u, v, q that are there. Nothing is
+  kept from the forward pass but its inputs: kf, w = u v and c = k ∗ w are computed anew."""
+  outs = [n for n in names if n != "D"]
   @functools.cache
-  def kernel(dkf:UOp, *bufs:UOp) -> UOp:
-    n = len(names)
-    d, (kf, tw, dy), x = dict(zip(names, bufs[:n])), bufs[n:n+3], dict(zip(names, bufs[n+3:]))
-    (B, H, L), N = _turned(x["u"].shape, gpu), tw.shape[1]
-    g = Group(H, N, gpu)
-    z, e, acc = (Block(g, tw, slot) for slot in range(3))
-    zero = lambda mem, t, lane: acc.put(mem, t, lane, (ZERO, ZERO))
-    acc.sweep(N, zero, after=() if gpu else (g.g,))
-    p = g.loop(-(-B//2))             # the pairs of rows in turn, each adds to the spectrum's gradient
-    rows, w, gy = Rows(g, B, L, p), [x[n] for n in "uv" if n in x], [dy, *(x[n] for n in "q" if n in x)]
-    z.forward(lambda j, off, lane: rows.load(j, off, lane, *w))                # Z = F w
-    e.forward(lambda j, off, lane: rows.load(j, off, lane, *gy))               # E = F (q dy)
-    def product(zmem:UOp, t:UOp, lane:UOp) -> list[UOp]:
-      places = [t*g.R + r for r in range(g.R)]
-      emem, total = e.mem.after(*e.done), acc.mem.after(*acc.done, p)
-      K = [g.pair(kf, i, lane) for i in places]
-      Z, E = (dft([b.get(mem, i, lane) for i in places], -1) for b, mem in ((z, zmem), (e, emem)))
-      stores = []
-      for i, a, b in zip(places, Z, E):                                        # dkf = Σ_p Z* · E
-        s, d = acc.get(total, i, lane), cmul(conj(a), b)
-        stores += acc.put(total, i, lane, (s[0] + d[0], s[1] + d[1]))
-      W = dft([cmul(conj(k), b) for k, b in zip(K, E)], +1)                    # F dw = kf* · E
-      stores += [s for i, a in zip(places, W) for s in e.put(emem, i, lane, a)]
-      if "q" in x:
-        C = dft([cmul(k, a) for k, a in zip(K, Z)], +1)                        # F c = kf · Z
-        stores += [s for i, a in zip(places, C) for s in z.put(zmem, i, lane, a)]
-      return stores
-    z.sweep(N//g.R, product)
-    if "q" in x:                                                               # dq = dy · c
-      z.inverse(lambda j, off, lane, c:
-                rows.store(j, off, lane, d["q"], _times(c, rows.load(j, off, lane, dy))))
-    e.done = z.done
-    def out(j:UOp, off:int, lane:UOp, dw:Pair) -> list[UOp]:                   # du = v dw, dv = u dw
-      stores = []
-      for n, other in (("u", "v"), ("v", "u")) if "v" in x else (("u", None),):
-        dn = _times(dw, rows.load(j, off, lane, x[other])) if other else dw
-        stores += rows.store(j, off, lane, d[n], dn)
-      return stores
-    e.inverse(out)
-    acc.done = (e.done[0].end(p),)
-    acc.sweep(N, lambda mem, t, lane: [g.cell(dkf, c, t, lane).store(s)
-                                       for c, s in enumerate(acc.get(mem, t, lane))])
-    return g.finish(acc.done[0], f"fftconv_grad_{N}")
+  def kernel(dk:UOp, *bufs:UOp) -> UOp:
+    d, (tw, k, dy), x = dict(zip(outs, bufs)), bufs[len(outs):len(outs)+3], dict(zip(names, bufs[len(outs)+3:]))
+    g, z, kf = _start(m, kind, x, tw, k)
+    Z, dkf = Kept(g, 2), Kept(g, 3)
+    dkf.done = (g.lanes(g.M//g.R, lambda turn, t, lane: dkf.put(turn, lane, [(ZERO, ZERO)]*g.R)),)
+    p = g.loop(kind.count(x["u"].shape), AxisType.REDUCE)   # the pairs of rows in turn, each adds to the filter's gradient
+    rows, w, e = kind(g, x["u"].shape, p), [x[n] for n in "uv" if n in x], [dy, *(x[n] for n in "q" if n in x)]
+    z.forward(lambda j, off: rows.load(j, off, *w), p)
+    z.spectrum(lambda turn, lane, X: (None, Z.put(turn, lane, X, p)))                     # Z = F w
+    Z.done = z.done
+    z.free()
+    z.forward(lambda j, off: rows.load(j, off, *e))                                       # E = F (q dy)
+    def product(turn:int|UOp, lane:UOp, E:list[Pair]) -> tuple[list[Pair], list[UOp]]:
+      terms = [cmul(conj(a), b) for a, b in zip(Z.get(turn, lane), E)]
+      sums = [(s[0] + t[0], s[1] + t[1]) for s, t in zip(dkf.get(turn, lane, p), terms)]  # dkf = Σ_p Z* · E
+      return [cmul(conj(a), b) for a, b in zip(kf.get(turn, lane), E)], dkf.put(turn, lane, sums, p)
+    z.spectrum(product)                                                                   # F dw = kf* · E
+    def out(j:UOp, off:int, dw:Pair) -> list[UOp]:                                        # du = v dw, dv = u dw
+      if "v" not in x: return rows.store(j, off, d["u"], dw)
+      return [s for a, b in ("uv", "vu") for s in rows.store(j, off, d[a], _times(dw, rows.load(j, off, x[b])))]
+    z.inverse(out)
+    if "q" in x:
+      z.free()
+      z.spectrum(lambda turn, lane, _: (list(map(cmul, kf.get(turn, lane), Z.get(turn, lane))), []), back_only=True)
+      z.inverse(lambda j, off, c: rows.store(j, off, d["q"], _times(c, rows.load(j, off, dy))))  # dq = dy · F⁻¹(kf · Z)
+    z.free()
+    z.done = dkf.done = (z.done[0].end(p),)
+    z.spectrum(lambda turn, lane, _: ([(a*(1/g.N), b*(1/g.N)) for a, b in dkf.get(turn, lane)], []), back_only=True)
+    z.inverse(lambda j, off, c: kind(g, k.shape, 0).store(j, off, dk, c))                       # dk = F⁻¹ dkf
+    return g.finish(z.done[0], "fftconv_grad")
   return kernel
 
-def _times(a:Pair, b:Pair) -> Pair: return a[0]*b[0], a[1]*b[1]  # two real rows, two real gates
-def _turned(shape:tuple[int, ...], gpu:bool) -> tuple[int, int, int]:
-  "(B,H,L) to the layout of the device's kernels, or back: the CPU's have the channels last."
-  a, b, c = shape
-  return (a, b, c) if gpu else (a, c, b)
+@functools.cache
+def _split(m:Machine) -> Callable:
+  "The first pass, of radix R, of a transform of length R S: rows x (B,H,L) -> parts X (P,H R,2,S)."
+  @functools.cache
+  def kernel(X:UOp, tw:UOp, x:UOp) -> UOp:
+    P, R, S = X.shape[0], tw.shape[1], tw.shape[2]
+    g = Group(m, x.shape[1], RADIX*S)
+    def body(p:UOp, j:UOp) -> list[UOp]:
+      rows = Rows(g, x.shape, p)
+      z = dft([rows.load(j, r*S, x) for r in range(R)], -1)
+      w = [tuple(Real(tw[c, r, j]) for c in range(2)) for r in range(R)]
+      return [X[p, g.h*R + r, c, j].store(v.uop) for r in range(R) for c, v in enumerate(cmul(z[r], w[r]))]
+    return g.finish(g.everywhere(P, body), "fft_split")
+  return kernel
+
+@functools.cache
+def _join(m:Machine, B:int, L:int) -> Callable:
+  "The last pass back, and the adjoint of `_split`: parts X (P,H R,2,S) -> rows y (B,H,L)."
+  @functools.cache
+  def kernel(y:UOp, tw:UOp, X:UOp) -> UOp:
+    P, R, S = X.shape[0], tw.shape[1], tw.shape[2]
+    g = Group(m, y.shape[1], RADIX*S)
+    def body(p:UOp, j:UOp) -> list[UOp]:
+      rows, w = Rows(g, (B, y.shape[1], L), p), [tuple(Real(tw[c, r, j]) for c in range(2)) for r in range(R)]
+      z = dft([cmul(tuple(Real(X[p, g.h*R + r, c, j]) for c in range(2)), conj(w[r])) for r in range(R)], +1)
+      return [s for r in range(R) for s in rows.store(j, r*S, y, z[r])]
+    return g.finish(g.everywhere(P, body), "fft_join")
+  return kernel
 
 # ---------------------------------------------------------------- the public function
 @functools.cache
-def _twiddles(N:int, device:str) -> Tensor:
-  w = np.exp(-2j*np.pi/N * np.arange(N))
+def _twiddles(R:int, S:int, device:str) -> Tensor:
+  "exp(-2πi rj/(R S)), r < R, j < S: (2,R,S)"
+  w = np.exp(-2j*np.pi/(R*S) * np.outer(np.arange(R), np.arange(S)))
   return Tensor(np.stack([w.real, w.imag]).astype(np.float32), device=device).realize()
 
 def _gpu(device:str) -> bool: return Device[device].renderer.has_local
@@ -339,59 +396,78 @@ def _stored(x:Tensor) -> Tensor:
 def _launch(fxn:Callable, outs:list[Tensor], ins:list[Tensor], grad_fxn:Callable|None=None) -> list[Tensor]:
   return outs[0].custom_kernel(*outs[1:], *(_stored(x) for x in ins), fxn=fxn, grad_fxn=grad_fxn)[:len(outs)]
 
-def _spectrum_of(k:Tensor, D:Tensor|None, N:int, gpu:bool) -> Tensor:
-  "kf of a filter; differentiable in k and D."
-  tw, (H, K), D = _twiddles(N, k.device), k.shape, [] if D is None else [D]
-  empty = functools.partial(Tensor.empty, device=k.device)
-  def grad(dkf:UOp, call:UOp) -> tuple:
-    dk = _launch(_spectrum_grad(gpu), [empty(H, _padded(1, K, N)[1])], [tw, Tensor(dkf)])[0]
-    return None, None, dk[:, :K].uop, *(dk[:, 0].uop for _ in D)               # dD = dk at lag 0
-  kf = empty(*_turned((2, H, N), gpu))
-  return _launch(_spectrum(gpu), [kf], [tw, k, *D], grad)[0]
+def levels(device:str|tuple, N:int) -> int:
+  """How a transform of length N runs: 1 in one launch, R > 1 in two levels, R of them of length N/R;
+  0 where plain ops have to do it. Asked of the device's limits, never of its name."""
+  if not FLASH or not isinstance(device, str): return 0
+  m = machine(device)
+  if not m.gpu: return int(N <= MAX_N)
+  return next((R for R in (1, 2, 4, 8, 16) if 8*N <= R*m.scratch), 0)   # a complex number is 8 bytes
+
+def _one(x:dict[str, Tensor], k:Tensor, N:int, kind:type) -> Tensor:
+  "The convolution in one launch, of rows (B,H,L) or of parts (P,H,2,N); k (1,H,K), (1,1,K) or (1,H,2,N)."
+  u, m, names, tw = x["u"], machine(k.device), tuple(x), _twiddles(RADIX, N//RADIX, k.device)
+  if prod(u.shape)*N//u.shape[2] < 1 << 20: m = m._replace(cores=1)   # less than waking a thread costs
+  def buffer(shape:tuple[int, ...]) -> Tensor:
+    if kind is Rows: shape = (*(p := _padded(shape[0], shape[2], N//RADIX))[:1], u.shape[1], p[1])
+    return Tensor.empty(*shape, device=u.device)
+  def cut(y:Tensor, shape:tuple[int, ...]) -> Tensor: return y[:shape[0], :, :shape[2]] if kind is Rows else y
+  def grad(dy:UOp, call:UOp) -> tuple:
+    tw, k, *ins = (Tensor(s) for s in call.src[2:])
+    flows = [t for n, t in zip(names, ins) if n != "D"]
+    outs = _launch(_conv_grad(names, m, kind), [buffer(k.shape), *(buffer(t.shape) for t in flows)],
+                   [tw, k, cut(Tensor(dy), u.shape), *ins])
+    dk, *d = (cut(o, t.shape) for o, t in zip(outs, [k, *flows]))
+    d = dict(zip([n for n in names if n != "D"], d)) | {"D": dk[0, :, 0]}                  # dD = dk at lag 0
+    if k.shape[1] == 1: dk = dk.sum(1, keepdim=True)
+    return None, None, dk.uop, *(d[n].uop for n in names)
+  return cut(_launch(_conv(names, m, kind), [buffer(u.shape)], [tw, k, *x.values()], grad)[0], u.shape)
+
+def _parts(x:Tensor, R:int, S:int) -> Tensor:
+  "Rows (B,H,L) -> the R sub-transforms of a transform of length R S: (⌈B/2⌉,H R,2,S)."
+  (B, H, L), m, tw = x.shape, machine(x.device), _twiddles(R, S, x.device)
+  def grad(dX:UOp, call:UOp) -> tuple: return None, None, _rows(Tensor(dX), x.shape, R, S).uop
+  return _launch(_split(m), [Tensor.empty(-(-B//2), H*R, 2, S, device=x.device)], [tw, x], grad)[0]
+
+def _rows(X:Tensor, shape:tuple[int, ...], R:int, S:int) -> Tensor:
+  "The way back, without its 1/R, and the adjoint of `_parts`."
+  (B, H, L), m, tw = shape, machine(X.device), _twiddles(R, S, X.device)
+  def grad(dy:UOp, call:UOp) -> tuple: return None, None, _parts(Tensor(dy)[:B, :, :L], R, S).uop
+  Bp, Lp = _padded(B, L, S)
+  return _launch(_join(m, B, L), [Tensor.empty(Bp, H, Lp, device=X.device)], [tw, X], grad)[0][:B, :, :L]
 
 def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor|None=None,
             channels_last:bool=False) -> Tensor:
   """y = q * (k ∗ (u*v) + D*(u*v)): the causal convolution along the last axis, gated before, after.
 
-  u, v, q, y (B,H,L) float32, or (B,L,H) with channels_last, which is what the CPU's kernel reads;
-  k (H,K), or (1,K), one filter for all channels; taps past L do nothing; D (H,). Left out, v and q
-  are 1 and D is 0. Any B, H, L, K ≥ 1. Differentiable in every argument, works in TinyJit; plain
-  ops (`fftconv_ref`) where no kernel serves. Raises ValueError when shapes don't fit.
+  u, v, q, y (B,H,L) float32, or (B,L,H) with channels_last; k (H,K), or (1,K), one filter for all
+  channels; taps past L do nothing; D (H,). Left out, v and q are 1 and D is 0. Any B, H, L, K ≥ 1.
+  Differentiable in every argument, works in TinyJit; plain ops (`fftconv_ref`) where no kernel
+  serves. Raises ValueError when shapes don't fit.
   Sources: paper section 4; HazyResearch/H3 src/ops/fftconv.py:53-103.
   """
-  inputs = {n: x for n, x in (("u", u), ("v", v), ("q", q)) if x is not None}
+  gates = [x for x in (v, q) if x is not None]
   H = u.shape[2 if channels_last else 1] if u.ndim == 3 else 0
-  if u.ndim != 3 or k.ndim != 2 or k.shape[0] not in (1, H) or any(x.shape != u.shape for x in inputs.values()) \
+  if u.ndim != 3 or k.ndim != 2 or k.shape[0] not in (1, H) or any(x.shape != u.shape for x in gates) \
      or (D is not None and D.shape != (H,)):
-    got = (f"{n} {x.shape}" for n, x in {**inputs, "k": k, "D": D}.items() if x is not None)
+    got = (f"{n} {x.shape}" for n, x in zip("uvqkD", (u, v, q, k, D)) if x is not None)
     raise ValueError("fftconv: u, v, q are (B,H,L), or (B,L,H) with channels_last, k (H,K) or (1,K), "
                      f"D (H,); got {', '.join(got)}")
-  L = u.shape[1 if channels_last else 2]
-  k, turned = k[:, :L], lambda x: None if x is None else x.transpose(1, 2)
+  if channels_last:
+    u, v, q = (None if x is None else x.transpose(1, 2) for x in (u, v, q))
+    return fftconv(u, k, D, v, q).transpose(1, 2)
+  L = u.shape[2]
+  k = k[:, :L]
   N = _length(L, k.shape[1])
-  if not serves(u.device, N) or any(x.dtype != dtypes.float for x in (k, *inputs.values(), *([] if D is None else [D]))):
-    if not channels_last: return fftconv_ref(u, k, D, v, q)
-    return turned(fftconv_ref(turned(u), k, D, turned(v), turned(q)))
-  gpu, tw, names = _gpu(u.device), _twiddles(N, u.device), tuple(inputs)
-  if D is not None: k = k.expand(H, k.shape[1])           # D makes every channel's filter its own
-  kf = _spectrum_of(k, D, N, gpu)
-  turn = turned if gpu == channels_last else lambda x: x  # to the kernel's layout and back
-  B, (Bp, Lp) = u.shape[0], _padded(u.shape[0], L, N)
-  cut = lambda x: x[:B, :, :L] if gpu else x[:B, :L]
-  empty = lambda *shape: Tensor.empty(*_turned(shape, gpu), device=u.device)
-  def grad(dy:UOp, call:UOp) -> tuple:
-    kf, tw, *x = (Tensor(s) for s in call.src[2:])
-    outs, ins = [empty(2, H, N), *(empty(Bp, H, Lp) for _ in names)], [kf, tw, cut(Tensor(dy)), *x]
-    dkf, *d = _launch(_conv_grad(names, gpu), outs, ins)
-    if k.shape[0] == 1: dkf = dkf.sum(1 if gpu else 2, keepdim=True)
-    return None, dkf.uop, None, *(cut(x).uop for x in d)
-  ins = [kf, tw, *(turn(x) for x in inputs.values())]
-  return turn(cut(_launch(_conv(names, gpu), [empty(Bp, H, Lp)], ins, grad)[0]))
-
-def serves(device:str|tuple, N:int) -> bool:
-  "Whether a kernel for FFT length N runs on the device: asked of its renderer, never of its name."
-  if not FLASH or not isinstance(device, str): return False
-  return 3*8*N <= Device[device].renderer.shared_max if _gpu(device) else N <= MAX_N
+  R = levels(u.device, N)
+  if not R or any(x.dtype != dtypes.float for x in (u, k, *gates, *([] if D is None else [D]))):
+    return fftconv_ref(u, k, D, v, q)
+  if R == 1: return _one({n: x for n, x in zip("uDvq", (u, D, v, q)) if x is not None}, k.unsqueeze(0), N, Rows)
+  w = u if v is None else u*v
+  X, K = (_parts(x, R, N//R) for x in (w, k.expand(H, k.shape[1]).unsqueeze(0)))
+  y = _rows(_one({"u": X}, K, N//R, Parts), u.shape, R, N//R) * (1/R)
+  if D is not None: y = y + D.reshape(-1, 1)*w
+  return y if q is None else q*y
 
 # ---------------------------------------------------------------- the matrix product, where tinygrad's own is slow
 # Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (TOMS 2008), with one
@@ -549,6 +625,40 @@ def _is_clang(command:str) -> bool:
   try: return "clang" in subprocess.run([command, "--version"], capture_output=True, text=True).stdout
   except OSError: return False
 
+def use_all_cores():
+  """tinygrad 0.14.0 runs the threads of a CPU kernel one after the other; from here on they run at once.
+
+  Each further core has a Python thread that waits for work, and leaves Python for as long as it runs.
+  """
+  from tinygrad.runtime.ops_cpu import CPUProgram
+  cores:list[queue.SimpleQueue] = []
+  def serve(jobs:queue.SimpleQueue):
+    while True:
+      fxn, args, done = jobs.get()
+      fxn(*args)
+      done.release()
+  one_by_one = CPUProgram.__call__
+  @functools.wraps(one_by_one)
+  def call(self, *bufs, global_size:tuple=(1, 1, 1), local_size:tuple=(1, 1, 1), vals:tuple=(), wait:bool=False,
+           timeout:int|None=None) -> float|None:
+    place, start = self.runtimevars.get("core_id"), time.perf_counter()
+    if global_size[0] == 1 or place is None or self.lvp:
+      return one_by_one(self, *bufs, global_size=global_size, local_size=local_size, vals=vals, wait=wait, timeout=timeout)
+    while len(cores) < global_size[0] - 1:
+      cores.append(queue.SimpleQueue())
+      threading.Thread(target=serve, args=cores[-1:], daemon=True).start()
+    args = [ctypes.c_uint64(x or 0) for x in (*(b.va_addr for b in bufs), *vals)]
+    share = lambda i: (*args[:place], ctypes.c_uint64(i), *args[place+1:])
+    waits = []
+    for i, jobs in enumerate(cores[:global_size[0]-1], 1):
+      waits.append(done := threading.Lock())
+      done.acquire()
+      jobs.put((self.fxn, share(i), done))
+    self.fxn(*share(0))
+    for done in waits: done.acquire()
+    return time.perf_counter() - start if wait else None
+  CPUProgram.__call__ = call
+
 def setup_device():
   """What a program calls before it touches a device.
 
@@ -575,6 +685,8 @@ def setup_device():
     print(f"error: tinygrad can't open a device ({why})" if compiler else "error: no GPU that tinygrad can use, "
           f"and its CPU device needs a C compiler: {how}", file=sys.stderr)
     sys.exit(2)
-  if FLASH and not _gpu(Device.DEFAULT) and "NOOPT" not in os.environ: NOOPT.value = 1
+  if FLASH and not _gpu(Device.DEFAULT):
+    if "NOOPT" not in os.environ: NOOPT.value = 1
+    use_all_cores()
   # tinygrad's compile workers live on instead of starting anew: the first step 9.6 s, not 12.3
   os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "100000")
