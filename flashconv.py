@@ -17,12 +17,15 @@ Not here: half precision; FFT lengths past 2^16 on a CPU, past what local memory
 (plain ops do those); a fused matrix product on GPUs, where tinygrad's own is good.
 """
 from __future__ import annotations
-import cmath, ctypes, functools, importlib.util, itertools, operator, os, queue, subprocess, sys, threading, time
+import argparse, cmath, ctypes, functools, hashlib, importlib.metadata, importlib.util, itertools, operator, os, queue, subprocess, sys, threading, time
 from typing import Callable, NamedTuple
 import numpy as np
-from tinygrad import Device, Tensor, UOp, dtypes
+from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
 from tinygrad.dtype import AddrSpace
-from tinygrad.helpers import NOOPT, ContextVar, all_int, cache_dir, prod
+from tinygrad.codegen import to_program
+from tinygrad.helpers import (NOOPT, Context, ContextVar, GlobalCounters, Target, all_int, cache_dir, diskcache_get, diskcache_put,
+                              prod)
+from tinygrad.renderer import cstyle
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, PatternMatcher, UPat, graph_rewrite
 
 FLASH = ContextVar("FLASH", 1)  # 0: plain tinygrad ops everywhere
@@ -241,6 +244,7 @@ class Rows:
   Past the end of a row, and for the row that an odd batch lacks, reads give 0. Writes go to buffers
   of whole pairs and whole columns (`_padded`), of which views cut the rest off.
   """
+  name = "fftconv"
   def __init__(self, group:Group, shape:tuple[int, ...], p:UOp|int):
     (B, _, self.L), self.group, b = shape, group, 2*p + 1
     self.rows = [(2*p, None)] if B == 1 else [(2*p, None), (b, b < B if B % 2 else None)]
@@ -267,6 +271,7 @@ def _padded(B:int, L:int, M:int) -> tuple[int, int]:
 
 class Parts:
   "Sub-transform h of sequence p, complex numbers between the launches of a two-level transform: (P,H,2,N)."
+  name = "fftconv_parts"
   def __init__(self, group:Group, shape:tuple[int, ...], p:UOp|int): self.group, self.p = group, p
   @staticmethod
   def count(shape:tuple[int, ...]) -> int: return shape[0]
@@ -304,7 +309,7 @@ def _conv(names:tuple[str, ...], m:Machine, kind:type) -> Callable:
     gate = (lambda j, off, c: _times(c, rows.load(j, off, x["q"]))) if "q" in x else lambda j, off, c: c
     z.inverse(lambda j, off, c: rows.store(j, off, y, gate(j, off, c)))                   # y = q · F⁻¹ Y
     z.free()
-    return g.finish(z.done[0].end(p), "fftconv")
+    return g.finish(z.done[0].end(p), kind.name)
   return kernel
 
 @functools.cache
@@ -342,7 +347,7 @@ def _conv_grad(names:tuple[str, ...], m:Machine, kind:type) -> Callable:
     z.done = dkf.done = (z.done[0].end(p),)
     z.spectrum(lambda turn, lane, _: ([(a*(1/g.N), b*(1/g.N)) for a, b in dkf.get(turn, lane)], []), back_only=True)
     z.inverse(lambda j, off, c: kind(g, k.shape, 0).store(j, off, dk, c))                       # dk = F⁻¹ dkf
-    return g.finish(z.done[0], "fftconv_grad")
+    return g.finish(z.done[0], f"{kind.name}_grad")
   return kernel
 
 @functools.cache
@@ -690,3 +695,146 @@ def setup_device():
     use_all_cores()
   # tinygrad's compile workers live on instead of starting anew: the first step 9.6 s, not 12.3
   os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "100000")
+
+# ---------------------------------------------------------------- selfcheck, sources, benchmark
+def selfcheck(device:str|None=None) -> float:
+  """Every kernel, forward and backward, against plain ops on the device, at small sizes.
+
+  Returns the worst relative error; RuntimeError, which names the kernel, past 1e-4.
+  """
+  device, rng, worst = device or Device.DEFAULT, np.random.default_rng(0), 0.0
+  # lengths 40 and 20: all kinds of passes, rows that end inside a column, one row without a partner
+  conv = lambda u, k, D, v, q: fftconv(u, k, D, v, q)
+  cases = {"fftconv": (conv, (3, 4, 40), (4, 20), (4,), (3, 4, 40), (3, 4, 40)),
+           "matmul": (lambda x, w, b: matmul(x, w, bias=b), (50, 40), (40, 35), (35,)),
+           "layernorm": (layernorm, (5, 24), (24,), (24,))}
+  for name, (f, *shapes) in cases.items():
+    x = [Tensor(rng.standard_normal(s).astype(np.float32), device=device).realize() for s in shapes]
+    def results() -> list[np.ndarray]:
+      y = f(*x)
+      all = [y, *y.gradient(*x, gradient=y.detach())]
+      Tensor.realize(*all)
+      return [t.numpy() for t in all]
+    with Context(FLASH=0): plain = results()
+    try: ours = results()
+    except Exception as e: raise RuntimeError(f"kernel {name} fails on {device}: {str(e).strip().splitlines()[-1:]}") from e
+    error = max(float(np.abs(a - b).max()/np.abs(b).max()) for a, b in zip(ours, plain))
+    if not error <= 1e-4: raise RuntimeError(f"kernel {name} is wrong on {device}, relative error {error:.1e}")
+    worst = max(worst, error)
+  return worst
+
+def check_kernels():
+  """selfcheck once for a device, tinygrad version and state of this file; where it fails, one line on
+  stderr, and plain ops from here on."""
+  if not FLASH: return
+  with open(__file__, "rb") as f: code = hashlib.sha256(f.read()).hexdigest()
+  key = f"{Device[Device.DEFAULT].renderer.target} {importlib.metadata.version('tinygrad')} {code}"
+  if diskcache_get("h3tiny_selfcheck", key): return
+  try: selfcheck()
+  except RuntimeError as e:
+    FLASH.value = NOOPT.value = 0
+    print(f"warning: {e}; going on without custom kernels (FLASH=0), slower", file=sys.stderr)
+  else: diskcache_put("h3tiny_selfcheck", key, True)
+
+def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, int]]:
+  """{name: (source, bytes of local memory)} of the convolution's kernels for "cuda", "metal" or
+  "opencl", on any machine: rows of length L in one launch, and a two-level transform of four times that."""
+  language = {"cuda": cstyle.CUDARenderer, "metal": cstyle.MetalRenderer, "opencl": cstyle.OpenCLRenderer}[backend]
+  r = object.__new__(language)       # without its compiler, which another machine may have
+  cstyle.CStyleLanguage.__init__(r, Target(backend.upper(), arch="sm_86" if backend == "cuda" else ""))
+  r.tensor_cores = []
+  m, names, N = Machine(True, 1, r.shared_max, True), ("u", "D", "v", "q"), 2*L
+  def source(fxn:Callable, *shapes:tuple[int, ...]) -> tuple[str, tuple[str, int]]:
+    program = to_program(fxn(*(UOp.placeholder(s, dtypes.float, slot=i) for i, s in enumerate(shapes))), r)
+    scratch = sum(4*u.max_numel() for u in program.src[1].src if u.op is Ops.BUFFER and u.addrspace is AddrSpace.LOCAL)
+    return program.arg.name, (program.src[2].arg, scratch)
+  x, X, tw, far = (B, H, L), (B//2, 4*H, 2, N), (2, RADIX, N//RADIX), (2, 4, N)
+  return dict([source(_conv(names, m, Rows), x, tw, (1, H, L), x, (H,), x, x),
+               source(_conv_grad(names, m, Rows), (1, H, L), x, x, x, tw, (1, H, L), x, x, (H,), x, x),
+               source(_split(m), X, far, (B, H, 2*N)), source(_join(m, B, 2*N), (B, H, 2*N), far, X),
+               source(_conv(("u",), m, Parts), X, tw, (1, 4*H, 2, N), X),
+               source(_conv_grad(("u",), m, Parts), (1, 4*H, 2, N), X, tw, (1, 4*H, 2, N), X, X)])
+
+def torch_fftconv(L:int, x:dict[str, np.ndarray], dy:np.ndarray) -> dict[str, Callable]:
+  "The same in PyTorch, two threads: its own real FFT, autograd."
+  import torch
+  torch.set_num_threads(os.cpu_count())
+  t, dy = {n: torch.tensor(a, requires_grad=True) for n, a in x.items()}, torch.tensor(dy)
+  def f(u, k, D, v, q):
+    w = u*v
+    return q*(torch.fft.irfft(torch.fft.rfft(w, n=2*L)*torch.fft.rfft(k, n=2*L), n=2*L)[..., :L] + D[:, None]*w)
+  def forward():
+    with torch.no_grad(): f(**t)
+  return {"forward": forward, "both": lambda: torch.autograd.grad(f(**t), list(t.values()), dy)}
+
+def bench(lengths:list[int], B:int, H:int, plain:int, rounds:int=4):
+  """Prints a line for each length: y = q * (k ∗ (u*v) + D*(u*v)), forward and with all gradients.
+
+  Milliseconds, the least of `rounds` turns of 5; the contestants take turns with pauses between
+  them, as PyTorch's idle threads go on spinning for a while. Launches and bytes are tinygrad's count;
+  the floor is each tensor once. Plain ops up to length `plain`; PyTorch where it is installed.
+  """
+  rng, torch = np.random.default_rng(0), importlib.util.find_spec("torch") is not None
+  print(f"y = q * (k * (u v) + D u v), B={B} H={H}, float32, {Device.DEFAULT}, {os.cpu_count()} cores\n"
+        f"{'':6} {'forward, ms':^35}  {'with gradients, ms':^35}  {'launches':^9} {'bytes/floor':^11}\n"
+        f"{'L':>6}" + 2*(f" {'plain':>9} {'ours':>8} {'torch':>8} {'ratio':>7} ") + f" {'fwd':>4} {'both':>4} {'fwd':>5} {'both':>5}")
+  for L in lengths:
+    shape = {"u": (B, H, L), "k": (H, L), "D": (H,), "v": (B, H, L), "q": (B, H, L)}
+    x, dy = {n: rng.standard_normal(s).astype(np.float32) for n, s in shape.items()}, rng.standard_normal((B, H, L)).astype(np.float32)
+    t, g = {n: Tensor(a).realize() for n, a in x.items()}, Tensor(dy).realize()
+    def ours() -> dict[str, Callable]:
+      def both() -> list[Tensor]:
+        y = fftconv(**t)
+        all = [y, *y.gradient(*t.values(), gradient=g)]
+        Tensor.realize(*all)
+        return all
+      return {"forward": TinyJit(lambda: fftconv(**t).realize()), "both": TinyJit(both)}
+    runs = {("ours", n): (f, FLASH.value) for n, f in ours().items()}
+    if L <= plain: runs |= {("plain", n): (f, 0) for n, f in ours().items()}
+    if torch: runs |= {("torch", n): (f, FLASH.value) for n, f in torch_fftconv(L, x, dy).items()}
+    best, count, floor = {}, {}, 4*B*H*L
+    for turn in range(rounds):
+      for key, (f, flash) in runs.items():
+        with Context(FLASH=flash):
+          if turn == 0: f(), f()     # TinyJit captures
+          time.sleep(0.2)
+          GlobalCounters.reset()
+          f()
+          count[key] = GlobalCounters.kernel_count, GlobalCounters.global_mem
+          for _ in range(5):
+            Device[Device.DEFAULT].synchronize()
+            start = time.perf_counter()
+            f()
+            Device[Device.DEFAULT].synchronize()
+            best[key] = min(best.get(key, 1e9), time.perf_counter() - start)
+    ms = lambda who, what: f"{1e3*best[who, what]:.2f}" if (who, what) in best else "-"
+    line = f"{L:6}"
+    for what in ("forward", "both"):
+      ratio = f"{best['torch', what]/best['ours', what]:.1f}x" if torch else "-"
+      line += f" {ms('plain', what):>9} {ms('ours', what):>8} {ms('torch', what):>8} {ratio:>7} "
+    floors = {"forward": 4*floor + 4*H*(L+1), "both": 11*floor + 12*H*(L+1)}
+    print(line + "".join(f" {count['ours', n][0]:4}" for n in floors)
+          + "".join(f" {count['ours', n][1]/f:5.2f}" for n, f in floors.items()), flush=True)
+
+def main(argv:list[str]|None=None) -> int:
+  ap = argparse.ArgumentParser(prog="flashconv.py", description="Checks the kernels against plain ops, then times the convolution "
+                               "against plain tinygrad and, where it is installed, PyTorch.")
+  ap.add_argument("--render", choices=["cuda", "metal", "opencl"], help="print the kernels' source for it, on any machine, and stop")
+  ap.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192], metavar="L")
+  ap.add_argument("--batch", type=int, default=8)
+  ap.add_argument("--channels", type=int, default=256)
+  ap.add_argument("--plain", type=int, default=1024, metavar="L", help="time plain tinygrad up to this length (it is slow)")
+  a = ap.parse_args(argv)
+  if min(*a.lengths, a.batch, a.channels) < 1: ap.error("--lengths, --batch and --channels must be at least 1")
+  if a.render:
+    for source, scratch in render(a.render).values(): print(f"// {scratch} bytes of local memory\n{source}\n")
+    return 0
+  setup_device()
+  try: print(f"selfcheck on {Device.DEFAULT}: worst relative error {selfcheck():.1e}")
+  except RuntimeError as e:
+    print(f"error: {e}", file=sys.stderr)
+    return 1
+  bench(a.lengths, a.batch, a.channels, a.plain)
+  return 0
+
+if __name__ == "__main__": sys.exit(main())
