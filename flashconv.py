@@ -71,6 +71,7 @@ def fftconv_ref(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None,
 # ---------------------------------------------------------------- the block FFT, as a kernel's author sees it
 RADIX = 8
 MAX_N = 1 << 16                      # FFT length on a CPU: 2 MB of stack in the backward pass
+ONE_CORE = 1 << 20                   # B H N up to which one core is as fast as two
 
 class Machine(NamedTuple):
   "What the kernels ask of a device's renderer; its name is never asked."
@@ -308,7 +309,6 @@ def _conv(names:tuple[str, ...], m:Machine, kind:type) -> Callable:
     z.spectrum(lambda turn, lane, Z: (list(map(cmul, Z, kf.get(turn, lane))), []))        # Y = kf · Z
     gate = (lambda j, off, c: _times(c, rows.load(j, off, x["q"]))) if "q" in x else lambda j, off, c: c
     z.inverse(lambda j, off, c: rows.store(j, off, y, gate(j, off, c)))                   # y = q · F⁻¹ Y
-    z.free()
     return g.finish(z.done[0].end(p), kind.name)
   return kernel
 
@@ -412,7 +412,7 @@ def levels(device:str|tuple, N:int) -> int:
 def _one(x:dict[str, Tensor], k:Tensor, N:int, kind:type) -> Tensor:
   "The convolution in one launch, of rows (B,H,L) or of parts (P,H,2,N); k (1,H,K), (1,1,K) or (1,H,2,N)."
   u, m, names, tw = x["u"], machine(k.device), tuple(x), _twiddles(RADIX, N//RADIX, k.device)
-  if prod(u.shape)*N//u.shape[2] < 1 << 20: m = m._replace(cores=1)   # less than waking a thread costs
+  if u.shape[0]*u.shape[1]*N < ONE_CORE: m = m._replace(cores=1)
   def buffer(shape:tuple[int, ...]) -> Tensor:
     if kind is Rows: shape = (*(p := _padded(shape[0], shape[2], N//RADIX))[:1], u.shape[1], p[1])
     return Tensor.empty(*shape, device=u.device)
@@ -703,22 +703,25 @@ def selfcheck(device:str|None=None) -> float:
   Returns the worst relative error; RuntimeError, which names the kernel, past 1e-4.
   """
   device, rng, worst = device or Device.DEFAULT, np.random.default_rng(0), 0.0
-  # lengths 40 and 20: all kinds of passes, rows that end inside a column, one row without a partner
-  conv = lambda u, k, D, v, q: fftconv(u, k, D, v, q)
-  cases = {"fftconv": (conv, (3, 4, 40), (4, 20), (4,), (3, 4, 40), (3, 4, 40)),
-           "matmul": (lambda x, w, b: matmul(x, w, bias=b), (50, 40), (40, 35), (35,)),
-           "layernorm": (layernorm, (5, 24), (24,), (24,))}
-  for name, (f, *shapes) in cases.items():
+  def direct(u:Tensor, k:Tensor, D:Tensor, v:Tensor, q:Tensor) -> Tensor:
+    "fftconv as a sum over taps: fewer and smaller kernels than fftconv_ref, on a program's way to its start"
+    L, w = u.shape[2], u*v
+    taps = k.pad((None, (L-1, 0))).unfold(-1, L, 1).flip(-1)       # (H,L,L): k[t-s]
+    return q*((taps*w.unsqueeze(2)).sum(-1) + D.reshape(-1, 1)*w)
+  # length 40 in a transform of 128: all kinds of passes, rows that end inside a column, one without a partner
+  cases = {"fftconv": (fftconv, direct, (3, 4, 40), (4, 40), (4,), (3, 4, 40), (3, 4, 40)),
+           "matmul": (lambda x, w, b: matmul(x, w, bias=b), None, (50, 40), (40, 35), (35,)),
+           "layernorm": (layernorm, None, (5, 24), (24,), (24,))}
+  for name, (f, plain, *shapes) in cases.items():
     x = [Tensor(rng.standard_normal(s).astype(np.float32), device=device).realize() for s in shapes]
-    def results() -> list[np.ndarray]:
-      y = f(*x)
-      all = [y, *y.gradient(*x, gradient=y.detach())]
-      Tensor.realize(*all)
-      return [t.numpy() for t in all]
-    with Context(FLASH=0): plain = results()
-    try: ours = results()
-    except Exception as e: raise RuntimeError(f"kernel {name} fails on {device}: {str(e).strip().splitlines()[-1:]}") from e
-    error = max(float(np.abs(a - b).max()/np.abs(b).max()) for a, b in zip(ours, plain))
+    g = Tensor(rng.standard_normal(f(*x).shape).astype(np.float32), device=device).realize()
+    def results(f:Callable) -> list[Tensor]: return [y := f(*x), *y.gradient(*x, gradient=g)]
+    with Context(FLASH=0): want = results(plain or f)
+    try:
+      got = results(f)
+      Tensor.realize(*got, *want)
+    except Exception as e: raise RuntimeError(f"kernel {name} fails on {device}: {type(e).__name__}") from e
+    error = max(float(np.abs(a - b).max()/np.abs(b).max()) for a, b in ((a.numpy(), b.numpy()) for a, b in zip(got, want)))
     if not error <= 1e-4: raise RuntimeError(f"kernel {name} is wrong on {device}, relative error {error:.1e}")
     worst = max(worst, error)
   return worst

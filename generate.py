@@ -15,7 +15,7 @@ import argparse, codecs, json, os, stat, sys, time
 from pathlib import Path
 from typing import Iterator
 import numpy as np
-from flashconv import setup_device
+from flashconv import check_kernels, setup_device
 from h3tiny import CheckpointError, H3LM, read_checkpoint
 from tinygrad import Tensor, TinyJit, dtypes
 
@@ -221,6 +221,7 @@ def main(argv:list[str]|None=None) -> int:
   args = p.parse_args(argv)
   if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")
   setup_device()
+  check_kernels()
   try: run(args)
   except (UserError, CheckpointError) as e: p.error(str(e))
   except KeyboardInterrupt:

@@ -5,7 +5,7 @@ From top to bottom: the kernels against float64, the model against the official 
 (golden/) and against a float64 recurrence, its three ways of running against each other, the
 trainer and the generator, and every command of the README. `-k kernel` runs the kernels' alone.
 """
-import dataclasses, json, os, re, shlex, signal, subprocess, sys
+import dataclasses, json, os, re, shlex, shutil, signal, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 import flashconv
@@ -41,11 +41,14 @@ def np_fftconv(u, k, D, v, q, dy) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   if len(k) == 1: dk = dk.sum(0, keepdims=True)
   return q*c, {"u": dw*v, "v": dw*u, "q": dy*c, "D": (w*g).sum((0, 2)), "k": dk}
 
-CASES = [(1, 1, 1, 1, "Dvq"), (2, 3, 3, 9, "D"), (1, 5, 7, 5, "v"), (2, 16, 64, 64, "Dvq"), (3, 16, 100, 130, "Dq"),
-         (2, 8, 33, 33, "1"), (1, 3, 33, 33, "1Dvq"), (2, 4, 500, 64, ""), (2, 4, 1024, 1024, "Dvq")]
+# B, H, L, K, and what optional arguments are given; 1: one filter for all channels. Lengths on both sides of a power
+# of two, K shorter and longer than L, odd batches, one channel; from 4096 on a GPU does it in two levels
+CASES = [(1, 1, 1, 1, "Dvq"), (2, 5, 2, 2, "v"), (3, 1, 3, 9, "D"), (1, 5, 7, 5, "vq"), (2, 64, 64, 64, "Dvq"),
+         (3, 5, 100, 130, "Dq"), (2, 8, 33, 33, "1"), (1, 3, 33, 33, "1Dvq"), (3, 5, 1000, 1000, "Dvq"),
+         (2, 64, 1024, 64, ""), (1, 5, 2047, 2047, "Dv"), (3, 1, 4096, 4096, "Dvq"), (2, 5, 8192, 8192, "q"),
+         (1, 1, 20000, 20000, "1Dvq")]
 
 def check_fftconv(B:int, H:int, L:int, K:int, what:str, channels_last:bool=False) -> None:
-  "what: the optional arguments that are given; 1: one filter for all channels"
   x = {"u": normal(B, H, L), "k": normal(1 if "1" in what else H, K)}
   x |= {n: normal(*((H,) if n == "D" else (B, H, L))) for n in "Dvq" if n in what}
   ones, dy = np.ones((B, H, L)), normal(B, H, L)
@@ -65,7 +68,19 @@ def test_kernel_fftconv(B, H, L, K, what): check_fftconv(B, H, L, K, what)
 
 def test_kernel_fftconv_channels_last(): check_fftconv(3, 8, 20, 20, "Dvq", channels_last=True)
 
-@pytest.mark.parametrize("B,H,L,K,what", CASES[3:6])
+@on_cpu
+def test_kernel_fftconv_on_all_cores(monkeypatch):
+  monkeypatch.setattr(flashconv, "ONE_CORE", 0)
+  monkeypatch.setattr(flashconv, "machine", lambda device, m=flashconv.machine: m(device)._replace(cores=4))
+  check_fftconv(3, 12, 20, 20, "Dvq")
+
+def test_kernel_fftconv_in_two_levels(monkeypatch):
+  "at a length where one would do, so on every device"
+  monkeypatch.setattr(flashconv, "levels", lambda device, N: 4)
+  check_fftconv(3, 2, 100, 100, "Dvq")
+  check_fftconv(2, 3, 70, 50, "1")
+
+@pytest.mark.parametrize("B,H,L,K,what", CASES[3:7])
 def test_fftconv_ref(B, H, L, K, what):
   with Context(FLASH=0): check_fftconv(B, H, L, K, what)
 
@@ -100,6 +115,84 @@ def test_fftconv_refuses_shapes():
   for bad in ({"k": (3, 8)}, {"k": (4, 8), "D": (2,)}, {"k": (4, 8), "v": (2, 4, 7)}, {"k": (8,)}):
     with pytest.raises(ValueError, match="fftconv: u, v, q are"):
       fftconv(u, **{n: Tensor(normal(*shape)) for n, shape in bad.items()})
+
+def test_kernel_selfcheck(monkeypatch, capsys):
+  "within rounding as things are; a kernel that computes something else is named, and then done without"
+  assert flashconv.selfcheck() <= 1e-5
+  roots = flashconv._twiddles
+  monkeypatch.setattr(flashconv, "_twiddles", lambda *a: roots(*a)*1.001)
+  with pytest.raises(RuntimeError, match="kernel fftconv is wrong on"): flashconv.selfcheck()
+  monkeypatch.setattr(flashconv, "diskcache_get", lambda *a: None)
+  with Context(FLASH=1, NOOPT=1):
+    flashconv.check_kernels()
+    assert not flashconv.FLASH
+    said = capsys.readouterr().err
+    assert said.startswith("warning: kernel fftconv is wrong on") and said.count("\n") == 1
+
+# ---------------------------------------------------------------- the kernels' sources for other devices
+
+BARRIER = {"opencl": "barrier(CLK_LOCAL_MEM_FENCE);", "cuda": "__syncthreads();",
+           "metal": "threadgroup_barrier(mem_flags::mem_threadgroup);"}
+
+@pytest.mark.skipif("OpenCL" not in type(Device[Device.DEFAULT].renderer).__name__, reason="needs OpenCL")
+def test_kernel_barriers_are_needed(monkeypatch):
+  "Each barrier of the forward kernel, taken out, gives another result."
+  from tinygrad.codegen import to_program_cache
+  from tinygrad.renderer.cstyle import OpenCLRenderer
+  u, k, plain = normal(2, 2, 64), normal(2, 64), OpenCLRenderer.render_kernel
+  want = np_fftconv(u, k, np.zeros(2), np.ones(u.shape), np.ones(u.shape), u)[0]
+  def error(out:int) -> float:
+    def drop(self, *a, **kw) -> str:
+      parts = plain(self, *a, **kw).split(BARRIER["opencl"])
+      assert len(parts) == 8
+      if out >= 0: parts[out:out+2] = [parts[out] + parts[out+1]]
+      return BARRIER["opencl"].join(parts)
+    with monkeypatch.context() as patch:
+      patch.setattr(OpenCLRenderer, "render_kernel", drop)
+      to_program_cache.clear()
+      y = fftconv(Tensor(u).realize(), Tensor(k).realize()).numpy()
+    to_program_cache.clear()
+    with np.errstate(all="ignore"): return float(np.nan_to_num(np.abs(y - want), nan=1e9).max()/np.abs(want).max())
+  # the filter: F₈ | F₈ | F₂ to registers |  the rows: F₈ | F₈ | F₂, product, F₂* | F₈* | F₈* and out
+  assert error(-1) <= 2e-6
+  for i in range(7): assert error(i) > 1e-3, f"barrier {i} is not missed"
+
+@pytest.fixture(scope="module")
+def sources(): return {b: flashconv.render(b, L=256) for b in BARRIER}
+
+def test_sources_have_the_same_barriers(sources):
+  "CUDA and Metal where OpenCL has them, whose run proves them necessary"
+  count = {b: {name: s.count(BARRIER[b]) for name, (s, _) in kernels.items()} for b, kernels in sources.items()}
+  assert count["cuda"] == count["metal"] == count["opencl"]
+  assert {n: c > 0 for n, c in count["cuda"].items()} == {n: "split" not in n and "join" not in n for n in count["cuda"]}
+
+METAL = """struct uint3 { unsigned x, y, z; };
+struct float2 { float x, y; float2(float a, float b): x(a), y(b) {} float2() = default; };
+struct float4 { float x, y, z, w; float4(float a, float b, float c, float d): x(a), y(b), z(c), w(d) {} float4() = default; };
+namespace metal { struct mem_flags { static constexpr int mem_threadgroup = 0; }; inline void threadgroup_barrier(int) {} }
+#define kernel
+#define device
+#define threadgroup
+"""
+
+@pytest.mark.skipif(not shutil.which("clang++"), reason="no clang++")
+def test_metal_sources_are_well_formed(sources, tmp_path):
+  "as C++, under a header that stands in for Metal's; local memory within 32 KB at the longest that one launch takes"
+  (tmp_path/"metal_stdlib").write_text(METAL)
+  for name, (source, scratch) in sources["metal"].items():
+    (tmp_path/"k.cpp").write_text(source)
+    subprocess.run(["clang++", "-std=c++17", "-fsyntax-only", "-w", f"-I{tmp_path}", tmp_path/"k.cpp"], check=True)
+    assert scratch in (0, 8*512), name
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+def test_cuda_sources_compile_without_spills(tmp_path):
+  "at the longest that one launch takes, where registers are most needed; local memory within Metal's 32 KB too"
+  for name, (source, scratch) in flashconv.render("cuda", L=2048).items():
+    (tmp_path/"k.cu").write_text(source)
+    said = subprocess.run(["nvcc", "-arch=sm_86", "-Xptxas", "-v", "-cubin", "-o", os.devnull, tmp_path/"k.cu"], check=True,
+                          capture_output=True, text=True).stderr
+    assert "0 bytes spill stores, 0 bytes spill loads" in said, (name, said)
+    assert scratch in (0, 32768) and (f"{scratch} bytes smem" in said) == (scratch > 0), (name, said)
 
 # ================================================================ kernels: the matrix product
 
@@ -801,13 +894,16 @@ def test_readme_commands(tmp_path, monkeypatch, capfd):
         for extra in re.findall(r"\w+", words[-1]): assert re.search(rf"^{extra} = \[", project, re.M), command
       elif words[1:3] == ["-m", "pytest"]: assert "test_all.py" in words, command
       elif "--help" in words:
-        with pytest.raises(SystemExit) as stop: {"train.py": train, "generate.py": gen}[words[1]].main(words[2:])
+        with pytest.raises(SystemExit) as stop: {"train.py": train, "generate.py": gen, "flashconv.py": flashconv}[words[1]].main(words[2:])
         assert stop.value.code == 0
       elif words[1] == "train.py":
         shape = [] if "--init" in words or "--resume" in words else [*TINY[:8], "--n-layer", "1"]
         with Context(FLASH=int("FLASH=0" not in part)):
           steps = ["--steps", "2" if "--resume" in words else "1"]
           assert train.main([*words[2:], *shape, *TINY[8:], *steps]) == 0, command
+      elif words[1] == "flashconv.py":
+        sizes = [] if "--render" in words else ["--lengths", "16", "--batch", "2", "--channels", "4", "--plain", "0"]
+        assert flashconv.main([*words[2:], *sizes]) == 0, command
       elif words[1] == "generate.py": assert gen.main([*words[2:], "--tokens", "2"]) == 0, command
       else: assert False, f"no test for: {command}"
       seen += 1

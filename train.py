@@ -21,7 +21,7 @@ from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
 from tinygrad.helpers import Context
 from tinygrad.nn.state import get_state_dict
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
-from flashconv import FLASH, setup_device
+from flashconv import FLASH, check_kernels, setup_device
 from generate import CHECKPOINT, OUT, TOKENIZERS, Parser, UserError, number, write
 from h3tiny import CheckpointError, H3Config, H3LM, read_checkpoint, save_checkpoint
 
@@ -515,6 +515,7 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
   "The options, completed by the checkpoint that --resume or --init names, and that checkpoint."
   args, now = parser().parse_args(argv), given(argv)
   setup_device()                                       # not before: --help and a wrong option need none
+  check_kernels()
   tensors = meta = None
   if args.resume and args.init: raise UserError("--resume goes on with a run, --init starts one: give one of them")
   if args.resume or args.init:
