@@ -10,21 +10,27 @@ Glossary. B batch, H channels, L length, K taps, N ≥ L + K - 1 length of the F
   y = q * (k ∗ (u*v) + D*(u*v))           the long convolution of the H3 layer, section 3.1
   F                                       discrete Fourier transform of length N
   kf      F(k + D δ)/N                    the filter's spectrum, digit-reversed, kept in registers
+  M       N/8                             length of the 8 transforms that go on side by side
 Also here, where tinygrad's own are slow on a CPU: `matmul` and `layernorm`, with their gradients.
-Compare: `python train.py` runs on the kernels, `FLASH=0 python train.py` on plain ops.
+Run: `python flashconv.py` checks the kernels and times them against plain tinygrad and PyTorch;
+`python flashconv.py --render metal` (cuda, opencl) prints their sources; FLASH=0 turns them off.
 
-Not here: half precision; FFT lengths past 2^16 on a CPU, past what local memory holds on a GPU
-(plain ops do those); a fused matrix product on GPUs, where tinygrad's own is good.
+Not here: half precision; lengths past 2^15 (state passing is for those, plain ops do them); a fused
+matrix product on GPUs, where tinygrad's own is good. The shift SSM is a launch of its own: one kernel
+for both convolutions of an H3 layer (twice through the same block) took 1.59, 7.3, 16.9 and 39.7 ms
+forward at L = 256, 1024, 2048 and 4096 where the two launches take 1.57, 8.1, 20.0 and 41.4 (B=8,
+H=256, CPU), and its backward pass would do two transforms more, to compute anew what lies stored.
 """
 from __future__ import annotations
-import argparse, cmath, ctypes, functools, hashlib, importlib.metadata, importlib.util, itertools, operator, os, queue, subprocess, sys, threading, time
+import argparse, cmath, ctypes, functools, hashlib, importlib.metadata, importlib.util, itertools
+import operator, os, queue, subprocess, sys, threading, time
 from typing import Callable, NamedTuple
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
-from tinygrad.dtype import AddrSpace
 from tinygrad.codegen import to_program
-from tinygrad.helpers import (NOOPT, Context, ContextVar, GlobalCounters, Target, all_int, cache_dir, diskcache_get, diskcache_put,
-                              prod)
+from tinygrad.dtype import AddrSpace
+from tinygrad.helpers import (NOOPT, Context, ContextVar, GlobalCounters, Target, all_int, cache_dir,
+                              diskcache_get, diskcache_put, prod)
 from tinygrad.renderer import cstyle
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, PatternMatcher, UPat, graph_rewrite
 
@@ -56,7 +62,7 @@ def fft(x:Pair, inverse:bool=False) -> Pair:
   a = fft(tuple(p.transpose(-1, -2) for p in a), inverse)                      # (…, k1, k2)
   return tuple(p.transpose(-1, -2).reshape(x[0].shape) for p in a)
 
-def _length(L:int, K:int) -> int: return max(16, 1 << (L + K - 2).bit_length())
+def _length(L:int, K:int) -> int: return max(64, 1 << (L + K - 2).bit_length())
 
 def fftconv_ref(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None,
                 q:Tensor|None=None) -> Tensor:
@@ -69,6 +75,15 @@ def fftconv_ref(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None,
   return y if q is None else q*y
 
 # ---------------------------------------------------------------- the block FFT, as a kernel's author sees it
+# Forward / with gradients, ms, and seconds until both are compiled and captured; B=8, H=256 (CPU: two
+# cores of a Xeon, clang 14), H=64 (PoCL, the same machine):
+#   radix      CPU L=256        L=1024           L=4096            OpenCL L=256     L=1024
+#     4        1.1 /  3.9  5s   6.5 / 33   5s    31 / 131   8s     1.3 / 4.4   6s   8.5 / 21  14s
+#     8        0.8 /  2.3  4s   5.2 / 23   5s    29 / 132   7s     0.9 / 2.8   8s   5.3 / 18  12s
+#    16        1.1 /  3.4  8s   6.5 / 26   9s    38 / 149  15s     1.0 / 3.7  17s   5.9 / 22  22s
+# What goes into the lanes of a CPU's vectors, one core, forward, L=1024 and 8192: 16 channels of tensors
+# (B,L,H) 15 and 449 ms, the 8 sub-transforms of one channel 12 and 113 ms: their scratch stays in the L1
+# cache. Then `Real` took a third off the arithmetic: 8 ms at L=1024, and two cores 4.5.
 RADIX = 8
 MAX_N = 1 << 16                      # FFT length on a CPU: 2 MB of stack in the backward pass
 ONE_CORE = 1 << 20                   # B H N up to which one core is as fast as two
@@ -136,7 +151,10 @@ class Group:
     while M > RADIX: self.passes.append(M); M //= RADIX
     self.R = M
     if m.gpu:
-      self.h, self.thread, self.outer = UOp.special(H, "gidx0"), UOp.special(self.threads, "lidx0"), ()
+      self.h, self.outer = UOp.special(H, "gidx0"), ()
+      # two dimensions: neighbours in the first one read neighbours, with no division to hide it
+      self.lane, self.row = UOp.special(RADIX, "lidx0"), UOp.special(self.threads//RADIX, "lidx1")
+      self.thread = self.row*RADIX + self.lane
     else:
       cores = next(c for c in range(m.cores, 0, -1) if H % c == 0)
       core = UOp.range(cores, next(self.ids), AxisType.THREAD if cores > 1 else AxisType.LOOP)
@@ -157,8 +175,8 @@ class Group:
   def lanes(self, n:int, body:Callable[[int|UOp, UOp, UOp], list[UOp]]) -> UOp:
     "body(turn, t, lane) for t < n in each lane; turn counts a thread's own."
     if self.m.gpu:
-      places = [self.thread + t for t in range(0, n*RADIX, self.threads)]
-      return UOp.group(*[s for turn, t in enumerate(places) for s in body(turn, t//RADIX, t%RADIX)])
+      places = [self.row + t for t in range(0, n, self.threads//RADIX)]
+      return UOp.group(*[s for turn, t in enumerate(places) for s in body(turn, t, self.lane)])
     t, lane = self.loop(n), self.loop(RADIX)
     return UOp.group(*body(t, t, lane)).end(lane, t)
   def finish(self, done:UOp, name:str) -> UOp:
@@ -198,7 +216,9 @@ class Block:
     # a row left free on a CPU, so that the stores to 8 lanes come out in order: clang makes one shuffled
     # store of them, not 8 scattered ones; a twentieth faster
     self.first = int(not group.m.gpu)
-    self.mem = UOp.placeholder((2, group.M + self.first, RADIX), dtypes.float, slot=0, addrspace=space)
+    # on a GPU a ninth, where it fits: with 8, a column's stores meet on 4 of 32 banks
+    wide = RADIX + int(group.m.gpu and 2*4*group.M*(RADIX+1) <= group.m.scratch)
+    self.mem = UOp.placeholder((2, group.M + self.first, wide), dtypes.float, slot=0, addrspace=space)
   def get(self, mem:UOp, i:UOp, lane:UOp|int) -> Pair: return tuple(Real(mem[c, i + self.first, lane]) for c in range(2))
   def put(self, mem:UOp, i:UOp, lane:UOp|int, z:Pair) -> list[UOp]:
     return [mem[c, i + self.first, lane].store(z[c].uop) for c in range(2)]
@@ -778,7 +798,7 @@ def torch_fftconv(L:int, x:dict[str, np.ndarray], dy:np.ndarray) -> dict[str, Ca
 def bench(lengths:list[int], B:int, H:int, plain:int, rounds:int=4):
   """Prints a line for each length: y = q * (k ∗ (u*v) + D*(u*v)), forward and with all gradients.
 
-  Milliseconds, the least of `rounds` turns of 5; the contestants take turns with pauses between
+  Milliseconds, the least of `rounds` turns of 0.2 s; the contestants take turns with pauses between
   them, as PyTorch's idle threads go on spinning for a while. Launches and bytes are tinygrad's count;
   the floor is each tensor once. Plain ops up to length `plain`; PyTorch where it is installed.
   """
@@ -809,9 +829,9 @@ def bench(lengths:list[int], B:int, H:int, plain:int, rounds:int=4):
           GlobalCounters.reset()
           f()
           count[key] = GlobalCounters.kernel_count, GlobalCounters.global_mem
-          for _ in range(5):
-            Device[Device.DEFAULT].synchronize()
-            start = time.perf_counter()
+          Device[Device.DEFAULT].synchronize()
+          until = time.perf_counter() + 0.2
+          while (start := time.perf_counter()) < until:
             f()
             Device[Device.DEFAULT].synchronize()
             best[key] = min(best.get(key, 1e9), time.perf_counter() - start)

@@ -157,12 +157,9 @@ def test_kernel_barriers_are_needed(monkeypatch):
   assert error(-1) <= 2e-6
   for i in range(7): assert error(i) > 1e-3, f"barrier {i} is not missed"
 
-@pytest.fixture(scope="module")
-def sources(): return {b: flashconv.render(b, L=256) for b in BARRIER}
-
-def test_sources_have_the_same_barriers(sources):
+def test_sources_have_the_same_barriers():
   "CUDA and Metal where OpenCL has them, whose run proves them necessary"
-  count = {b: {name: s.count(BARRIER[b]) for name, (s, _) in kernels.items()} for b, kernels in sources.items()}
+  count = {b: {name: s.count(BARRIER[b]) for name, (s, _) in flashconv.render(b, L=64).items()} for b in BARRIER}
   assert count["cuda"] == count["metal"] == count["opencl"]
   assert {n: c > 0 for n, c in count["cuda"].items()} == {n: "split" not in n and "join" not in n for n in count["cuda"]}
 
@@ -176,23 +173,23 @@ namespace metal { struct mem_flags { static constexpr int mem_threadgroup = 0; }
 """
 
 @pytest.mark.skipif(not shutil.which("clang++"), reason="no clang++")
-def test_metal_sources_are_well_formed(sources, tmp_path):
+def test_metal_sources_are_well_formed(tmp_path):
   "as C++, under a header that stands in for Metal's; local memory within 32 KB at the longest that one launch takes"
   (tmp_path/"metal_stdlib").write_text(METAL)
-  for name, (source, scratch) in sources["metal"].items():
+  for name, (source, scratch) in flashconv.render("metal", L=2048).items():
     (tmp_path/"k.cpp").write_text(source)
     subprocess.run(["clang++", "-std=c++17", "-fsyntax-only", "-w", f"-I{tmp_path}", tmp_path/"k.cpp"], check=True)
-    assert scratch in (0, 8*512), name
+    assert scratch in (0, 32768), name
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 def test_cuda_sources_compile_without_spills(tmp_path):
-  "at the longest that one launch takes, where registers are most needed; local memory within Metal's 32 KB too"
+  "at the longest that one launch takes, where registers are most needed; local memory within 48 KB"
   for name, (source, scratch) in flashconv.render("cuda", L=2048).items():
     (tmp_path/"k.cu").write_text(source)
     said = subprocess.run(["nvcc", "-arch=sm_86", "-Xptxas", "-v", "-cubin", "-o", os.devnull, tmp_path/"k.cu"], check=True,
                           capture_output=True, text=True).stderr
     assert "0 bytes spill stores, 0 bytes spill loads" in said, (name, said)
-    assert scratch in (0, 32768) and (f"{scratch} bytes smem" in said) == (scratch > 0), (name, said)
+    assert scratch <= 49152 and (f"{scratch} bytes smem" in said) == (scratch > 0), (name, said)
 
 # ================================================================ kernels: the matrix product
 
@@ -340,6 +337,21 @@ def test_kernel_layernorm(shape, flash):
   for got, a in zip([y, *grads], want): assert np.abs(got.numpy() - a).max() <= 1e-5*max(1, np.abs(a).max())
 
 # ================================================================ the model
+
+def test_flash_switch_on_a_whole_model():
+  "logits, loss and every gradient to 1e-5 of the largest, with kernels and without"
+  model = H3LM(H3Config(32, 16, 2, n_heads=2, d_state=8, head_dim=2, attn_layers=(1,), rotary_dim=2))
+  t, params = toks(rng.integers(0, 32, (3, 20))), get_state_dict(model)
+  def results() -> list[np.ndarray]:
+    logits = model(t)
+    loss = logits[:, :-1].sparse_categorical_crossentropy(t[:, 1:])
+    all = [logits, loss, *loss.gradient(*params.values())]
+    Tensor.realize(*all)
+    return [a.numpy() for a in all]
+  with Context(FLASH=1): ours = results()
+  with Context(FLASH=0): plain = results()
+  for name, a, b in zip(["logits", "loss", *params], ours, plain):
+    assert np.abs(a - b).max() <= 1e-5*max(np.abs(b).max(), 1e-3), name
 
 GOLDEN = HERE / "golden" / "h3"
 def golden(name): return np.load(f"{GOLDEN}/{name}")
