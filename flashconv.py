@@ -219,7 +219,8 @@ class Block:
     # on a GPU a ninth, where it fits: with 8, a column's stores meet on 4 of 32 banks
     wide = RADIX + int(group.m.gpu and 2*4*group.M*(RADIX+1) <= group.m.scratch)
     self.mem = UOp.placeholder((2, group.M + self.first, wide), dtypes.float, slot=0, addrspace=space)
-  def get(self, mem:UOp, i:UOp, lane:UOp|int) -> Pair: return tuple(Real(mem[c, i + self.first, lane]) for c in range(2))
+  def get(self, mem:UOp, i:UOp, lane:UOp|int) -> Pair:
+    return tuple(Real(mem[c, i + self.first, lane]) for c in range(2))
   def put(self, mem:UOp, i:UOp, lane:UOp|int, z:Pair) -> list[UOp]:
     return [mem[c, i + self.first, lane].store(z[c].uop) for c in range(2)]
   def twiddle(self, x:list[Pair], j:UOp, sign:int) -> list[Pair]:
@@ -244,7 +245,8 @@ class Block:
       x = butterfly([self.get(mem, i + r*S, lane) for r in range(RADIX)], j*(g.M//M*RADIX))
       return [s for r in range(RADIX) for s in self.put(mem, i + r*S, lane, x[r])]
     self.done = (g.lanes(g.M//RADIX, body),)
-  def spectrum(self, body:Callable[[int|UOp, UOp, list[Pair]|None], tuple[list[Pair]|None, list[UOp]]], back_only:bool=False):
+  def spectrum(self, body:Callable[[int|UOp, UOp, list[Pair]|None], tuple[list[Pair]|None, list[UOp]]],
+               back_only:bool=False):
     """The last pass of X = F x, body(turn, lane, X) -> (Y, stores), and the first pass of y = N F⁻¹ Y.
     Without a Y nothing goes back; with back_only there is no X."""
     g, R, mem = self.group, self.group.R, self.mem.after(*self.done)
@@ -302,7 +304,8 @@ class Parts:
   def __init__(self, group:Group, shape:tuple[int, ...], p:UOp|int): self.group, self.p = group, p
   @staticmethod
   def count(shape:tuple[int, ...]) -> int: return shape[0]
-  def load(self, j:UOp, off:int, x:UOp) -> Pair: return tuple(Real(x[self.p, self.group.h, c, j + off]) for c in range(2))
+  def load(self, j:UOp, off:int, x:UOp) -> Pair:
+    return tuple(Real(x[self.p, self.group.h, c, j + off]) for c in range(2))
   def store(self, j:UOp, off:int, out:UOp, z:Pair) -> list[UOp]:
     return [out[self.p, self.group.h, c, j + off].store(z[c].uop) for c in range(2)]
 
@@ -349,7 +352,7 @@ def _conv_grad(names:tuple[str, ...], m:Machine, kind:type) -> Callable:
     g, z, kf = _start(m, kind, x, tw, k)
     Z, dkf = Kept(g, 2), Kept(g, 3)
     dkf.done = (g.lanes(g.M//g.R, lambda turn, t, lane: dkf.put(turn, lane, [(ZERO, ZERO)]*g.R)),)
-    p = g.loop(kind.count(x["u"].shape), AxisType.REDUCE)   # the pairs of rows in turn, each adds to the filter's gradient
+    p = g.loop(kind.count(x["u"].shape), AxisType.REDUCE)     # pairs of rows in turn, each adds to dkf
     rows, w, e = kind(g, x["u"].shape, p), [x[n] for n in "uv" if n in x], [dy, *(x[n] for n in "q" if n in x)]
     z.forward(lambda j, off: rows.load(j, off, *w), p)
     z.spectrum(lambda turn, lane, X: (None, Z.put(turn, lane, X, p)))                     # Z = F w
@@ -675,7 +678,8 @@ def use_all_cores():
            timeout:int|None=None) -> float|None:
     place, start = self.runtimevars.get("core_id"), time.perf_counter()
     if global_size[0] == 1 or place is None or self.lvp:
-      return one_by_one(self, *bufs, global_size=global_size, local_size=local_size, vals=vals, wait=wait, timeout=timeout)
+      return one_by_one(self, *bufs, global_size=global_size, local_size=local_size, vals=vals, wait=wait,
+                        timeout=timeout)
     while len(cores) < global_size[0] - 1:
       cores.append(queue.SimpleQueue())
       threading.stack_size(16 << 20)                  # scratch memory is on the stack
@@ -764,7 +768,8 @@ def check_kernels():
   stderr, and plain ops from here on."""
   if not FLASH: return
   with open(__file__, "rb") as f: code = hashlib.sha256(f.read()).hexdigest()
-  key = f"{Device[Device.DEFAULT].renderer.target} {os.environ.get('CC')} {importlib.metadata.version('tinygrad')} {code}"
+  version = importlib.metadata.version("tinygrad")
+  key = f"{Device[Device.DEFAULT].renderer.target} {os.environ.get('CC')} {version} {code}"
   if diskcache_get("h3tiny_selfcheck", key): return
   try: selfcheck()
   except RuntimeError as e:
@@ -812,12 +817,15 @@ def bench(lengths:list[int], B:int, H:int, plain:int, rounds:int=4):
   the floor is each tensor once. Plain ops up to length `plain`; PyTorch where it is installed.
   """
   rng, torch = np.random.default_rng(0), importlib.util.find_spec("torch") is not None
-  print(f"y = q * (k * (u v) + D u v), B={B} H={H}, float32, {Device.DEFAULT}, {os.cpu_count()} cores; torch: on the CPU\n"
+  print(f"y = q * (k * (u v) + D u v), B={B} H={H}, float32, {Device.DEFAULT}, {os.cpu_count()} cores; "
+        "torch: on the CPU\n"
         f"{'':6} {'forward, ms':^35}  {'with gradients, ms':^35}  {'launches':^9} {'bytes/floor':^11}\n"
-        f"{'L':>6}" + 2*(f" {'plain':>9} {'ours':>8} {'torch':>8} {'ratio':>7} ") + f" {'fwd':>4} {'both':>4} {'fwd':>5} {'both':>5}")
+        f"{'L':>6}" + 2*(f" {'plain':>9} {'ours':>8} {'torch':>8} {'ratio':>7} ")
+        + f" {'fwd':>4} {'both':>4} {'fwd':>5} {'both':>5}")
   for L in lengths:
     shape = {"u": (B, H, L), "k": (H, L), "D": (H,), "v": (B, H, L), "q": (B, H, L)}
-    x, dy = {n: rng.standard_normal(s).astype(np.float32) for n, s in shape.items()}, rng.standard_normal((B, H, L)).astype(np.float32)
+    normal = lambda s: rng.standard_normal(s).astype(np.float32)
+    x, dy = {n: normal(s) for n, s in shape.items()}, normal((B, H, L))
     t, g = {n: Tensor(a).realize() for n, a in x.items()}, Tensor(dy).realize()
     def ours() -> dict[str, Callable]:
       def both() -> list[Tensor]:
@@ -826,7 +834,8 @@ def bench(lengths:list[int], B:int, H:int, plain:int, rounds:int=4):
         Tensor.realize(*all)
         return all
       return {"forward": TinyJit(lambda: fftconv(**t).realize()), "both": TinyJit(both)}
-    runs, usual = {("ours", n): (f, {}) for n, f in ours().items()}, {"FLASH": 0, "NOOPT": int(os.environ.get("NOOPT", 0))}
+    runs = {("ours", n): (f, {}) for n, f in ours().items()}
+    usual = {"FLASH": 0, "NOOPT": int(os.environ.get("NOOPT", 0))}     # plain tinygrad has its optimiser
     if L <= plain: runs |= {("plain", n): (f, usual) for n, f in ours().items()}
     if torch: runs |= {("torch", n): (f, {}) for n, f in torch_fftconv(L, x, dy).items()}
     best, count, floor = {}, {}, 4*B*H*L
@@ -854,18 +863,24 @@ def bench(lengths:list[int], B:int, H:int, plain:int, rounds:int=4):
           + "".join(f" {count['ours', n][1]/f:5.2f}" for n, f in floors.items()), flush=True)
 
 def main(argv:list[str]|None=None) -> int:
-  ap = argparse.ArgumentParser(prog="flashconv.py", description="Checks the kernels against plain ops, then times the convolution "
-                               "against plain tinygrad and, where it is installed, PyTorch.")
-  ap.add_argument("--render", choices=["cuda", "metal", "opencl"], help="print the kernels' source for it, on any machine, and stop")
-  ap.add_argument("--lengths", type=int, nargs="+", metavar="L", help="default 256 512 1024 2048 4096 8192; of --render 2048")
+  ap = argparse.ArgumentParser(prog="flashconv.py", description="Checks the kernels against plain ops, then times "
+                               "the convolution against plain tinygrad and, where it is installed, PyTorch.")
+  def fail(message:str): sys.exit(print(f"error: {message} (--help)", file=sys.stderr) or 2)
+  ap.error = fail
+  ap.add_argument("--render", choices=["cuda", "metal", "opencl"],
+                  help="print the kernels' source for it, on any machine, and stop")
+  ap.add_argument("--lengths", type=int, nargs="+", metavar="L",
+                  help="default 256 512 1024 2048 4096 8192; of --render 2048")
   ap.add_argument("--batch", type=int, default=8)
   ap.add_argument("--channels", type=int, default=256)
-  ap.add_argument("--plain", type=int, default=1024, metavar="L", help="time plain tinygrad up to this length (it is slow)")
+  ap.add_argument("--plain", type=int, default=1024, metavar="L",
+                  help="time plain tinygrad up to this length, default 1024 (it is slow)")
   a = ap.parse_args(argv)
   lengths = a.lengths or ([2048] if a.render else [256, 512, 1024, 2048, 4096, 8192])
   if min(*lengths, a.batch, a.channels) < 1: ap.error("--lengths, --batch and --channels must be at least 1")
   if a.render:
-    if max(lengths) > 2048 or min(lengths) < 64: ap.error("--render takes lengths from 64 to 2048, what one launch takes at 32 KB")
+    if max(lengths) > 2048 or min(lengths) < 64:
+      ap.error("--render takes lengths from 64 to 2048, what one launch takes at 32 KB")
     for L in lengths:
       for source, scratch in render(a.render, L).values(): print(f"// {scratch} bytes of local memory\n{source}\n")
     return 0

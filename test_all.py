@@ -201,6 +201,13 @@ def test_cuda_sources_compile_without_spills(tmp_path):
     assert "0 bytes spill stores, 0 bytes spill loads" in said, (name, said)
     assert scratch <= 49152 and (f"{scratch} bytes smem" in said) == (scratch > 0), (name, said)
 
+@pytest.mark.parametrize("argv", [["--lengths", "0"], ["--lengths", "x"], ["--lengths", "99999"], ["--render", "glsl"],
+                                  ["--render", "cuda", "--lengths", "4096"], ["--batch", "0"], ["--fast"]])
+def test_flashconv_command_bad_input(argv, capsys):
+  with pytest.raises(SystemExit) as stop: flashconv.main(argv)
+  said = capsys.readouterr()
+  assert stop.value.code == 2 and said.err.startswith("error: ") and said.err.count("\n") == 1 and not said.out
+
 # ================================================================ kernels: the matrix product
 
 def close(got:Tensor, a:np.ndarray, b:np.ndarray) -> None:
