@@ -137,6 +137,13 @@ def dft(x:list[Pair], sign:int) -> list[Pair]:
   return [tuple(f(a, b) for a, b in zip(e, o))
           for f in (operator.add, operator.sub) for e, o in zip(even, odd)]
 
+def reals(re:UOp, im:UOp) -> Pair: return Real(re), Real(im)
+def scaled(z:Pair, c:float) -> Pair: return z[0]*c, z[1]*c
+
+def twiddle(tw:UOp, x:list[Pair], j:UOp, sign:int) -> list[Pair]:
+  "x[r] · exp(sign 2πi jr/N), for the roots tw (2,R,N/R) of `_twiddles`"
+  return [z if r == 0 else cmul(z, (Real(tw[0, r, j]), Real(tw[1, r, j], -sign))) for r, z in enumerate(x)]
+
 class Group:
   """One channel and the hands that work on it: the threads of a work group (GPU), or one turn of the
   outermost loop (CPU), which the cores share.
@@ -196,7 +203,7 @@ class Kept:
     return lambda r: tuple(mem[c, turn*self.group.R + r, lane] for c in range(2))
   def get(self, turn:int|UOp, lane:UOp, *after:UOp) -> list[Pair]:
     place = self.at(turn, lane, *after)
-    return [tuple(Real(x) for x in place(r)) for r in range(self.group.R)]
+    return [reals(*place(r)) for r in range(self.group.R)]
   def put(self, turn:int|UOp, lane:UOp, X:list[Pair], *after:UOp) -> list[UOp]:
     place = self.at(turn, lane, *after)
     return [x.store(v.uop) for r, z in enumerate(X) for x, v in zip(place(r), z)]
@@ -220,12 +227,9 @@ class Block:
     wide = RADIX + int(group.m.gpu and 2*4*group.M*(RADIX+1) <= group.m.scratch)
     self.mem = UOp.placeholder((2, group.M + self.first, wide), dtypes.float, slot=0, addrspace=space)
   def get(self, mem:UOp, i:UOp, lane:UOp|int) -> Pair:
-    return tuple(Real(mem[c, i + self.first, lane]) for c in range(2))
+    return reals(*(mem[c, i + self.first, lane] for c in range(2)))
   def put(self, mem:UOp, i:UOp, lane:UOp|int, z:Pair) -> list[UOp]:
     return [mem[c, i + self.first, lane].store(z[c].uop) for c in range(2)]
-  def twiddle(self, x:list[Pair], j:UOp, sign:int) -> list[Pair]:
-    "x[r] · exp(sign 2πi jr/N)"
-    return [z if r == 0 else cmul(z, (Real(self.tw[0, r, j]), Real(self.tw[1, r, j], -sign))) for r, z in enumerate(x)]
   def free(self):
     "Others may write next where somebody still reads: that takes a barrier of its own on a GPU."
     if self.group.m.gpu: self.done = (UOp.group(*self.done).barrier(),)
@@ -233,10 +237,10 @@ class Block:
     "All passes but the last of X = F x, with x at j + off from load(j, off)."
     g, mem = self.group, self.mem.after(*self.done, *after)
     def split(j:UOp) -> list[UOp]:
-      x = self.twiddle(dft([load(j, r*g.M) for r in range(RADIX)], -1), j, -1)          # x = T · (F₈ x)
+      x = twiddle(self.tw, dft([load(j, r*g.M) for r in range(RADIX)], -1), j, -1)          # x = T · (F₈ x)
       return [s for r in range(RADIX) for s in self.put(mem, j, r, x[r])]
     self.done = (g.columns(split),)
-    for M in g.passes: self.inner(M, lambda x, j: self.twiddle(dft(x, -1), j, -1))      # x = T · (F₈ x)
+    for M in g.passes: self.inner(M, lambda x, j: twiddle(self.tw, dft(x, -1), j, -1))      # x = T · (F₈ x)
   def inner(self, M:int, butterfly:Callable[[list[Pair], UOp], list[Pair]]):
     "A radix-8 pass over sub-transforms of length M, in each lane."
     g, S, mem = self.group, M//RADIX, self.mem.after(*self.done)
@@ -258,18 +262,16 @@ class Block:
   def inverse(self, store:Callable[[UOp, int, Pair], list[UOp]]):
     "All passes but the first of y = N F⁻¹ Y; y at j + off goes to store(j, off, y)."
     g = self.group
-    for M in g.passes[::-1]: self.inner(M, lambda x, j: dft(self.twiddle(x, j, +1), +1))  # x = F₈* (T* · x)
+    for M in g.passes[::-1]: self.inner(M, lambda x, j: dft(twiddle(self.tw, x, j, +1), +1))  # x = F₈* (T* · x)
     mem = self.mem.after(*self.done)
     def join(j:UOp) -> list[UOp]:
-      x = dft(self.twiddle([self.get(mem, j, r) for r in range(RADIX)], j, +1), +1)
+      x = dft(twiddle(self.tw, [self.get(mem, j, r) for r in range(RADIX)], j, +1), +1)
       return [s for r in range(RADIX) for s in store(j, r*g.M, x[r])]
     self.done = (g.columns(join),)
 
 class Rows:
   """Rows 2p and 2p+1 of a batch as one complex sequence: the filter is real, so the two results come
-  out as re and im.
-
-  So the rounding of the two is that of the larger, and an infinity in one reaches the other.
+  out as re and im. So the rounding of the two is that of the larger, and an infinity in one reaches the other.
   Past the end of a row, and for the row that an odd batch lacks, reads give 0. Writes go to buffers
   of whole pairs and whole columns (`_padded`), of which views cut the rest off.
   """
@@ -305,7 +307,7 @@ class Parts:
   @staticmethod
   def count(shape:tuple[int, ...]) -> int: return shape[0]
   def load(self, j:UOp, off:int, x:UOp) -> Pair:
-    return tuple(Real(x[self.p, self.group.h, c, j + off]) for c in range(2))
+    return reals(*(x[self.p, self.group.h, c, j + off] for c in range(2)))
   def store(self, j:UOp, off:int, out:UOp, z:Pair) -> list[UOp]:
     return [out[self.p, self.group.h, c, j + off].store(z[c].uop) for c in range(2)]
 
@@ -320,7 +322,7 @@ def _start(m:Machine, kind:type, x:dict[str, UOp], tw:UOp, k:UOp) -> tuple[Group
     re, im = rows.load(j, off, k)
     return re + Real(j.eq(0).where(x["D"][g.h], 0.0)) if "D" in x and off == 0 else re, im
   z.forward(load)
-  z.spectrum(lambda turn, lane, X: (None, kf.put(turn, lane, [(a*(1/g.N), b*(1/g.N)) for a, b in X])))
+  z.spectrum(lambda turn, lane, X: (None, kf.put(turn, lane, [scaled(a, 1/g.N) for a in X])))
   kf.done = z.done
   z.free()
   return g, z, kf
@@ -374,7 +376,7 @@ def _conv_grad(names:tuple[str, ...], m:Machine, kind:type) -> Callable:
       z.inverse(lambda j, off, c: rows.store(j, off, d["q"], _times(c, rows.load(j, off, dy))))  # dq = dy · F⁻¹(kf · Z)
     z.free()
     z.done = dkf.done = (z.done[0].end(p),)
-    z.spectrum(lambda turn, lane, _: ([(a*(1/g.N), b*(1/g.N)) for a, b in dkf.get(turn, lane)], []), back_only=True)
+    z.spectrum(lambda turn, lane, _: ([scaled(a, 1/g.N) for a in dkf.get(turn, lane)], []), back_only=True)
     z.inverse(lambda j, off, c: kind(g, k.shape, 0).store(j, off, dk, c))                       # dk = F⁻¹ dkf
     return g.finish(z.done[0], f"{kind.name}_grad")
   return kernel
@@ -388,9 +390,8 @@ def _split(m:Machine) -> Callable:
     g = Group(m, x.shape[1], RADIX*S)
     def body(p:UOp, j:UOp) -> list[UOp]:
       rows = Rows(g, x.shape, p)
-      z = dft([rows.load(j, r*S, x) for r in range(R)], -1)
-      w = [tuple(Real(tw[c, r, j]) for c in range(2)) for r in range(R)]
-      return [X[p, g.h*R + r, c, j].store(v.uop) for r in range(R) for c, v in enumerate(cmul(z[r], w[r]))]
+      z = twiddle(tw, dft([rows.load(j, r*S, x) for r in range(R)], -1), j, -1)
+      return [X[p, g.h*R + r, c, j].store(v.uop) for r in range(R) for c, v in enumerate(z[r])]
     return g.finish(g.everywhere(P, body), "fft_split")
   return kernel
 
@@ -402,8 +403,8 @@ def _join(m:Machine, B:int, L:int) -> Callable:
     P, R, S = X.shape[0], tw.shape[1], tw.shape[2]
     g = Group(m, y.shape[1], RADIX*S)
     def body(p:UOp, j:UOp) -> list[UOp]:
-      rows, w = Rows(g, (B, y.shape[1], L), p), [tuple(Real(tw[c, r, j]) for c in range(2)) for r in range(R)]
-      z = dft([cmul(tuple(Real(X[p, g.h*R + r, c, j]) for c in range(2)), conj(w[r])) for r in range(R)], +1)
+      rows, z = Rows(g, (B, y.shape[1], L), p), [reals(*(X[p, g.h*R + r, c, j] for c in range(2))) for r in range(R)]
+      z = dft(twiddle(tw, z, j, +1), +1)
       return [s for r in range(R) for s in rows.store(j, r*S, y, z[r])]
     return g.finish(g.everywhere(P, body), "fft_join")
   return kernel
@@ -415,13 +416,11 @@ def _twiddles(R:int, S:int, device:str) -> Tensor:
   w = np.exp(-2j*np.pi/(R*S) * np.outer(np.arange(R), np.arange(S)))
   return Tensor(np.stack([w.real, w.imag]).astype(np.float32), device=device).realize()
 
-def _gpu(device:str) -> bool: return Device[device].renderer.has_local
-
 def _float_on_cpu(*tensors:Tensor|None) -> bool:
   "Whether the CPU's matrix product and layer norm serve: float32, on one device without local memory."
   device = tensors[0].device
   return bool(FLASH) and all(t is None or t.dtype == dtypes.float for t in tensors) \
-    and isinstance(device, str) and not _gpu(device)
+    and isinstance(device, str) and not machine(device).gpu
 
 def _stored(x:Tensor) -> Tensor:
   "x in storage of its own, copied only if it is a view or an expression: the kernels take no views."
@@ -448,27 +447,29 @@ def _one(x:dict[str, Tensor], k:Tensor, N:int, kind:type) -> Tensor:
   def cut(y:Tensor, shape:tuple[int, ...]) -> Tensor: return y[:shape[0], :, :shape[2]] if kind is Rows else y
   def grad(dy:UOp, call:UOp) -> tuple:
     tw, k, *ins = (Tensor(s) for s in call.src[2:])
-    flows = [t for n, t in zip(names, ins) if n != "D"]
-    outs = _launch(_conv_grad(names, m, kind), [buffer(k.shape), *(buffer(t.shape) for t in flows)],
+    shapes = {"k": k.shape, **{n: u.shape for n in names if n != "D"}}
+    outs = _launch(_conv_grad(names, m, kind), [buffer(s) for s in shapes.values()],
                    [tw, k, cut(Tensor(dy), u.shape), *ins])
-    dk, *d = (cut(o, t.shape) for o, t in zip(outs, [k, *flows]))
-    d = dict(zip([n for n in names if n != "D"], d)) | {"D": dk[0, :, 0]}                  # dD = dk at lag 0
+    d = {n: cut(o, s) for o, (n, s) in zip(outs, shapes.items())}
+    dk = d["k"]
+    d["D"] = dk[0, :, 0]                                                                   # dD = dk at lag 0
     if k.shape[1] == 1: dk = dk.sum(1, keepdim=True)
     return None, None, dk.uop, *(d[n].uop for n in names)
   return cut(_launch(_conv(names, m, kind), [buffer(u.shape)], [tw, k, *x.values()], grad)[0], u.shape)
 
 def _parts(x:Tensor, R:int, S:int) -> Tensor:
   "Rows (B,H,L) -> the R sub-transforms of a transform of length R S: (⌈B/2⌉,H R,2,S)."
-  (B, H, L), m, tw = x.shape, machine(x.device), _twiddles(R, S, x.device)
   def grad(dX:UOp, call:UOp) -> tuple: return None, None, _rows(Tensor(dX), x.shape, R, S).uop
-  return _launch(_split(m), [Tensor.empty(-(-B//2), H*R, 2, S, device=x.device)], [tw, x], grad)[0]
+  X = Tensor.empty(Rows.count(x.shape), x.shape[1]*R, 2, S, device=x.device)
+  return _launch(_split(machine(x.device)), [X], [_twiddles(R, S, x.device), x], grad)[0]
 
 def _rows(X:Tensor, shape:tuple[int, ...], R:int, S:int) -> Tensor:
   "The way back, without its 1/R, and the adjoint of `_parts`."
-  (B, H, L), m, tw = shape, machine(X.device), _twiddles(R, S, X.device)
+  B, H, L = shape
   def grad(dy:UOp, call:UOp) -> tuple: return None, None, _parts(Tensor(dy)[:B, :, :L], R, S).uop
   Bp, Lp = _padded(B, L, S)
-  return _launch(_join(m, B, L), [Tensor.empty(Bp, H, Lp, device=X.device)], [tw, X], grad)[0][:B, :, :L]
+  y = Tensor.empty(Bp, H, Lp, device=X.device)
+  return _launch(_join(machine(X.device), B, L), [y], [_twiddles(R, S, X.device), X], grad)[0][:B, :, :L]
 
 def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor|None=None,
             channels_last:bool=False) -> Tensor:
@@ -724,7 +725,7 @@ def setup_device():
     print(f"error: tinygrad can't open a device ({why})" if compiler else "error: no GPU that tinygrad can use, "
           f"and its CPU device needs a C compiler: {how}", file=sys.stderr)
     sys.exit(2)
-  if FLASH and not _gpu(Device.DEFAULT):
+  if FLASH and not machine(Device.DEFAULT).gpu:
     if "NOOPT" not in os.environ: NOOPT.value = 1
     use_all_cores()
   # tinygrad's compile workers live on instead of starting anew: the first step 9.6 s, not 12.3
