@@ -22,16 +22,18 @@ forward at L = 256, 1024, 2048 and 4096 where the two launches take 1.57, 8.1, 2
 H=256, CPU), and its backward pass would do two transforms more, to compute anew what lies stored.
 """
 from __future__ import annotations
-import argparse, cmath, ctypes, functools, hashlib, importlib.metadata, importlib.util, itertools
+import argparse, cmath, ctypes, dataclasses, functools, hashlib, importlib.metadata, importlib.util, itertools
 import operator, os, queue, subprocess, sys, threading, time
 from typing import Callable, NamedTuple
 import numpy as np
-from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
+from tinygrad import Device, Tensor, TinyJit, UOp, codegen, dtypes
 from tinygrad.codegen import to_program
+from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
+from tinygrad.codegen.opt.postrange import Scheduler
 from tinygrad.dtype import AddrSpace
 from tinygrad.helpers import (NOOPT, Context, ContextVar, GlobalCounters, Target, all_int, cache_dir,
                               diskcache_get, diskcache_put, prod)
-from tinygrad.renderer import cstyle
+from tinygrad.renderer import Renderer, cstyle
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, PatternMatcher, UPat, graph_rewrite
 
 FLASH = ContextVar("FLASH", 1)  # 0: plain tinygrad ops everywhere
@@ -86,6 +88,7 @@ def fftconv_ref(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None,
 # cache. Then `Real` took a third off the arithmetic: 8 ms at L=1024.
 RADIX = 8
 MAX_N = 1 << 16                      # FFT length on a CPU: 2 MB of stack in the backward pass
+SHARED = 1 << 17                     # size of the loops of tinygrad's own kernels from which cores share them
 ONE_CORE = 1 << 20                   # B H N up to which one core is as fast as two
 
 class Machine(NamedTuple):
@@ -94,11 +97,34 @@ class Machine(NamedTuple):
   cores: int                         # threads of a CPU that share the outermost loop
   scratch: int                       # bytes of local memory
   has_sub: bool                      # renders a - b
+  lanes: int = 1                     # floats in a CPU's vector register,
+  registers: int = 16                # and how many of those it has
 
 @functools.cache
 def machine(device:str) -> Machine:
   r = Device[device].renderer
-  return Machine(r.has_local, r.global_max[0] if r.has_threads else 1, r.shared_max, Ops.SUB in r.code_for_op)
+  cores, vectors = r.global_max[0] if r.has_threads else 1, () if r.has_local else _vectors(r)
+  return Machine(r.has_local, cores, r.shared_max, Ops.SUB in r.code_for_op, *vectors)
+
+WIDE = "prefer-vector-width=512"       # clang leaves half of an AVX-512 register empty unless told so
+
+def _compiler_says(r:Renderer, macro:str) -> bool:
+  "Whether the compiler of tinygrad's CPU device defines a macro for the processor that it compiles for."
+  try: out = subprocess.run([os.environ.get("CC", "clang"), *r.compiler.args, "-dM", "-E", "-x", "c", os.devnull],
+                            capture_output=True, text=True).stdout
+  except (OSError, AttributeError): return False
+  return f"#define __{macro}__ " in out
+
+def _vectors(r:Renderer) -> tuple[int, int]:
+  "Lanes and number of a CPU's vector registers."
+  return (16 if WIDE in r.target.arch else 8 if _compiler_says(r, "AVX") else 4,
+          32 if _compiler_says(r, "AVX512VL") or _compiler_says(r, "ARM_NEON") else 16)
+
+def _cores(n:int, axis:int) -> tuple[UOp, UOp]:
+  """A range that the cores of a CPU share, and its index; axis: the range's number. The mask tells clang the
+  index's range: without it indices may wrap, and loops were left scalar."""
+  core = UOp.range(n, axis, AxisType.THREAD if n > 1 else AxisType.LOOP)
+  return core, core & ((1 << (n-1).bit_length()) - 1)
 
 class Real:
   """±x or 0, a float in a register.
@@ -164,11 +190,9 @@ class Group:
       self.thread = self.row*RADIX + self.lane
     else:
       cores = next(c for c in range(m.cores, 0, -1) if H % c == 0)
-      core = UOp.range(cores, next(self.ids), AxisType.THREAD if cores > 1 else AxisType.LOOP)
-      i, mask = self.loop(H//cores), (1 << (cores-1).bit_length()) - 1
-      # the mask tells clang the core's range: without it indices may wrap, and the passes that touch
-      # rows were left scalar
-      self.h, self.outer = (core & mask)*(H//cores) + i, (i, core)
+      core, me = _cores(cores, next(self.ids))
+      i = self.loop(H//cores)
+      self.h, self.outer = me*(H//cores) + i, (i, core)
   def loop(self, n:int, axis:AxisType=AxisType.LOOP) -> UOp: return UOp.range(n, next(self.ids), axis)
   def columns(self, body:Callable[[UOp], list[UOp]]) -> UOp:
     "body(j) for j < M; clang makes vectors of the loop over j."
@@ -505,83 +529,125 @@ def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor
   return y if q is None else q*y
 
 # ---------------------------------------------------------------- the matrix product, where tinygrad's own is slow
-# Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (TOMS 2008), with one
-# level of blocking: a (KB, NT) panel of B, which stays in the L1 cache, meets MT rows of A at a time
-# in a tile of MT x NT sums, which stays in registers.
-# GFLOPS on one core of a Xeon with AVX-512, clang 14, best of 25 (dx = dy w^T, dw = x^T dy):
-#   M x K x N                tinygrad        this kernel     PyTorch, 1 thread
-#                          y   dx   dw      y   dx   dw       y   dx   dw
-#   2048 x 128 x 512      18   15    2    102   88   95     182  173  165
-#   2048 x 256 x 257       4    6    2     85   89   74     168  178  153
-#   32 x 256 x 32 x 256   29   23   20     83   87   64     166  158  147
-#   16 x 768 x 768        10   12          39   35          140   99          (launching: 0.17 ms of 0.5)
-#   1 x 768 x 768          1    1           4    3           25   22          (0.17 ms of 0.3)
-# 3x32 floats are 12 AVX registers; with a vector of B and 3 broadcast entries of A that is all 16 of AVX2.
-# One more row spills, and a spilled sum's store and reload halve the speed: 45 GFLOPS against 99 (-march=haswell).
+# Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (TOMS 2008): panels of B, NT columns
+# wide, and tiles of A, MT rows high, are copied in the order in which they will be read, as many as the L2 cache
+# holds; a panel meets a tile in MT x NT sums, which stay in registers. The cores share groups, else rows, else columns.
+# GFLOPS, two cores of a Xeon with AVX-512, clang 14, best of 12 (dx = dy w^T, dw = x^T dy):
+#   M x K x N              this kernel        PyTorch, 2 threads
+#                         y   dx   dw          y   dx   dw
+#   4096 x 256 x 1024   266  265  234        235  229  253
+#   4096 x 1024 x 256   253  271  252        265  259  224
+#   4096 x 256 x 264    271  256  245
 # Below SMALL multiplications tinygrad's own product is as fast.
-MT, NT, KB, SMALL = 3, 32, 256, 1 << 16
+KB, MB, NB, SMALL = 256, 96, 1024, 1 << 16
 
-def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool) -> UOp:
-  "C (G,M,N) = A (G,M,K) B (G,K,N) + bias (N,) for each g; ta: A is stored (G,K,M), tb: B is stored (G,N,K)."
-  (G, M, N), K = C.shape, A.shape[1 if ta else 2]
-  blocks = -(-K//KB)
-  mt, nt, kb = min(MT, M), min(NT, N), -(-K//blocks)
-  a = lambda r, k: A[g, k, r] if ta else A[g, r, k]
-  b = lambda k, c: B[g, c, k] if tb else B[g, k, c]
+def _tile(m:Machine, M:int, N:int) -> tuple[int, int]:
+  "Rows and columns of a tile of sums: three quarters of the registers, the others hold a row of B and entries of A."
+  nt = min((c*m.lanes for c in (4, 3, 2)), key=lambda n: (-(-N//n)*n, -n))               # the least overlap
+  return min(M, m.registers*3//4//(nt//m.lanes)), min(nt, N)
+
+def _even(n:int, most:int) -> int:
+  "A block size, at most `most`, that cuts n into equal blocks or nearly so."
+  most = max(1, min(n, most))
+  return min(range((most + 1)//2, most + 1), key=lambda c: (-(-n//c)*c, -c))
+
+def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, rows:bool, m:Machine) -> UOp:
+  """C (G,M,N) = A (G,M,K) B (G,K,N) + bias, (N,) or, if `rows`, (M,), for each g.
+
+  ta: A is stored (G,K,M), tb: B is stored (G,N,K). An A or B of one group serves all; a C of one
+  group is the sum over groups.
+  """
+  (G, M, N), K, groups = C.shape, A.shape[1 if ta else 2], max(A.shape[0], B.shape[0])
+  mt, nt = _tile(m, M, N)
+  tiles, panels, packed = -(-M//mt), -(-N//nt), M > mt
+  blocks = -(-K//KB) if packed else 1
+  kb, turns = -(-K//blocks), blocks*(groups if G == 1 else 1)
+  # cores for groups, rows and columns: one of the three
+  cores = m.cores if 2*G*M*N*K*turns//blocks > ONE_CORE else 1
+  gc = next(c for c in range(cores, 0, -1) if G % c == 0) if G >= cores else 1
+  rc = cores if gc == 1 and tiles >= 4*cores else 1
+  cc = min(cores, panels) if gc == rc == 1 and turns == 1 else 1
+  ids = itertools.count()
+  loop = lambda n, axis=AxisType.LOOP: UOp.range(n, next(ids), axis)
   reg = lambda slot, *shape: UOp.placeholder(shape, dtypes.float, slot=slot, addrspace=AddrSpace.REG)
-  # A stored by columns is read in scattered lines; all panels of one block of K in turn find them in the L2 cache
-  # (up to a fifth faster). Not where the last panel overlaps, see below: its sums would count a block twice.
-  k_outside = ta and N % nt == 0
-  g, io = UOp.range(G, 0), UOp.range(-(-M//mt), 3)
-  jo, ko = UOp.range(-(-N//nt), 1 + k_outside), UOp.range(blocks, 2 - k_outside)
-  # Sizes that the tile does not divide: the last panel starts early enough to end at column N, the last tile of rows
-  # repeats row M-1; both store the same values again. The last block of K starts early too, and the rows of its
-  # panel that were counted before are zero.
-  j0, k0 = (jo*nt).minimum(N-nt), (ko*kb).minimum(K-kb)
-  rows = [(io*mt + i).minimum(M-1) for i in range(mt)]
+  core, me = _cores(gc*rc*cc, next(ids))
+  share = lambda n, c: (-(-n//c), me*-(-n//c) if c > 1 else 0)        # how many each core has, and its first
+  (gs, g0), (ts, t0), (ps, p0) = share(G, gc), share(tiles, rc), share(panels, cc)
+  mb, nb = _even(ts, MB//mt), _even(ps, NB//nt if packed else 1)
+  go, no, ko, mo = loop(gs), loop(-(-ps//nb)), loop(turns), loop(-(-ts//mb))
+  g, summed = g0 + go, turns > 1
+  ga, gb = (0 if x.shape[0] == 1 else ko//blocks if G == 1 else g for x in (A, B))
+  a = lambda r, k: A[ga, k, r] if ta else A[ga, r, k]
+  b = lambda k, c: B[gb, c, k] if tb else B[gb, k, c]
+  # Sizes that the tile does not divide: the last panel starts early enough to end at column N, the last tile repeats
+  # the last row. What was counted before must not be added again: such columns of B are zero, such tiles not
+  # stored. The last block of K starts early too, and the rows of B that were counted before are zero.
+  block = ko % blocks
+  k0, panel, tile = (block*kb).minimum(K - kb), p0 + no*nb, t0 + mo*mb
+  left = lambda j: ((panel + j)*nt).minimum(N - nt)
+  last = (t0*mt + (ts*mt - 1)).minimum(M - 1) if rc > 1 else M - 1
+  row = lambda r: r if M % mt == 0 and ts % mb == 0 and tiles % rc == 0 else r.minimum(last)
 
-  # panel = B[k0:k0+kb, j0:j0+nt], in the order in which it will be read
-  p, v = UOp.range(kb, 4), UOp.range(nt, 5)
-  entry = b(k0+p, j0+v) if K % kb == 0 else (k0+p < ko*kb).where(0.0, b(k0+p, j0+v).load())
-  panel = reg(0, kb, nt)
-  panel = panel.after(panel.after(ko, jo, g)[p, v].store(entry).end(*((p, v) if tb else (v, p))))
+  need = ()
+  if packed:
+    jp, p, v = loop(nb), loop(kb), loop(nt)
+    x, seen = b(k0 + p, left(jp) + v), []
+    if K % kb: seen.append(k0 + p < block*kb)
+    if summed and (N % nt or ps % nb): seen.append((ko > 0) & (left(jp) + v < (panel + jp)*nt))
+    if seen: x = functools.reduce(operator.or_, seen).where(0.0, x.load())
+    pb = reg(0, nb, kb, nt)
+    pb = pb.after(pb.after(ko, no, go, core)[jp, p, v].store(x).end(*((p, v) if tb else (v, p))).end(jp))
+    need = pb,
+  if packed and ta:                  # else a row of A is read in order anyway
+    ip, p, i = loop(mb), loop(kb), loop(mt)
+    pa = reg(1, mb, kb, mt)
+    pa = pa.after(pa.after(mo, *need)[ip, p, i].store(a(row((tile + ip)*mt + i), k0 + p)).end(i, ip, p))
+    need = pb, pa
 
-  # acc = bias in the first block of K, what the blocks before have summed up in the others
-  z, acc = UOp.range(nt, 6), reg(1, mt, nt)
-  start = bias[0][j0+z] if bias else UOp.const(0.0, dtypes.float)
-  first = [start if blocks == 1 else (ko > 0).where(C.after(ko)[g, r, j0+z].load(), start) for r in rows]
-  acc = acc.after(UOp.group(*[acc.after(io, panel)[i, z].store(f) for i, f in enumerate(first)]).end(z))
-
-  # acc += A[rows, k] panel[k, :]; the loop over j is unrolled and vectorised by the compiler
-  k, j = UOp.range(kb, 7, AxisType.REDUCE), UOp.range(nt, 8)
+  # sums = bias at first, what the turns before have summed up later
+  jo, io = loop(nb), loop(mb)
+  j0, at, first = left(jo), [row((tile + io)*mt + i) for i in range(mt)], (tile + io)*mt
+  z, acc = loop(nt), reg(2, mt, nt)
+  start = [bias[0][r if rows else j0 + z] if bias else UOp.const(0.0, dtypes.float) for r in at]
+  if summed: start = [(ko > 0).where(C.after(ko)[g, r, j0 + z].load(), s) for r, s in zip(at, start)]
+  acc = acc.after(UOp.group(*[acc.after(io, jo, mo, ko, no, go, core, *need)[i, z].store(s)
+                              for i, s in enumerate(start)]).end(z))
+  # sums += A[row, k] B[k, :]; the loop over j is unrolled and vectorised by the compiler
+  k, j = loop(kb, AxisType.REDUCE), loop(nt)
   s = acc.after(k)
-  fma = [s[i, j].store(s[i, j] + a(r, k0+k)*panel[k, j]) for i, r in enumerate(rows)]
+  y = pb[jo, k, j] if packed else b(k0 + k, j0 + j)
+  fma = [s[i, j].store(s[i, j] + (pa[io, k, i] if len(need) == 2 else a(r, k0 + k))*y) for i, r in enumerate(at)]
   acc = acc.after(UOp.group(*fma).end(j).end(k))
-
-  # C = acc, a loop for each row: the compiler can't tell that the rows do not overlap
-  out = [C[g, r, j0+(o:=UOp.range(nt, 9+i))].store(acc[i, o]).end(o) for i, r in enumerate(rows)]
-  name = f"gemm_{'nt'[ta]}{'nt'[tb]}_{G}x{M}x{K}x{N}"
-  inner, outer = (jo, ko) if k_outside else (ko, jo)
-  done = UOp.group(*out).end(io).end(inner).end(outer).end(g)
-  return done.sink(arg=KernelInfo(name=name, opts_to_apply=()))
+  # C = sums, a loop for each row: the compiler can't tell that the rows do not overlap
+  if summed and (ts % mb or tiles % rc): at = [r.valid(first <= last) for r in at]
+  out = [C[g, r, j0 + (o := loop(nt))].store(acc[i, o]).end(o) for i, r in enumerate(at)]
+  done = UOp.group(*out).end(io, jo, mo, ko, no, go, core)
+  return done.sink(arg=KernelInfo(name=f"gemm_{'nt'[ta]}{'nt'[tb]}_{groups}x{M}x{K}x{N}", opts_to_apply=()))
 
 @functools.cache
 def _ones(n:int, device:str) -> Tensor: return Tensor(np.ones((1, 1, n), np.float32), device=device).realize()
 
-def product(a:Tensor, b:Tensor, *bias:Tensor, ta:bool=False, tb:bool=False) -> Tensor:
-  """(G,M,K) (G,K,N) + bias (N,) -> (G,M,N), a or b transposed first where ta or tb say so.
-  Differentiable, any number of times."""
+def product(a:Tensor, b:Tensor, *bias:Tensor, ta:bool=False, tb:bool=False, rows:bool=False,
+            total:bool=False) -> Tensor:
+  """(G,M,K) (G,K,N) + bias, (N,) or with `rows` (M,), -> (G,M,N), or (1,M,N), the sum over groups, with `total`.
+
+  ta, tb: a, b are transposed first. One of them may have a single group, for all. Differentiable, any number of times.
+  """
+  G = max(a.shape[0], b.shape[0])
   def grad(dy:UOp, call:UOp) -> tuple[UOp|None, ...]:
     g, a, b = Tensor(dy), *(Tensor(s) for s in call.src[2:4])
-    # dA = dY B^T, dB = A^T dY, or their transposes B dY^T, dY^T A
-    da = product(b, g, ta=tb, tb=True) if ta else product(g, b, tb=not tb)
-    db = product(g, a, ta=True, tb=ta) if tb else product(a, g, ta=not ta)
+    # dA = dY B^T, dB = A^T dY, or their transposes B dY^T, dY^T A; summed where one A or B has served all groups
+    one = [x.shape[0] < G for x in (a, b)]
+    da = product(b, g, ta=tb, tb=True, total=one[0]) if ta else product(g, b, tb=not tb, total=one[0])
+    db = product(g, a, ta=True, tb=ta, total=one[1]) if tb else product(a, g, ta=not ta, total=one[1])
     # tinygrad's own sum over rows takes 8 ms where this takes 0.2 ms, (4096,128) on a CPU
-    dbias = [product(_ones(g.shape[1], g.device), g).reshape(x.shape).uop for x in bias]
+    ones = _ones(g.shape[2 if rows else 1], g.device)
+    dbias = [product(ones, g, tb=rows, total=g.shape[0] > 1).reshape(x.shape).uop for x in bias]
     return None, da.uop, db.uop, *dbias
-  shape = a.shape[0], a.shape[2 if ta else 1], b.shape[1 if tb else 2]
-  y = Tensor.empty(*shape, dtype=dtypes.float, device=a.device)
-  return _launch(functools.partial(gemm, ta=ta, tb=tb), [y], [a, b, *bias], grad)[0]
+  M, N = a.shape[2 if ta else 1], b.shape[1 if tb else 2]
+  y = Tensor.empty(1 if total else G, M, N, dtype=dtypes.float, device=a.device)
+  kernel = functools.partial(gemm, ta=ta, tb=tb, rows=rows, m=machine(a.device))
+  return _launch(kernel, [y], [a, b, *bias], grad)[0]
 
 def matmul(x:Tensor, w:Tensor, transposed:bool=False, bias:Tensor|None=None) -> Tensor:
   """x @ w + bias -> (…,M,N): x (…,M,K); w (K,N), or (…,K,N) with x's leading dimensions; bias (N,).
@@ -660,20 +726,84 @@ def _is_clang(command:str) -> bool:
   try: return "clang" in subprocess.run([command, "--version"], capture_output=True, text=True).stdout
   except OSError: return False
 
-@functools.cache
-def use_all_cores():
-  """tinygrad 0.14.0 runs the threads of a CPU kernel one after the other; from here on they run at once.
-
-  Each further core has a Python thread that waits for work, and leaves Python for as long as it runs.
-  """
-  from tinygrad.runtime.ops_cpu import CPUProgram
-  cores:list[queue.SimpleQueue] = []
+class Cores:
+  "Python threads, one for each further core, that wait for work and leave Python for as long as it runs."
+  waiting: list[queue.SimpleQueue] = []
+  @staticmethod
   def serve(jobs:queue.SimpleQueue):
     while True:
       fxn, args, done = jobs.get()
       fxn(*args)
       done.release()
+  @classmethod
+  def run(cls, fxn:Callable, shares:list[tuple]):
+    "fxn(*share) for every share at once, each on a core of its own."
+    while len(cls.waiting) < len(shares) - 1:
+      cls.waiting.append(queue.SimpleQueue())
+      threading.stack_size(16 << 20)                  # scratch memory is on the stack
+      threading.Thread(target=cls.serve, args=cls.waiting[-1:], daemon=True).start()
+      threading.stack_size(0)
+    locks = []
+    for share, jobs in zip(shares[1:], cls.waiting):
+      locks.append(done := threading.Lock())
+      done.acquire()
+      jobs.put((fxn, share, done))
+    try: fxn(*shares[0])
+    finally:                                          # Ctrl-C too leaves nobody writing
+      for done in locks: done.acquire()
+
+WORDS = 64                             # of a replay's entry: a function and its arguments
+
+def _replay(cores:int) -> UOp:
+  """A core's part of a list of kernels: n entries of WORDS words. done[8 c]: how many of them core c is through
+  with; nobody starts on a kernel before all are through with the one before. pause: a function that does nothing,
+  and the one to call while waiting."""
+  u64 = dtypes.uint64
+  entries, done, pause = UOp.param(0, u64, (1 << 30,)), UOp.param(1, u64, (8*cores,), volatile=True), UOp.param(2, u64, (2,))
+  n, me = (UOp.param(3 + i, dtypes.int, (), vmin_vmax=(0, 1 << 20), name=s, addrspace=AddrSpace.ALU) for i, s in enumerate(("n", "me")))
+  i = UOp.range(n, 0, dtype=dtypes.int)
+  f, *args = (entries.index(i*WORDS + w).load() for w in range(WORDS))
+  ran = done.after(f.call(*args, ret_dtype=dtypes.void).barrier()).index(me*8).store((i + 1).cast(u64))
+  for c in range(cores):
+    again = UOp.loop(1 + c)
+    waits = done.after(again, ran).index(8*c).load() < (i + 1).cast(u64)
+    ran = pause.after(again, ran).index(waits.where(1, 0)).load().call(ret_dtype=dtypes.void).end(again, waits)
+  return ran.barrier().end(i)
+
+@functools.cache
+def _threaded(kernel:UOp) -> UOp:
+  "A kernel of tinygrad's own with its outermost loop for all cores, where they divide it and it is worth their while."
+  cores = (renderer := Device["CPU"].renderer).global_max[0]
+  if cores == 1 or prod(r.vmax + 1 for r in kernel.toposort() if r.op is Ops.RANGE) < SHARED: return kernel
+  # what tinygrad does before it optimises a kernel (codegen.full_rewrite_to_sink)
+  for rules, options in ((codegen.multi_pm, {}), (codegen.pm_mops, {"bottom_up": True}), (codegen.pm_load_collapse, {}),
+                         (codegen.pm_split_ranges + codegen.pm_flatten_range, {"ctx": {}}),
+                         (codegen.sym + codegen.pm_flatten_range, {}),
+                         (codegen.pm_flatten_range + codegen.pm_simplify_ranges, {"ctx": {}})):
+    kernel = graph_rewrite(kernel, rules, **options)
+  k = Scheduler(kernel, renderer)
+  k.convert_loop_to_global()
+  axis = next((i for i in k.axes_of(AxisType.WEAK) if k.full_shape[i] % cores == 0), None)
+  if axis is not None:
+    try: k.apply_opt(Opt(OptOps.THREAD, axis, cores))
+    except KernelOptError: pass                       # an inner loop, say
+  return k.get_optimized_ast()
+
+def _shared(call:UOp) -> UOp:
+  if not NOOPT or call.op is not Ops.CALL or (k := call.src[0]).op is not Ops.SINK \
+     or k.arg.opts_to_apply is not None or call.src[1].device != "CPU": return call
+  return call.replace(src=(_threaded(k), *call.src[1:]))
+
+@functools.cache
+def use_all_cores():
+  """tinygrad 0.14.0 runs the threads of a CPU kernel one after the other, and each kernel of a TinyJit from Python,
+  0.1 ms each. From here on threads run at once, and a TinyJit's kernels run without Python between them."""
+  from tinygrad.runtime.ops_cpu import CPUProgram
+  from tinygrad.codegen import do_to_program
+  from tinygrad.engine import realize
+  from tinygrad.engine.jit import GraphRunner
   one_by_one = CPUProgram.__call__
+  def share(args:list, place:int, core:int) -> tuple: return (*args[:place], ctypes.c_uint64(core), *args[place+1:])
   @functools.wraps(one_by_one)
   def call(self, *bufs, global_size:tuple=(1, 1, 1), local_size:tuple=(1, 1, 1), vals:tuple=(), wait:bool=False,
            timeout:int|None=None) -> float|None:
@@ -681,23 +811,51 @@ def use_all_cores():
     if global_size[0] == 1 or place is None or self.lvp:
       return one_by_one(self, *bufs, global_size=global_size, local_size=local_size, vals=vals, wait=wait,
                         timeout=timeout)
-    while len(cores) < global_size[0] - 1:
-      cores.append(queue.SimpleQueue())
-      threading.stack_size(16 << 20)                  # scratch memory is on the stack
-      threading.Thread(target=serve, args=cores[-1:], daemon=True).start()
-      threading.stack_size(0)
     args = [ctypes.c_uint64(x or 0) for x in (*(b.va_addr for b in bufs), *vals)]
-    share = lambda i: (*args[:place], ctypes.c_uint64(i), *args[place+1:])
-    waits = []
-    for i, jobs in enumerate(cores[:global_size[0]-1], 1):
-      waits.append(done := threading.Lock())
-      done.acquire()
-      jobs.put((self.fxn, share(i), done))
-    try: self.fxn(*share(0))
-    finally:                                          # Ctrl-C too leaves nobody writing
-      for done in waits: done.acquire()
+    Cores.run(self.fxn, [share(args, place, i) for i in range(global_size[0])])
     return time.perf_counter() - start if wait else None
   CPUProgram.__call__ = call
+
+  def program(name:str, body:UOp) -> CPUProgram:
+    device = Device["CPU"]
+    return CPUProgram(device, do_to_program(body.sink(arg=KernelInfo(name), tag=1), device.renderer).to_elf())
+  @functools.cache
+  def replay(cores:int) -> CPUProgram: return program(f"replay_{cores}", _replay(cores))
+  class Replay(GraphRunner):
+    def __init__(self, linear:UOp, input_uops:tuple[UOp, ...]=()):
+      super().__init__(linear, input_uops)
+      infos = [ast.arg for _, ast, _, _ in self.calls]
+      self.cores, n = max(int(p.global_size[0]) for p in infos), len(infos)
+      self.entries = np.zeros((self.cores, n, WORDS), np.uint64)
+      self.entries[1:, :, 0] = nothing.addr
+      for i, (p, program, (_, _, bufs, _)) in enumerate(zip(infos, self.runtimes, self.calls)):
+        mine = self.entries[:int(p.global_size[0]), i]
+        mine[:, 0] = program.addr
+        for j, b in enumerate(p.globals): mine[:, 1 + j] = bufs[b]._buf.va_addr
+        if (place := program.runtimevars.get("core_id")) is not None: mine[:, 1 + place] = np.arange(len(mine))
+      self.done = np.zeros(8*self.cores, np.uint64)
+      self.shares = [tuple(map(ctypes.c_uint64, (e.ctypes.data, self.done.ctypes.data, pause.ctypes.data, n, c)))
+                     for c, e in enumerate(self.entries)]
+      self.places = [(i, 1 + infos[i].globals.index(p), slot) for i, r in enumerate(self.uop_replace) for p, slot in r
+                     if p in infos[i].globals]
+    def __call__(self, input_uops:tuple[UOp, ...], var_vals:dict[str, int], wait:bool=False) -> float|None:
+      start, self.done[:] = time.perf_counter(), 0
+      for i, j, slot in self.places: self.entries[:, i, j] = input_uops[slot].buffer.ensure_allocated()._buf.va_addr
+      Cores.run(replay(self.cores).fxn, self.shares)
+      return time.perf_counter() - start if wait else None
+    @staticmethod
+    def supports_uop(devices:list, call:UOp) -> bool:
+      p = call.src[0].arg
+      return GraphRunner.supports_uop(devices, call) and all(v.expr == "core_id" for v in p.vars) \
+        and len(p.globals) + len(p.vars) < WORDS
+  compile_all = realize.lower_and_compile
+  realize.lower_and_compile = lambda linear: compile_all(linear.replace(src=tuple(map(_shared, linear.src))))
+
+  # a core that waits lets others have it: there may be more threads than cores
+  give_way = ctypes.cast(getattr(ctypes.CDLL(None), "sched_yield"), ctypes.c_void_p).value
+  nothing = program("nothing", UOp.param(0, dtypes.uint64, (1,)).index(0).load())
+  pause = np.array([nothing.addr, give_way], np.uint64)
+  Device["CPU"].graph = Replay
 
 def setup_device():
   """What a program calls before it touches a device.
@@ -725,8 +883,10 @@ def setup_device():
     print(f"error: tinygrad can't open a device ({why})" if compiler else "error: no GPU that tinygrad can use, "
           f"and its CPU device needs a C compiler: {how}", file=sys.stderr)
     sys.exit(2)
-  if FLASH and not machine(Device.DEFAULT).gpu:
+  if FLASH and not Device[Device.DEFAULT].renderer.has_local:
     if "NOOPT" not in os.environ: NOOPT.value = 1
+    device = Device[Device.DEFAULT]
+    if _compiler_says(device.renderer, "AVX512F") and WIDE not in device.arch: device.arch += f",{WIDE}"
     use_all_cores()
   # tinygrad's compile workers live on instead of starting anew: the first step 9.6 s, not 12.3
   os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "100000")
