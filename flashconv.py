@@ -31,12 +31,26 @@ from tinygrad.codegen import to_program
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
 from tinygrad.codegen.opt.postrange import Scheduler
 from tinygrad.dtype import AddrSpace
+from tinygrad.engine.realize import capturing
 from tinygrad.helpers import (NOOPT, Context, ContextVar, GlobalCounters, Target, all_int, cache_dir,
                               diskcache_get, diskcache_put, prod)
 from tinygrad.renderer import Renderer, cstyle
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, PatternMatcher, UPat, graph_rewrite
 
 FLASH = ContextVar("FLASH", 1)  # 0: plain tinygrad ops everywhere
+
+# ---------------------------------------------------------------- TinyJit
+def capture(f:Callable, **options) -> TinyJit:
+  "A TinyJit that captures at its first call, not its second: f is scheduled and compiled once, nothing allocated twice."
+  jit = TinyJit(f, **options)
+  jit.cnt = 1
+  return jit
+
+def constant(x:np.ndarray, device:str) -> Tensor:
+  "float32, made at once, even where a TinyJit captures what is done: it is not made again in every replay."
+  held, capturing[:] = capturing[:], []
+  try: return Tensor(np.asarray(x, np.float32), device=device).realize()
+  finally: capturing[:] = held
 
 # ---------------------------------------------------------------- complex numbers: pairs (re, im) of Tensors or of UOps
 Pair = tuple
@@ -49,7 +63,7 @@ def conj(a:Pair) -> Pair: return a[0], -a[1]
 def _roots(rows:int, cols:int, n:int, device:str) -> Pair:
   "exp(-2πi jk/n), j < rows, k < cols, rounded once from float64."
   w = np.exp(-2j*np.pi/n * (np.outer(np.arange(rows), np.arange(cols)) % n))
-  return tuple(Tensor(p.astype(np.float32), device=device).realize() for p in (w.real, w.imag))
+  return tuple(constant(p, device) for p in (w.real, w.imag))
 
 def fft(x:Pair, inverse:bool=False) -> Pair:
   """X[k] = Σ_n x[n] exp(∓2πi nk/N) over the last axis, N a power of two, by matrix products.
@@ -438,7 +452,7 @@ def _join(m:Machine, B:int, L:int) -> Callable:
 def _twiddles(R:int, S:int, device:str) -> Tensor:
   "exp(-2πi rj/(R S)), r < R, j < S: (2,R,S)"
   w = np.exp(-2j*np.pi/(R*S) * np.outer(np.arange(R), np.arange(S)))
-  return Tensor(np.stack([w.real, w.imag]).astype(np.float32), device=device).realize()
+  return constant(np.stack([w.real, w.imag]), device)
 
 def _float_on_cpu(*tensors:Tensor|None) -> bool:
   "Whether the CPU's matrix product and layer norm serve: float32, on one device without local memory."
@@ -551,8 +565,8 @@ def _even(n:int, most:int) -> int:
   most = max(1, min(n, most))
   return min(range((most + 1)//2, most + 1), key=lambda c: (-(-n//c)*c, -c))
 
-def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, rows:bool, m:Machine) -> UOp:
-  """C (G,M,N) = A (G,M,K) B (G,K,N) + bias, (N,) or, if `rows`, (M,), for each g.
+def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
+  """C (G,M,N) = A (G,M,K) B (G,K,N) + bias (N,) for each g.
 
   ta: A is stored (G,K,M), tb: B is stored (G,N,K). An A or B of one group serves all; a C of one
   group is the sum over groups.
@@ -608,7 +622,7 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, rows:bool, m:Machine)
   jo, io = loop(nb), loop(mb)
   j0, at, first = left(jo), [row((tile + io)*mt + i) for i in range(mt)], (tile + io)*mt
   z, acc = loop(nt), reg(2, mt, nt)
-  start = [bias[0][r if rows else j0 + z] if bias else UOp.const(0.0, dtypes.float) for r in at]
+  start = [bias[0][j0 + z] if bias else UOp.const(0.0, dtypes.float)]*mt
   if summed: start = [(ko > 0).where(C.after(ko)[g, r, j0 + z].load(), s) for r, s in zip(at, start)]
   acc = acc.after(UOp.group(*[acc.after(io, jo, mo, ko, no, go, core, *need)[i, z].store(s)
                               for i, s in enumerate(start)]).end(z))
@@ -625,11 +639,10 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, rows:bool, m:Machine)
   return done.sink(arg=KernelInfo(name=f"gemm_{'nt'[ta]}{'nt'[tb]}_{groups}x{M}x{K}x{N}", opts_to_apply=()))
 
 @functools.cache
-def _ones(n:int, device:str) -> Tensor: return Tensor(np.ones((1, 1, n), np.float32), device=device).realize()
+def _ones(n:int, device:str) -> Tensor: return constant(np.ones((1, 1, n)), device)
 
-def product(a:Tensor, b:Tensor, *bias:Tensor, ta:bool=False, tb:bool=False, rows:bool=False,
-            total:bool=False) -> Tensor:
-  """(G,M,K) (G,K,N) + bias, (N,) or with `rows` (M,), -> (G,M,N), or (1,M,N), the sum over groups, with `total`.
+def product(a:Tensor, b:Tensor, *bias:Tensor, ta:bool=False, tb:bool=False, total:bool=False) -> Tensor:
+  """(G,M,K) (G,K,N) + bias (N,) -> (G,M,N), or (1,M,N), the sum over groups, with `total`.
 
   ta, tb: a, b are transposed first. One of them may have a single group, for all. Differentiable, any number of times.
   """
@@ -641,12 +654,12 @@ def product(a:Tensor, b:Tensor, *bias:Tensor, ta:bool=False, tb:bool=False, rows
     da = product(b, g, ta=tb, tb=True, total=one[0]) if ta else product(g, b, tb=not tb, total=one[0])
     db = product(g, a, ta=True, tb=ta, total=one[1]) if tb else product(a, g, ta=not ta, total=one[1])
     # tinygrad's own sum over rows takes 8 ms where this takes 0.2 ms, (4096,128) on a CPU
-    ones = _ones(g.shape[2 if rows else 1], g.device)
-    dbias = [product(ones, g, tb=rows, total=g.shape[0] > 1).reshape(x.shape).uop for x in bias]
+    ones = _ones(g.shape[1], g.device)
+    dbias = [product(ones, g, total=g.shape[0] > 1).reshape(x.shape).uop for x in bias]
     return None, da.uop, db.uop, *dbias
   M, N = a.shape[2 if ta else 1], b.shape[1 if tb else 2]
   y = Tensor.empty(1 if total else G, M, N, dtype=dtypes.float, device=a.device)
-  kernel = functools.partial(gemm, ta=ta, tb=tb, rows=rows, m=machine(a.device))
+  kernel = functools.partial(gemm, ta=ta, tb=tb, m=machine(a.device))
   return _launch(kernel, [y], [a, b, *bias], grad)[0]
 
 def matmul(x:Tensor, w:Tensor, transposed:bool=False, bias:Tensor|None=None) -> Tensor:
@@ -689,36 +702,81 @@ def _normalised(x:UOp, m:UOp, total:Callable, eps:float) -> tuple[Callable, UOp]
   r = 1 / (total(lambda i: (x[m, i] - mean)*(x[m, i] - mean)) * (1/D) + eps).sqrt()
   return lambda i: (x[m, i] - mean)*r, r
 
-def _norm(y:UOp, x:UOp, w:UOp, b:UOp, eps:float) -> UOp:
-  (M, D), ids, m = x.shape, itertools.count(1), UOp.range(x.shape[0], 0)
-  hat, _ = _normalised(x, m, _row_sums(m, D, ids), eps)
-  i = UOp.range(D, next(ids))
-  return y[m, i].store(hat(i)*w[i] + b[i]).end(i, m).sink(arg=KernelInfo(name=f"layernorm_{M}x{D}", opts_to_apply=()))
+def _share(M:int, m:Machine, ids:itertools.count) -> tuple[UOp, UOp, UOp, UOp]:
+  "Rows 0 to M-1 for all cores: a row, the loop over a core's rows, the core's number and the loop over cores."
+  cores = next(c for c in range(m.cores, 0, -1) if M % c == 0)
+  (core, me), i = _cores(cores, next(ids)), UOp.range(M//cores, next(ids))
+  return me*(M//cores) + i, i, me, core
 
-def _norm_grad(dx:UOp, dw:UOp, db:UOp, x:UOp, w:UOp, dy:UOp, eps:float) -> UOp:
-  "dx = (g - mean g - hat·mean(g hat))/deviation with g = w dy;  dw = Σ_m hat dy, db = Σ_m dy"
-  (M, D), ids, m = x.shape, itertools.count(1), UOp.range(x.shape[0], 0)
+def _norm(y:UOp, x:UOp, w:UOp, b:UOp, eps:float, m:Machine) -> UOp:
+  (M, D), ids = x.shape, itertools.count()
+  m, turn, _, core = _share(M, m, ids)
+  hat, _ = _normalised(x, m, _row_sums(turn, D, ids), eps)
+  i = UOp.range(D, next(ids))
+  done = y[m, i].store(hat(i)*w[i] + b[i]).end(i, turn, core)
+  return done.sink(arg=KernelInfo(name=f"layernorm_{M}x{D}", opts_to_apply=()))
+
+def _norm_grad(dx:UOp, dw:UOp, db:UOp, x:UOp, w:UOp, dy:UOp, eps:float, m:Machine) -> UOp:
+  """dx = (g - mean g - hat·mean(g hat))/deviation with g = w dy;  dw = Σ_m hat dy, db = Σ_m dy, (cores,D):
+  a row of sums for each core."""
+  (M, D), ids = x.shape, itertools.count()
+  m, turn, me, core = _share(M, m, ids)
   z, i, o = (UOp.range(D, next(ids)) for _ in range(3))
   sums = [UOp.placeholder((D,), dtypes.float, slot=next(ids), addrspace=AddrSpace.REG) for _ in range(2)]
-  zero = UOp.group(*[s[z].store(0.0) for s in sums]).end(z)
-  total = _row_sums(m, D, ids)
+  zero = UOp.group(*[s.after(core)[z].store(0.0) for s in sums]).end(z)
+  total = _row_sums(turn, D, ids)
   hat, r = _normalised(x, m, total, eps)
   g, gh = (total(f) * (1/D) for f in (lambda i: dy[m, i]*w[i], lambda i: dy[m, i]*w[i]*hat(i)))
-  sw, sb = (s.after(zero, m) for s in sums)
+  sw, sb = (s.after(zero, turn) for s in sums)
   row = UOp.group(dx[m, i].store(r*(dy[m, i]*w[i] - g - hat(i)*gh)),
-                  sw[i].store(sw[i] + dy[m, i]*hat(i)), sb[i].store(sb[i] + dy[m, i])).end(i, m)
-  done = UOp.group(*[d[o].store(s.after(row)[o]) for d, s in zip((dw, db), sums)]).end(o)
+                  sw[i].store(sw[i] + dy[m, i]*hat(i)), sb[i].store(sb[i] + dy[m, i])).end(i, turn)
+  done = UOp.group(*[d[me, o].store(s.after(row)[o]) for d, s in zip((dw, db), sums)]).end(o, core)
   return done.sink(arg=KernelInfo(name=f"layernorm_grad_{M}x{D}", opts_to_apply=()))
 
 def layernorm(x:Tensor, w:Tensor, b:Tensor, eps:float=1e-5) -> Tensor:
   "(x - mean)/sqrt(variance + eps) · w + b over the last axis: x (…,D), w, b (D,). Differentiable once in all three."
   if not _float_on_cpu(x, w, b): return x.layernorm(eps=eps)*w + b
   rows, empty = x.reshape(-1, x.shape[-1]), functools.partial(Tensor.empty, device=x.device)
+  m = machine(x.device)
+  if rows.numel() < ONE_CORE//8: m = m._replace(cores=1)
   def grad(dy:UOp, call:UOp) -> tuple:
     x, w = (Tensor(s) for s in call.src[2:4])
-    outs = [empty(*x.shape), empty(*w.shape), empty(*w.shape)]
-    return None, *(o.uop for o in _launch(functools.partial(_norm_grad, eps=eps), outs, [x, w, Tensor(dy)]))
-  return _launch(functools.partial(_norm, eps=eps), [empty(*rows.shape)], [rows, w, b], grad)[0].reshape(x.shape)
+    cores = next(c for c in range(m.cores, 0, -1) if x.shape[0] % c == 0)
+    outs = [empty(*x.shape), empty(cores, *w.shape), empty(cores, *w.shape)]
+    dx, *sums = _launch(functools.partial(_norm_grad, eps=eps, m=m), outs, [x, w, Tensor(dy)])
+    return None, dx.uop, *((s[0] if cores == 1 else s.sum(0)).uop for s in sums)
+  return _launch(functools.partial(_norm, eps=eps, m=m), [empty(*rows.shape)], [rows, w, b], grad)[0].reshape(x.shape)
+
+# ---------------------------------------------------------------- embedding: a look-up, whose gradient adds up rows
+# tinygrad's own gradient compares every token with every word: 22 s for 1024 tokens of 50264 words, (768,) each.
+# w comes as one long row: of two indices, tinygrad would make sure by a division that they are within bounds.
+def _embed(y:UOp, w:UOp, tokens:UOp, m:Machine) -> UOp:
+  (T, D), (core, me), n = y.shape, _cores(m.cores, 0), -(-y.shape[0]//m.cores)
+  i, c = UOp.range(n, 1), UOp.range(D, 2)
+  t = (me*n + i).minimum(T - 1)
+  done = y[t, c].store(w[tokens[t].load()*D + c]).end(c, i, core)
+  return done.sink(arg=KernelInfo(name=f"embed_{T}x{D}", opts_to_apply=()))
+
+def _embed_grad(dw:UOp, dy:UOp, tokens:UOp, m:Machine) -> UOp:
+  "Each core has columns of its own, so that no two add to the same place."
+  (T, D), cores = dy.shape, next(c for c in range(m.cores, 0, -1) if dy.shape[1] % c == 0)
+  n, (core, me) = D//cores, _cores(cores, 0)
+  row, t, z, c = (UOp.range(s, 1 + i) for i, s in enumerate((dw.shape[0]//D, T, n, n)))
+  zero = dw.after(core)[row*D + me*n + z].store(0.0).end(z, row)
+  sums = dw.after(zero, t)[tokens[t].load()*D + me*n + c]
+  done = sums.store(sums + dy[t, me*n + c]).end(c, t, core)
+  return done.sink(arg=KernelInfo(name=f"embed_grad_{T}x{D}", opts_to_apply=()))
+
+def embedding(tokens:Tensor, w:Tensor) -> Tensor:
+  "w[tokens]: tokens (…) int from 0 to V-1, w (V,D) -> (…,D). Differentiable once in w."
+  if not _float_on_cpu(w): return (tokens.unsqueeze(-1) == Tensor.arange(w.shape[0])).unsqueeze(-1).where(w, 0).sum(-2)
+  m, empty = machine(w.device), functools.partial(Tensor.empty, device=w.device)
+  def grad(dy:UOp, call:UOp) -> tuple:
+    kernel, tokens = functools.partial(_embed_grad, m=m), Tensor(call.src[3])
+    return None, _launch(kernel, [empty(w.numel())], [Tensor(dy), tokens])[0].uop, None
+  y = empty(prod(tokens.shape), w.shape[1])
+  y, = _launch(functools.partial(_embed, m=m), [y], [w.reshape(-1), tokens.reshape(-1).clip(0, w.shape[0]-1)], grad)
+  return y.reshape(*tokens.shape, -1)
 
 # ---------------------------------------------------------------- the device
 def _is_clang(command:str) -> bool:

@@ -15,9 +15,9 @@ import argparse, codecs, json, os, stat, sys, time
 from pathlib import Path
 from typing import Iterator
 import numpy as np
-from flashconv import check_kernels, setup_device
+from flashconv import capture, check_kernels, setup_device
 from h3tiny import CheckpointError, H3LM, read_checkpoint
-from tinygrad import Tensor, TinyJit, dtypes
+from tinygrad import Tensor, dtypes
 
 OUT = "out"                                # train.py's default folder
 CHECKPOINT = "checkpoint.safetensors"      # and the file it writes there
@@ -103,7 +103,7 @@ def generate(model:H3LM, tokens:np.ndarray, n:int, temperature:float=1.0, top_k:
                     f"ask for fewer tokens, or give --max-length {P + n}")
   rng = np.random.default_rng(seed)
   # prune: what depends on the weights alone (the discretised SSMs) is computed once, not at every token
-  step = TinyJit(lambda tokens, state: model.step(tokens, state), prune=True)
+  step = capture(lambda tokens, state: model.step(tokens, state), prune=True)
   # every step reads the whole cache: no larger than this text needs, in sizes that kernels are compiled for
   logits, state = model.prefill(Tensor(tokens), model.init_state(B, min(room, -(-(P+n)//256)*256)))
   for i in range(n):

@@ -28,7 +28,7 @@ from typing import Iterator
 import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
-from flashconv import Pair, cmul, fftconv, layernorm, matmul
+from flashconv import Pair, cmul, constant, embedding, fftconv, layernorm, matmul
 
 State = tuple[Tensor, ...]  # of a mixer: () where there is none. Of the model: see H3LM.init_state
 
@@ -195,8 +195,8 @@ class Vandermonde:
   def sum(self, c:Pair) -> Tensor:
     "2 Re sum_n c[n] dA[n]^l, l < L: c (…,H,M) -> (…,H,L)."
     re, im = cmul((c[0].unsqueeze(-1), c[1].unsqueeze(-1)), self.hi)
-    left = Tensor.cat(2*re, -2*im, dim=-2).contiguous()             # (…,H,2M,I)
-    y = left.transpose(-1, -2) @ self.lo                            # (…,H,I,J)
+    left = Tensor.cat(2*re, -2*im, dim=-2).transpose(-1, -2)        # (…,H,I,2M)
+    y = matmul(left, self.lo.expand(*left.shape[:-2], -1, -1))      # (…,H,I,J)
     return y.reshape(*y.shape[:-2], self.I*self.J)[..., :self.L]
 
   def after(self, w:Tensor) -> Pair:
@@ -319,8 +319,7 @@ class H3Mixer:
 def rotary_tables(n:int, dim:int, device:str) -> tuple[Tensor, Tensor]:
   "cos and sin of t * 10000^(-2j/dim), (n, dim/2) each, for t < n."
   angle = np.outer(np.arange(n), 10000.0 ** (-np.arange(0, dim, 2) / dim))
-  tables = (f(angle).astype(np.float32) for f in (np.cos, np.sin))
-  return tuple(Tensor(t, device=device).realize() for t in tables)
+  return tuple(constant(f(angle), device) for f in (np.cos, np.sin))
 
 class Attention:
   """Causal softmax attention, with rotary positions (half-split) where rotary_dim > 0.
@@ -413,10 +412,7 @@ class H3LM:
   def embed(self, tokens:Tensor) -> Tensor:
     "tokens (B,…) -> (B,…,D)."
     w = self.backbone.embeddings.word_embeddings.weight
-    onehot = tokens.unsqueeze(-1) == Tensor.arange(w.shape[0])
-    if w.shape[0] <= 1024: x = matmul(onehot.float(), w)            # for the sake of its gradient
-    else: x = onehot.unsqueeze(-1).where(w, 0).sum(-2)              # tinygrad makes this a look-up
-    return x.dropout(self.config.embed_dropout)
+    return embedding(tokens, w).dropout(self.config.embed_dropout)
 
   def head(self, x:Tensor) -> Tensor:
     words = self.backbone.embeddings.word_embeddings.weight

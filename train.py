@@ -17,11 +17,11 @@ import argparse, csv, dataclasses, itertools, json, math, os, re, shutil, signal
 from pathlib import Path
 from typing import Callable, Iterator
 import numpy as np
-from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
+from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.helpers import Context
 from tinygrad.nn.state import get_state_dict
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
-from flashconv import FLASH, check_kernels, setup_device
+from flashconv import FLASH, capture, check_kernels, setup_device
 from generate import CHECKPOINT, OUT, TOKENIZERS, Parser, UserError, number, write
 from h3tiny import CheckpointError, H3Config, H3LM, read_checkpoint, save_checkpoint
 
@@ -453,7 +453,7 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
   print(f"{args.steps} steps of {args.batch} x {args.length} = {args.batch*args.length:,} tokens"
         + (f", going on after step {first}" if args.resume else ""), flush=True)
 
-  @TinyJit
+  @capture
   def train_step(x:Tensor, y:Tensor, *hyper:Tensor) -> tuple[Tensor, Tensor]:
     with Context(TRAINING=1):
       loss = cross_entropy(model(x), y)
@@ -461,7 +461,7 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
       Tensor.realize(loss, *grads)                                     # all of them before any weight changes
       norm = opt.update(dict(zip(params, grads)), list(hyper))
     return loss, norm
-  @TinyJit
+  @capture
   def eval_step(x:Tensor, y:Tensor) -> Tensor: return cross_entropy(model(x), y).realize()
   def finite(step:int, *values:float) -> None:
     if not all(map(math.isfinite, values)):
