@@ -572,9 +572,13 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
   group is the sum over groups.
   """
   (G, M, N), K, groups = C.shape, A.shape[1 if ta else 2], max(A.shape[0], B.shape[0])
+  name = f"gemm_{'nt'[ta]}{'nt'[tb]}_{groups}x{M}x{K}x{N}"
+  # few rows of A and many of B, stored alike, as in decoding: C^T = B A^T, so that only A has to be reordered
+  swapped = tb and not ta and 4*M <= N and M <= 4*m.lanes
+  if swapped: A, B, M, N = B, A, N, M
   mt, nt = _tile(m, M, N)
   tiles, panels, packed = -(-M//mt), -(-N//nt), M > mt
-  blocks = -(-K//KB) if packed else 1
+  blocks = -(-K//KB) if packed and not swapped else 1
   kb, turns = -(-K//blocks), blocks*(groups if G == 1 else 1)
   # cores for groups, rows and columns: one of the three
   cores = m.cores if 2*G*M*N*K*turns//blocks > ONE_CORE else 1
@@ -622,8 +626,9 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
   jo, io = loop(nb), loop(mb)
   j0, at, first = left(jo), [row((tile + io)*mt + i) for i in range(mt)], (tile + io)*mt
   z, acc = loop(nt), reg(2, mt, nt)
-  start = [bias[0][j0 + z] if bias else UOp.const(0.0, dtypes.float)]*mt
-  if summed: start = [(ko > 0).where(C.after(ko)[g, r, j0 + z].load(), s) for r, s in zip(at, start)]
+  c = lambda C, r, col: C[g, col, r] if swapped else C[g, r, col]
+  start = [bias[0][r if swapped else j0 + z] if bias else UOp.const(0.0, dtypes.float) for r in at]
+  if summed: start = [(ko > 0).where(c(C.after(ko), r, j0 + z).load(), s) for r, s in zip(at, start)]
   acc = acc.after(UOp.group(*[acc.after(io, jo, mo, ko, no, go, core, *need)[i, z].store(s)
                               for i, s in enumerate(start)]).end(z))
   # sums += A[row, k] B[k, :]; the loop over j is unrolled and vectorised by the compiler
@@ -634,9 +639,28 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
   acc = acc.after(UOp.group(*fma).end(j).end(k))
   # C = sums, a loop for each row: the compiler can't tell that the rows do not overlap
   if summed and (ts % mb or tiles % rc): at = [r.valid(first <= last) for r in at]
-  out = [C[g, r, j0 + (o := loop(nt))].store(acc[i, o]).end(o) for i, r in enumerate(at)]
+  out = [c(C, r, j0 + (o := loop(nt))).store(acc[i, o]).end(o) for i, r in enumerate(at)]
   done = UOp.group(*out).end(io, jo, mo, ko, no, go, core)
-  return done.sink(arg=KernelInfo(name=f"gemm_{'nt'[ta]}{'nt'[tb]}_{groups}x{M}x{K}x{N}", opts_to_apply=()))
+  return done.sink(arg=KernelInfo(name=name, opts_to_apply=()))
+
+def dots(C:UOp, A:UOp, B:UOp, *bias:UOp, m:Machine) -> UOp:
+  "C (G,M,N) = A (G,M,K) B^T + bias (N,), B (G,N,K), for one row of A or a few: the time is that of reading B."
+  (G, M, N), K = C.shape, A.shape[2]
+  R, V = next(r for r in (4, 2, 1) if N % r == 0), next(v for v in (32, 16, 8, 4, 2, 1) if K % v == 0)
+  cores = min(m.cores, N//R) if G*M*N*K > ONE_CORE//8 else 1
+  (core, me), n = _cores(cores, 0), -(-N//R//cores)
+  g, j, k, v, z = UOp.range(G, 1), UOp.range(n, 2), UOp.range(K//V, 3, AxisType.REDUCE), UOp.range(V, 4), UOp.range(V, 5)
+  ga, gb = (0 if x.shape[0] == 1 else g for x in (A, B))
+  first = (me*n + j).minimum(N//R - 1)*R
+  acc = UOp.placeholder((M, R, V), dtypes.float, slot=0, addrspace=AddrSpace.REG)
+  each = list(itertools.product(range(M), range(R)))
+  acc = acc.after(UOp.group(*[acc.after(j, g, core)[i, r, z].store(0.0) for i, r in each]).end(z))
+  s = acc.after(k)
+  acc = acc.after(UOp.group(*[s[i, r, v].store(s[i, r, v] + A[ga, i, k*V + v]*B[gb, first + r, k*V + v])
+                              for i, r in each]).end(v, k))
+  total = lambda i, r: functools.reduce(operator.add, [acc[i, r, l] for l in range(V)])
+  out = [C[g, i, first + r].store(total(i, r) + (bias[0][first + r] if bias else 0.0)) for i, r in each]
+  return UOp.group(*out).end(j, g, core).sink(arg=KernelInfo(name=f"dots_{G}x{M}x{K}x{N}", opts_to_apply=()))
 
 @functools.cache
 def _ones(n:int, device:str) -> Tensor: return constant(np.ones((1, 1, n)), device)
@@ -659,7 +683,8 @@ def product(a:Tensor, b:Tensor, *bias:Tensor, ta:bool=False, tb:bool=False, tota
     return None, da.uop, db.uop, *dbias
   M, N = a.shape[2 if ta else 1], b.shape[1 if tb else 2]
   y = Tensor.empty(1 if total else G, M, N, dtype=dtypes.float, device=a.device)
-  kernel = functools.partial(gemm, ta=ta, tb=tb, m=machine(a.device))
+  few = M <= 4 and tb and not ta and not total
+  kernel = functools.partial(dots, m=machine(a.device)) if few else functools.partial(gemm, ta=ta, tb=tb, m=machine(a.device))
   return _launch(kernel, [y], [a, b, *bias], grad)[0]
 
 def matmul(x:Tensor, w:Tensor, transposed:bool=False, bias:Tensor|None=None) -> Tensor:
@@ -777,6 +802,40 @@ def embedding(tokens:Tensor, w:Tensor) -> Tensor:
   y = empty(prod(tokens.shape), w.shape[1])
   y, = _launch(functools.partial(_embed, m=m), [y], [w.reshape(-1), tokens.reshape(-1).clip(0, w.shape[0]-1)], grad)
   return y.reshape(*tokens.shape, -1)
+
+# ---------------------------------------------------------------- decoding: one step of an H3 layer in one launch
+def _step(y:UOp, s1:UOp, re1:UOp, im1:UOp, q:UOp, k:UOp, v:UOp, s:UOp, re:UOp, im:UOp, b:UOp, c:UOp, dk:UOp,
+          ar:UOp, ai:UOp, br:UOp, bi:UOp, cr:UOp, ci:UOp, d:UOp, m:Machine) -> UOp:
+  (B, D, N), M, ids = s.shape, re.shape[2], itertools.count()
+  cores = next(c for c in range(m.cores, 0, -1) if D % c == 0)
+  (core, me), r, turn = _cores(cores, next(ids)), UOp.range(B, next(ids)), UOp.range(D//cores, next(ids))
+  h = me*(D//cores) + turn
+  j, i, x = UOp.range(N-1, next(ids)), UOp.range(M, next(ids)), k[r, h]
+  # the new state is kept in registers too: a kernel that read what it writes could not be given its own output
+  kept = [UOp.placeholder((n,), dtypes.float, slot=next(ids), addrspace=AddrSpace.REG) for n in (N, M, M)]
+  def keep(out:UOp, slot:int, i:UOp|int, value:UOp) -> list[UOp]:
+    return [out[r, h, i].store(value), kept[slot].after(turn)[i].store(value)]
+  shift = UOp.group(*keep(s1, 0, 0, b[h, 0]*x), UOp.group(*keep(s1, 0, j+1, s[r, h, j] + b[h, j+1]*x)).end(j))
+  now = kept[0].after(shift)                                                           # s' = shift s + B k
+  kv = (_row_sums(turn, N, ids)(lambda i: now[i]*c[h, i]) + dk[h]*x)*v[r, h]
+  new = UOp.group(*keep(re1, 1, i, ar[h, i]*re[r, h, i] - ai[h, i]*im[r, h, i] + br[h, i]*kv),
+                  *keep(im1, 2, i, ar[h, i]*im[r, h, i] + ai[h, i]*re[r, h, i] + bi[h, i]*kv)).end(i)
+  re2, im2 = (x.after(new) for x in kept[1:])                                          # x' = dA x + dB kv
+  out = _row_sums(turn, M, ids)(lambda i: cr[h, i]*re2[i] - ci[h, i]*im2[i])
+  done = y[r, h].store(q[r, h]*(out*2 + d[h]*kv)).end(turn, r, core)
+  return done.sink(arg=KernelInfo(name=f"h3_step_{B}x{D}x{N}", opts_to_apply=()))
+
+def h3_step(q:Tensor, k:Tensor, v:Tensor, state:tuple[Tensor, Tensor, Tensor], weights:tuple[Tensor, ...]
+            ) -> tuple[Tensor, tuple[Tensor, ...]]|None:
+  """y (B,D) and the new state of an H3 layer with heads of one channel; None where plain ops have to do it.
+
+  q, k, v (B,D); state: shift (B,D,N), re and im (B,D,M); weights: B, C (D,N) and D (D,) of the shift SSM, re and im
+  of dA, dB and C (D,M), and D (D,), of the diagonal SSM. Not differentiable.
+  """
+  if not _float_on_cpu(q, k, v, *state, *weights): return None
+  y, *new = _launch(functools.partial(_step, m=machine(q.device)), [Tensor.empty(*t.shape, device=q.device) for t in (q, *state)],
+                    [q, k, v, *state, *weights])
+  return y, tuple(new)
 
 # ---------------------------------------------------------------- the device
 def _is_clang(command:str) -> bool:

@@ -103,13 +103,14 @@ def generate(model:H3LM, tokens:np.ndarray, n:int, temperature:float=1.0, top_k:
                     f"ask for fewer tokens, or give --max-length {P + n}")
   rng = np.random.default_rng(seed)
   # prune: what depends on the weights alone (the discretised SSMs) is computed once, not at every token
-  step = capture(lambda tokens, state: model.step(tokens, state), prune=True)
+  # two in turn: a TinyJit that is given its own outputs copies them first
+  steps = [capture(lambda tokens, state: model.step(tokens, state), prune=True) for _ in range(2)]
   # every step reads the whole cache: no larger than this text needs, in sizes that kernels are compiled for
   logits, state = model.prefill(Tensor(tokens), model.init_state(B, min(room, -(-(P+n)//256)*256)))
   for i in range(n):
     token = sample(logits.numpy()[:, :model.config.vocab_size], rng, temperature, top_k, top_p)
     yield token
-    if i < n-1: logits, state = step(Tensor(token.astype(np.int32)).realize(), state)
+    if i < n-1: logits, state = steps[i % 2](Tensor(token.astype(np.int32)).realize(), state)
 
 class TextStream:
   """Bytes in pieces -> text in pieces: characters come out whole, and nothing from `stop` on comes out at

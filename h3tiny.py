@@ -28,7 +28,7 @@ from typing import Iterator
 import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
-from flashconv import Pair, cmul, constant, embedding, fftconv, layernorm, matmul
+from flashconv import Pair, cmul, constant, embedding, fftconv, h3_step, layernorm, matmul
 
 State = tuple[Tensor, ...]  # of a mixer: () where there is none. Of the model: see H3LM.init_state
 
@@ -307,8 +307,17 @@ class H3Mixer:
     y = self.join((self.split(q, True) * y).sum(1))                 # (B,D,L)
     return self.output_linear(y.transpose(1, 2)), state
 
+  def fused_step(self, q:Tensor, k:Tensor, v:Tensor, state:State) -> tuple[Tensor, State]|None:
+    "`step` after its projections, in one kernel, where there is one."
+    shift, diag = self.ssm_k_kernel.kernel, self.kernel.kernel
+    tables = [x.contiguous() for pair in diag.discretize() for x in pair]           # of weights alone: see `capture`
+    x = [t.reshape(t.shape[0], *t.shape[-2:]) for t in state]
+    out = h3_step(q, k, v, x, (shift.B, shift.C[0], self.ssm_k_D, *tables, self.D))
+    return out and (out[0], tuple(t.reshape(s.shape) for t, s in zip(out[1], state)))
+
   def step(self, u:Tensor, state:State, pos:Tensor) -> tuple[Tensor, State]:
     q, k, v = self.q_proj(u), self.k_proj(u), self.v_proj(u)        # (B,D)
+    if self.p == 1 and (fused := self.fused_step(q, k, v, state)): return self.output_linear(fused[0]), fused[1]
     kp, s = self.ssm_k_kernel.kernel.step(state[0], k)
     kv = self.split(kp + self.ssm_k_D * k, True) * self.split(v, False)  # (B,p,p,H)
     y, x = self.kernel.kernel.step(state[1:], kv)
