@@ -28,7 +28,7 @@ from typing import Iterator
 import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
-from flashconv import Pair, cmul, constant, embedding, fftconv, h3_step, layernorm, matmul
+from flashconv import Pair, causal_softmax, cmul, constant, embedding, fftconv, h3_step, layernorm, matmul
 
 State = tuple[Tensor, ...]  # of a mixer: () where there is none. Of the model: see H3LM.init_state
 
@@ -357,11 +357,12 @@ class Attention:
       return Tensor.cat(a*cos - b*sin, a*sin + b*cos, *[rest] * (x.shape[-1] > 2*r), dim=-1)
     return [rotate(q), rotate(k), v]
 
-  def attend(self, q:Tensor, k:Tensor, v:Tensor, seen:Tensor) -> Tensor:
-    "q (B,L,heads,hd) over k, v (B,T,heads,hd) where seen (L,T): (B,L,D)."
+  def attend(self, q:Tensor, k:Tensor, v:Tensor, pos:Tensor|None=None) -> Tensor:
+    "q (B,L,heads,hd), the last of T, over k, v (B,T,heads,hd), or all at pos (1,) of T: (B,L,D)."
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     s = matmul(q * q.shape[-1]**-0.5, k, transposed=True)           # (B,heads,L,T)
-    y = matmul(seen.where(s, -math.inf).softmax(-1), v)
+    p = causal_softmax(s) if pos is None else (Tensor.arange(s.shape[-1]) <= pos).where(s, -math.inf).softmax(-1)
+    y = matmul(p, v)
     return self.out_proj(y.transpose(1, 2).flatten(2))
 
   def __call__(self, u:Tensor, state:State=(), pos:int=0, filters:None=None
@@ -369,14 +370,14 @@ class Attention:
     L, T = u.shape[1], pos + u.shape[1]
     q, k, v = self.qkv(u, pos, state[0].shape[1] if state else T)
     if state: k, v = (Tensor.cat(old[:, :pos], x, dim=1) for old, x in zip(state, (k, v)))
-    y = self.attend(q, k, v, Tensor.arange(T) <= Tensor.arange(pos, T).unsqueeze(-1))
+    y = self.attend(q, k, v)
     return y, tuple(Tensor.cat(x, old[:, T:], dim=1) for old, x in zip(state, (k, v)))
 
   def step(self, u:Tensor, state:State, pos:Tensor) -> tuple[Tensor, State]:
     t = Tensor.arange(state[0].shape[1])
     q, k, v = self.qkv(u.unsqueeze(1), pos, len(t))
     state = tuple((t == pos).reshape(1, -1, 1, 1).where(x, old) for old, x in zip(state, (k, v)))
-    return self.attend(q, *state, (t <= pos).unsqueeze(0)).squeeze(1), state
+    return self.attend(q, *state, pos).squeeze(1), state
 
 # ---------------------------------------------------------------- the language model
 

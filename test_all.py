@@ -5,9 +5,10 @@ From top to bottom: the kernels against float64, the model against the official 
 (golden/) and against a float64 recurrence, its three ways of running against each other, the
 trainer and the generator, and every command of the README. `-k kernel` runs the kernels' alone.
 """
-import dataclasses, json, os, re, shlex, shutil, signal, subprocess, sys, threading
+import contextlib, dataclasses, io, json, os, re, shlex, shutil, signal, subprocess, sys, threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Callable
 import numpy as np, pytest
 import flashconv
 flashconv.setup_device()
@@ -313,6 +314,32 @@ def test_kernel_matmul_what_stays_plain():
   with pytest.raises(Exception): matmul(x, w[:63])
 
 @on_cpu
+@pytest.mark.parametrize("lanes,registers", [(4, 16), (8, 16), (16, 32)])
+@pytest.mark.parametrize("M,K,N", [(1, 96, 70), (3, 40, 128), (17, 70, 200), (33, 300, 400), (150, 530, 75)])
+def test_kernel_matmul_groups_cores_and_tiles(M, K, N, lanes, registers, monkeypatch):
+  "one A or B for all groups, sums over groups, shared by three cores, on processors with other registers"
+  m = flashconv.machine(Device.DEFAULT)._replace(lanes=lanes, registers=registers, cores=3)
+  monkeypatch.setattr(flashconv, "ONE_CORE", 0)
+  monkeypatch.setattr(flashconv, "machine", lambda device: m)
+  for i, (ga, gb, total) in enumerate([(1, 1, False), (3, 3, False), (1, 2, False), (2, 1, False), (2, 2, True)]):
+    for ta, tb in [(False, True), (True, False)] if i % 2 else [(False, False), (True, True), (False, True)]:
+      a, b, bias = normal(ga, M, K), normal(gb, K, N), normal(N)
+      x, w = (Tensor(z.swapaxes(1, 2).copy() if s else z) for z, s in ((a, ta), (b, tb)))
+      got = product(x, w, Tensor(bias), ta=ta, tb=tb, total=total)
+      if total: a, b = np.concatenate(list(a), 1)[None], np.concatenate(list(b), 0)[None]
+      # the bias as one more product
+      close(got, np.concatenate([a, np.ones((len(a), M, 1))], 2), np.concatenate([b, np.broadcast_to(bias, (len(b), 1, N))], 1))
+
+@on_cpu
+def test_kernel_matmul_shared_gradients():
+  "what has served all groups gets the sum over groups; and what was summed over gives each group its part"
+  a, b, g = normal(1, 40, 30), normal(3, 30, 50), normal(3, 40, 50)
+  A, B = Tensor(a), Tensor(b)
+  dA, dB = product(A, B).gradient(A, B, gradient=Tensor(g))
+  close(dA, np.concatenate(list(g), 1)[None], np.concatenate(list(b), 1)[None].swapaxes(1, 2))
+  close(dB, a.swapaxes(1, 2), g)
+
+@on_cpu
 def test_kernel_matmul_one_kernel():
   "no copies around the kernel, whatever the storage"
   x, w = Tensor(normal(64, 80)).realize(), Tensor(normal(96, 80)).realize()
@@ -352,6 +379,63 @@ def test_kernel_layernorm(shape, flash):
   hat, g, mean = (x - x.mean(-1, keepdims=True))/d, dy*w, lambda a: a.mean(-1, keepdims=True)
   want = [hat*w + b, (g - mean(g) - hat*mean(g*hat))/d, *((a.reshape(-1, shape[-1]).sum(0)) for a in (dy*hat, dy))]
   for got, a in zip([y, *grads], want): assert np.abs(got.numpy() - a).max() <= 1e-5*max(1, np.abs(a).max())
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (2, 5, 9), (1, 2, 33, 33), (3, 20, 64)])
+def test_kernel_softmax(shape, flash):
+  "row i of L sees columns up to T-L+i of T; against float64"
+  *_, L, T = shape
+  s, g = 3*normal(*shape), normal(*shape)
+  S = Tensor(s).realize()
+  p = flashconv.causal_softmax(S)
+  ds, = p.gradient(S, gradient=Tensor(g))
+  Tensor.realize(p, ds)
+  seen = np.arange(T) <= np.arange(T-L, T)[:, None]
+  e = np.where(seen, np.exp(s.astype(np.float64)), 0)
+  want = e/e.sum(-1, keepdims=True)
+  assert_close(p, want, 1e-6)
+  assert_close(ds, want*(g - (want*g).sum(-1, keepdims=True)), 1e-5)
+
+def test_kernel_embedding(flash):
+  "a word that comes often gets all its gradients, one that does not come gets 0"
+  t, w, g = rng.integers(0, 9, (3, 7)), normal(11, 6), normal(3, 7, 6)
+  W = Tensor(w).realize()
+  y = flashconv.embedding(Tensor(t.astype(np.int32)).realize(), W)
+  dW, = y.gradient(W, gradient=Tensor(g))
+  Tensor.realize(y, dW)
+  want = np.zeros((11, 6))
+  np.add.at(want, t, g)
+  assert (y.numpy() == w[t]).all()
+  assert_close(dW, want, 1e-5)
+
+# ---------------------------------------------------------------- how kernels are run
+
+def test_kernel_capture_from_the_first_call():
+  "A constant that a captured function makes is no part of what is replayed, and outlives it."
+  made = []
+  @flashconv.capture
+  def f(x:Tensor) -> Tensor:
+    made.append(flashconv.constant(np.arange(4), x.device))
+    return (x + made[-1]).realize()
+  for i in range(3): assert (f(Tensor.full((4,), float(i)).contiguous().realize()).numpy() == np.arange(4) + i).all()
+  assert len(made) == 1 and (made[0].numpy() == np.arange(4)).all()
+
+@on_cpu
+def test_kernel_replay_on_two_cores(monkeypatch):
+  "Long chains of kernels, shared and not, each of which reads what other cores wrote just before: 50 replays, no race."
+  monkeypatch.setattr(flashconv, "SHARED", 1 << 8)
+  flashconv._threaded.cache_clear()
+  w = normal(64, 64)/8
+  W = Tensor(w).realize()
+  @flashconv.capture
+  def f(x:Tensor) -> Tensor:
+    for _ in range(12): x = (matmul(x, W).flip(0)*0.5 + x.contiguous().sum(0, keepdim=True)*0.01).contiguous()
+    return x.realize()
+  for _ in range(50):
+    x = normal(64, 64)
+    got, want = f(Tensor(x).realize()).numpy(), x.astype(np.float64)
+    for _ in range(12): want = (want @ w)[::-1]*0.5 + want.sum(0, keepdims=True)*0.01
+    assert np.abs(got - want).max() <= 1e-5*np.abs(want).max()
+  flashconv._threaded.cache_clear()
 
 # ================================================================ the model
 
@@ -521,6 +605,97 @@ HYBRIDS = [H3Config(19, 12, 2, (1,), n_heads=2, rotary_dim=4, d_state=10, head_d
 def test_against_float64_recurrence(config):
   model, t = shaken(config), np.random.default_rng(0).integers(0, 19, (2, 11))
   assert_close(model(toks(t)), np_lm(model, t), 2e-5)
+
+# ---------------------------------------------------------------- a third oracle, and what `train.py --bench` runs against
+
+class TorchLM:
+  """The same model in plain PyTorch, heads of one channel and no rotary positions: torch.fft for the convolutions, the
+  SSM's filter as one sum over its powers, scaled_dot_product_attention; the weights under their official names."""
+  def __init__(self, config:H3Config, weights:dict[str, np.ndarray]):
+    import torch
+    assert config.head_dim == 1 and not config.rotary_dim
+    self.torch, self.F, self.config = torch, torch.nn.functional, config
+    self.weights = {k: torch.nn.Parameter(torch.tensor(w)) for k, w in weights.items()}
+  def layer(self, i:int) -> Callable: return lambda name: self.weights[f"backbone.layers.{i}.{name}"]
+  def linear(self, x, w:Callable, name:str): return self.F.linear(x, w(f"{name}.weight"), w(f"{name}.bias"))
+  def norm(self, x, w:Callable, name:str):
+    return self.F.layer_norm(x, x.shape[-1:], w(f"{name}.weight"), w(f"{name}.bias"), self.config.norm_eps)
+  def discretize(self, w:Callable):
+    torch, k = self.torch, "mixer.kernel.kernel."
+    dt, A = w(k + "log_dt").exp()[:, None], torch.complex(-w(k + "inv_A_real").exp(), w(k + "A_imag"))
+    z, B, C = dt*A/2, torch.view_as_complex(w(k + "B")), torch.view_as_complex(w(k + "C")[0])
+    return (1 + z)/(1 - z), dt*B/(1 - z), C
+  def convolve(self, u, k):
+    fft, L = self.torch.fft, u.shape[-1]
+    return fft.irfft(fft.rfft(u, n=2*L)*fft.rfft(k[:, :L], n=2*L), n=2*L)[..., :L]
+  def h3(self, u, w:Callable):
+    fft, L = self.torch.fft, u.shape[1]
+    q, k, v = (self.linear(u, w, f"mixer.{n}_proj").transpose(1, 2) for n in "qkv")             # (B,D,L)
+    B, C = w("mixer.ssm_k_kernel.kernel.B"), w("mixer.ssm_k_kernel.kernel.C")[0]
+    S = fft.irfft(fft.rfft(B, n=2*B.shape[1]).conj()*fft.rfft(C, n=2*B.shape[1]))[:, :B.shape[1]]
+    dA, dB, C = self.discretize(w)
+    K = 2*self.torch.einsum("hm,hml->hl", C*dB, (dA.log()[..., None]*self.torch.arange(L)).exp()).real
+    kv = (self.convolve(k, S) + w("mixer.ssm_k_D")[:, None]*k)*v
+    y = q*(self.convolve(kv, K) + w("mixer.D")[:, None]*kv)
+    return self.linear(y.transpose(1, 2), w, "mixer.output_linear")
+  def attend(self, u, w:Callable):
+    B, L, D = u.shape
+    q, k, v = self.linear(u, w, "mixer.Wqkv").view(B, L, 3, self.config.n_heads, -1).permute(2, 0, 3, 1, 4)
+    y = self.F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return self.linear(y.transpose(1, 2).flatten(2), w, "mixer.out_proj")
+  def run(self, x, mix:Callable):
+    "Logits of embedded tokens; mix(i, w, u): layer i's mixer."
+    for i in range(self.config.n_layer):
+      w = self.layer(i)
+      x = x + mix(i, w, self.norm(x, w, "norm1"))
+      x = x + self.linear(self.F.gelu(self.linear(self.norm(x, w, "norm2"), w, "mlp.fc1"), approximate="tanh"), w, "mlp.fc2")
+    words = self.weights["backbone.embeddings.word_embeddings.weight"]
+    return self.norm(x, lambda name: self.weights[f"backbone.{name}"], "ln_f") @ words.T
+  def embed(self, tokens): return self.F.embedding(tokens, self.weights["backbone.embeddings.word_embeddings.weight"])
+  def __call__(self, tokens):
+    return self.run(self.embed(tokens), lambda i, w, u: (self.attend if i in self.config.attn_layers else self.h3)(u, w))
+  def loss(self, x, y): return self.F.cross_entropy(self(x).flatten(0, 1), y.flatten().long())
+
+  def start(self, batch:int, room:int) -> list:
+    "The state before the first token; the attention layers' keys and values have room for so many."
+    c, zeros = self.config, self.torch.zeros
+    tables = [self.discretize(self.layer(i)) if i not in c.attn_layers else None for i in range(c.n_layer)]
+    return [[zeros(batch, c.n_heads, room, c.d_model//c.n_heads) for _ in "kv"] if t is None else
+            [zeros(batch, c.d_model, c.d_state), zeros(*(batch, *t[0].shape), dtype=self.torch.complex64), t] for t in tables]
+  def step(self, tokens, state:list, pos:int):
+    "Logits after one more token (B,), the pos-th; `state` is updated."
+    def mix(i:int, w:Callable, u):
+      s = state[i]
+      if i in self.config.attn_layers:
+        q, k, v = self.linear(u, w, "mixer.Wqkv").view(len(u), 3, self.config.n_heads, -1).unbind(1)
+        s[0][:, :, pos], s[1][:, :, pos] = k, v
+        y = self.F.scaled_dot_product_attention(q[:, :, None], s[0][:, :, :pos+1], s[1][:, :, :pos+1])
+        return self.linear(y[:, :, 0].flatten(1), w, "mixer.out_proj")
+      q, k, v = (self.linear(u, w, f"mixer.{n}_proj") for n in "qkv")
+      dA, dB, C = s[2]
+      s[0] = self.F.pad(s[0], (1, 0))[..., :-1] + w("mixer.ssm_k_kernel.kernel.B")*k[..., None]
+      kv = ((s[0]*w("mixer.ssm_k_kernel.kernel.C")[0]).sum(-1) + w("mixer.ssm_k_D")*k)*v
+      s[1] = dA*s[1] + dB*kv[..., None]
+      return self.linear(q*(2*(C*s[1]).sum(-1).real + w("mixer.D")*kv), w, "mixer.output_linear")
+    return self.run(self.embed(tokens), mix)
+
+def test_against_torch():
+  "Loss, every gradient, and a few steps of decoding."
+  torch = pytest.importorskip("torch")
+  model = H3LM(H3Config(19, 16, 3, (1,), n_heads=2, d_state=8))
+  names = get_state_dict(model)
+  other = TorchLM(model.config, {k: v.numpy() for k, v in names.items()})
+  tokens = rng.integers(0, 19, (2, 12)).astype(np.int32)
+  x, y = Tensor(tokens[:, :-1].copy()), Tensor(tokens[:, 1:].copy())
+  loss, want = train.cross_entropy(model(x), y), other.loss(*map(torch.tensor, (tokens[:, :-1], tokens[:, 1:])))
+  want.backward()
+  assert_grads(dict(zip(names, loss.gradient(*names.values()))), {k: w.grad.numpy() for k, w in other.weights.items()})
+  assert abs(loss.item() - want.item()) < 1e-5
+  state, theirs = model.init_state(2, 8), other.start(2, 8)
+  for i in range(4):
+    logits, state = model.step(Tensor(tokens[:, i].copy()), state)
+    with torch.no_grad(): want = other.step(torch.tensor(tokens[:, i]), theirs, i)
+    np.testing.assert_allclose(logits.numpy(), want.numpy(), atol=2e-5)
 
 # ---------------------------------------------------------------- one model, three ways to run it
 
@@ -925,6 +1100,17 @@ def test_readme_commands(tmp_path, monkeypatch, capfd):
       elif "--help" in words:
         with pytest.raises(SystemExit) as stop: {"train.py": train, "generate.py": gen, "flashconv.py": flashconv}[words[1]].main(words[2:])
         assert stop.value.code == 0
+      elif "--bench" in words:
+        monkeypatch.setattr(train, "BENCH", {k: "--size tiny --batch 2 --length 16" for k in ("train", "decode, 125M, batch 1")})
+        monkeypatch.setattr(train, "copy_rate", lambda: 1e10)
+        def child(code:str, **env:str) -> str:
+          if "--steps" in code: return "first step after 1.0 s\n"           # the default run is tested elsewhere
+          with contextlib.redirect_stdout(out := io.StringIO()): exec(code)
+          return out.getvalue()
+        monkeypatch.setattr(train, "child", child)
+        assert train.main(words[2:]) == 0, command
+        table = capfd.readouterr().out
+        assert re.search(r"^train +\d+\.\d +\d+", table, re.M) and "second start" in table
       elif words[1] == "train.py":
         shape = [] if "--init" in words or "--resume" in words else [*TINY[:8], "--n-layer", "1"]
         with Context(FLASH=int("FLASH=0" not in part)):

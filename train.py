@@ -13,7 +13,8 @@ Not here: mixed precision, gradient accumulation, several devices.
 """
 import time
 START = time.perf_counter()
-import argparse, csv, dataclasses, itertools, json, math, os, re, shutil, signal, sys, sysconfig
+import argparse, csv, dataclasses, importlib.util, itertools, json, math, os, re, shutil, signal
+import subprocess, sys, sysconfig, tempfile, threading
 from pathlib import Path
 from typing import Callable, Iterator
 import numpy as np
@@ -93,6 +94,8 @@ def parser() -> Parser:
   add(g, "--log-every", positive, None, "steps between lines, where stdout is no terminal",
       "a 20th of --steps", metavar="N")
   add(g, "--sample", number(int, 0), 300, "tokens to generate at the end", metavar="N")
+  g.add_argument("--bench", action="store_true", default=argparse.SUPPRESS,
+                 help="time training and decoding on this machine, beside PyTorch if it is installed, and stop")
   return p
 
 SHAPE = ("d_model", "n_layer", "n_heads", "attn_layers", "rotary_dim", "d_state", "head_dim", "mlp_mult",
@@ -424,6 +427,18 @@ def describe(c:H3Config) -> str:
 
 def to_tensors(*arrays:np.ndarray) -> list[Tensor]: return [Tensor(np.ascontiguousarray(a)).realize() for a in arrays]
 
+def make_step(model:H3LM, params:dict[str, Tensor], opt:AdamW) -> Callable:
+  "One step of training: inputs, targets (B,L) and `opt.hyper` to the loss and the gradient's norm."
+  @capture
+  def train_step(x:Tensor, y:Tensor, *hyper:Tensor) -> tuple[Tensor, Tensor]:
+    with Context(TRAINING=1):
+      loss = cross_entropy(model(x), y)
+      grads = loss.gradient(*params.values())
+      Tensor.realize(loss, *grads)                                     # all of them before any weight changes
+      norm = opt.update(dict(zip(params, grads)), list(hyper))
+    return loss, norm
+  return train_step
+
 def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dict[str, str]|None=None) -> int:
   "One run. tensors, meta: the checkpoint that --resume or --init names."
   out, path = Path(args.out), Path(args.out) / CHECKPOINT
@@ -453,14 +468,7 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
   print(f"{args.steps} steps of {args.batch} x {args.length} = {args.batch*args.length:,} tokens"
         + (f", going on after step {first}" if args.resume else ""), flush=True)
 
-  @capture
-  def train_step(x:Tensor, y:Tensor, *hyper:Tensor) -> tuple[Tensor, Tensor]:
-    with Context(TRAINING=1):
-      loss = cross_entropy(model(x), y)
-      grads = loss.gradient(*params.values())
-      Tensor.realize(loss, *grads)                                     # all of them before any weight changes
-      norm = opt.update(dict(zip(params, grads)), list(hyper))
-    return loss, norm
+  train_step = make_step(model, params, opt)
   @capture
   def eval_step(x:Tensor, y:Tensor) -> Tensor: return cross_entropy(model(x), y).realize()
   def finite(step:int, *values:float) -> None:
@@ -511,6 +519,109 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
   print("more text: python generate.py" + ("" if args.out == OUT else f" --model {out}"))
   return 0
 
+# ---- benchmark ------------------------------------------------------------------------------------
+# Each contestant runs in a process of its own, twice in turns; of its times the least counts. Its memory is the
+# peak beyond what the process held once its libraries were imported.
+
+BENCH = {"train, d 256, batch 16, L 256": "--d-model 256 --batch 16 --length 256",
+         "train, d 256, batch 16, L 2048": "--d-model 256 --batch 16 --length 2048",
+         "train, 125M, batch 1, L 1024": "--size 125M --attn-layers 6 --batch 1 --length 1024 --tokenizer gpt2",
+         "decode, 125M, batch 1": "--size 125M --attn-layers 6 --batch 1 --tokenizer gpt2",
+         "decode, 125M, batch 64": "--size 125M --attn-layers 6 --batch 64 --tokenizer gpt2"}
+ROOM = 128                                       # of the KV cache in decoding
+
+def bench_one(what:str, who:str) -> None:
+  "Prints the seconds of a step, of the first one, and MB, as JSON. who: ours, plain (FLASH=0), torch."
+  import resource
+  def peak() -> float: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+  args = parser().parse_args(BENCH[what].split())
+  config = make_config(args, TOKENIZERS[args.tokenizer].vocab_size)
+  rng, decode = np.random.default_rng(0), what.startswith("decode")
+  tokens = rng.integers(0, config.vocab_size, (args.batch, args.length + 1)).astype(np.int32)
+  if who == "torch":
+    import torch, h3tiny
+    from test_all import TorchLM
+    torch.set_num_threads(os.cpu_count())
+    base, h3tiny.param = peak(), lambda x: np.asarray(x, np.float32)             # no Tensors beside PyTorch's
+    model = TorchLM(config, get_state_dict(H3LM(config), tensor_type=np.ndarray))
+    opt, t = torch.optim.AdamW(model.weights.values(), lr=1e-3, betas=(BETA1, BETA2)), torch.tensor(tokens)
+    state = model.start(args.batch, ROOM) if decode else None
+    def step(i:int) -> None:
+      if decode:
+        with torch.no_grad(): return model.step(t[:, i % args.length], state, i)
+      opt.zero_grad()
+      loss = model.loss(t[:, :-1], t[:, 1:])
+      loss.backward()
+      torch.nn.utils.clip_grad_norm_(model.weights.values(), args.clip)
+      opt.step()
+      loss.item()
+  else:
+    setup_device()
+    check_kernels()
+    base, model = peak(), H3LM(config)
+    params, state = get_state_dict(model), model.init_state(args.batch, ROOM) if decode else None
+    if decode:
+      steps = [capture(model.step, prune=True) for _ in range(2)]
+      def step(i:int) -> None:
+        nonlocal state
+        logits, state = steps[i % 2](*to_tensors(tokens[:, i % args.length]), state)
+        logits.numpy()
+    else:
+      opt = AdamW(params)
+      train_step, hyper = make_step(model, params, opt), opt.hyper(0, 1e-3, 0.1, args.clip, 1.0)
+      def step(i:int) -> None: train_step(*to_tensors(tokens[:, :-1], tokens[:, 1:]), *hyper)[0].item()
+  times = []
+  while len(times) < 4 or (sum(times[2:]) < 8 and len(times) < (64 if decode else 24)):
+    start = time.perf_counter()
+    step(len(times))
+    times.append(time.perf_counter() - start)
+  weights = sum(4*math.prod(p.shape) for p in (model.weights if who == "torch" else params).values())
+  print(json.dumps(dict(seconds=min(times[2:]), first=times[0], MB=peak() - base, weights=weights)))
+
+def child(code:str, **env:str) -> str:
+  done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=os.environ | env, capture_output=True, text=True)
+  if done.returncode: raise UserError(f"a benchmark failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+  return done.stdout
+
+def copy_rate() -> float:
+  "Bytes a second that all cores together copy, counted once for the reading and once for the writing."
+  a, b = (np.ones(1 << 27, np.float32) for _ in "ab")
+  parts, best = np.array_split(np.arange(len(a)), os.cpu_count()), math.inf
+  for _ in range(5):
+    start = time.perf_counter()
+    threads = [threading.Thread(target=np.copyto, args=(a[p[0]:p[-1]+1], b[p[0]:p[-1]+1])) for p in parts]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    best = min(best, time.perf_counter() - start)
+  return 2*a.nbytes / best
+
+def bench() -> int:
+  "The table of the README's section on speed, for this machine; on a CPU against PyTorch, else against FLASH=0."
+  setup_device()
+  cpu, cores = Device.DEFAULT == "CPU", os.cpu_count()
+  others = ["torch"] if cpu and importlib.util.find_spec("torch") else [] if cpu else ["plain"]
+  print(f"{Device.DEFAULT}, {cores} cores; milliseconds a step, MB beyond the libraries"
+        + ("" if others or not cpu else "; no column for PyTorch: it is not installed"))
+  print(f"{'':32} {'ours':>9} {'MB':>7}" + "".join(f" {o:>9} {'MB':>7} {'ratio':>7}" for o in others), flush=True)
+  best = {}
+  for what in BENCH if cpu else list(BENCH)[:1]:
+    for who in ("ours", *others) * (2 if cpu else 1):
+      out = json.loads(child(f"import train; train.bench_one({what!r}, {who!r})", **({"FLASH": "0"} if who == "plain" else {}))
+                       .splitlines()[-1])
+      if (what, who) not in best or out["seconds"] < best[what, who]["seconds"]: best[what, who] = out
+    ours, rest = best[what, "ours"], [best[what, o] for o in others]
+    print(f"{what:32} {1e3*ours['seconds']:9.1f} {ours['MB']:7.0f}"
+          + "".join(f" {1e3*o['seconds']:9.1f} {o['MB']:7.0f} {o['seconds']/ours['seconds']:6.2f}x" for o in rest), flush=True)
+  if cpu:
+    one, rate = best["decode, 125M, batch 1", "ours"], copy_rate()
+    print(f"decode, batch 1: {one['weights']/1e6:.0f} MB of weights a token; all cores copy {rate/1e9:.1f} GB/s (read + written), "
+          f"which takes {1e3*one['weights']/rate:.1f} ms: {one['weights']/rate/one['seconds']:.0%} of that limit")
+  with tempfile.TemporaryDirectory() as folder:
+    for start in ("cold", "second"):
+      out = child(f"import train; train.main(['--steps', '1', '--sample', '0', '--out', {folder!r}])", CACHEDB=f"{folder}/cache.db")
+      print(f"{start} start of the default run: {next(l for l in out.splitlines() if l.startswith('first step'))}", flush=True)
+  return 0
+
 def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|None]:
   "The options, completed by the checkpoint that --resume or --init names, and that checkpoint."
   args, now = parser().parse_args(argv), given(argv)
@@ -550,7 +661,7 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
 
 def main(argv:list[str]|None=None) -> int:
   if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")
-  try: return train(*settle(argv))
+  try: return bench() if hasattr(parser().parse_args(argv), "bench") else train(*settle(argv))
   except (UserError, CheckpointError) as e: parser().error(str(e))
   except MemoryError: parser().error("not enough memory: take a smaller --batch, --length or model")
   except OSError as e:
