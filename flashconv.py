@@ -11,7 +11,8 @@ Glossary. B batch, H channels, L length, K taps, N ≥ L + K - 1 length of the F
   F                                       discrete Fourier transform of length N
   kf      F(k + D δ)/N                    the filter's spectrum, digit-reversed, kept in registers
   M       N/8                             length of the 8 transforms that go on side by side
-Also here, where tinygrad's own are slow on a CPU: `matmul` and `layernorm`, with their gradients.
+Also here, where tinygrad's own are slow on a CPU: `matmul`, `layernorm`, `causal_softmax`, `embedding`, with their
+gradients, and `h3_step`; and, in the section on the device, what makes a CPU's cores work at once.
 Run: `python flashconv.py` checks the kernels and times them against plain tinygrad and PyTorch;
 `python flashconv.py --render metal` (cuda, opencl) prints their sources; FLASH=0 turns them off.
 
@@ -41,7 +42,8 @@ FLASH = ContextVar("FLASH", 1)  # 0: plain tinygrad ops everywhere
 
 # ---------------------------------------------------------------- TinyJit
 def capture(f:Callable, **options) -> TinyJit:
-  "A TinyJit that captures at its first call, not its second: f is scheduled and compiled once, nothing allocated twice."
+  """A TinyJit that captures at its first call, not its second: f is scheduled and compiled once, and the buffers
+  of a run without memory planning never exist (1.4 GB at the peak of a training step where 0.5 do)."""
   jit = TinyJit(f, **options)
   jit.cnt = 1
   return jit
@@ -411,7 +413,8 @@ def _conv_grad(names:tuple[str, ...], m:Machine, kind:type) -> Callable:
     if "q" in x:
       z.free()
       z.spectrum(lambda turn, lane, _: (list(map(cmul, kf.get(turn, lane), Z.get(turn, lane))), []), back_only=True)
-      z.inverse(lambda j, off, c: rows.store(j, off, d["q"], _times(c, rows.load(j, off, dy))))  # dq = dy · F⁻¹(kf · Z)
+      # dq = dy · F⁻¹(kf · Z)
+      z.inverse(lambda j, off, c: rows.store(j, off, d["q"], _times(c, rows.load(j, off, dy))))
     z.free()
     z.done = dkf.done = (z.done[0].end(p),)
     z.spectrum(lambda turn, lane, _: ([scaled(a, 1/g.N) for a in dkf.get(turn, lane)], []), back_only=True)
@@ -646,20 +649,22 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
 def dots(C:UOp, A:UOp, B:UOp, *bias:UOp, m:Machine) -> UOp:
   "C (G,M,N) = A (G,M,K) B^T + bias (N,), B (G,N,K), for one row of A or a few: the time is that of reading B."
   (G, M, N), K = C.shape, A.shape[2]
-  R, V = next(r for r in (4, 2, 1) if N % r == 0), next(v for v in (32, 16, 8, 4, 2, 1) if K % v == 0)
+  V, R = next(v for v in (m.lanes, 8, 4, 2, 1) if K % v == 0), next(r for r in (4, 2, 1) if N % r == 0 and M*r <= 4)
+  U = 2 - K//V % 2                                             # sums side by side: additions take a while
   cores = min(m.cores, N//R) if G*M*N*K > ONE_CORE//8 else 1
   (core, me), n = _cores(cores, 0), -(-N//R//cores)
-  g, j, k, v, z = UOp.range(G, 1), UOp.range(n, 2), UOp.range(K//V, 3, AxisType.REDUCE), UOp.range(V, 4), UOp.range(V, 5)
+  g, j, v, z = (UOp.range(s, 1 + i) for i, s in enumerate((G, n, V, V)))
+  k = UOp.range(K//V//U, 5, AxisType.REDUCE)
   ga, gb = (0 if x.shape[0] == 1 else g for x in (A, B))
   first = (me*n + j).minimum(N//R - 1)*R
-  acc = UOp.placeholder((M, R, V), dtypes.float, slot=0, addrspace=AddrSpace.REG)
+  acc = UOp.placeholder((M, R, U, V), dtypes.float, slot=0, addrspace=AddrSpace.REG)
   each = list(itertools.product(range(M), range(R)))
-  acc = acc.after(UOp.group(*[acc.after(j, g, core)[i, r, z].store(0.0) for i, r in each]).end(z))
-  s = acc.after(k)
-  acc = acc.after(UOp.group(*[s[i, r, v].store(s[i, r, v] + A[ga, i, k*V + v]*B[gb, first + r, k*V + v])
-                              for i, r in each]).end(v, k))
-  total = lambda i, r: functools.reduce(operator.add, [acc[i, r, l] for l in range(V)])
-  out = [C[g, i, first + r].store(total(i, r) + (bias[0][first + r] if bias else 0.0)) for i, r in each]
+  acc = acc.after(UOp.group(*[acc.after(j, g, core)[i, r, u, z].store(0.0) for i, r in each for u in range(U)]).end(z))
+  s, at = acc.after(k), lambda u: (k*U + u)*V + v
+  acc = acc.after(UOp.group(*[s[i, r, u, v].store(s[i, r, u, v] + A[ga, i, at(u)]*B[gb, first + r, at(u)])
+                              for i, r in each for u in range(U)]).end(v).end(k))
+  def total(x:list[UOp]) -> UOp: return x[0] if len(x) == 1 else total([a + b for a, b in zip(x[::2], x[1::2])] + x[len(x)//2*2:])
+  out = [C[g, i, first + r].store(total([acc[i, r, u, l] for l in range(V) for u in range(U)]) + (bias[0][first + r] if bias else 0.0)) for i, r in each]
   return UOp.group(*out).end(j, g, core).sink(arg=KernelInfo(name=f"dots_{G}x{M}x{K}x{N}", opts_to_apply=()))
 
 @functools.cache
@@ -683,14 +688,13 @@ def product(a:Tensor, b:Tensor, *bias:Tensor, ta:bool=False, tb:bool=False, tota
     return None, da.uop, db.uop, *dbias
   M, N = a.shape[2 if ta else 1], b.shape[1 if tb else 2]
   y = Tensor.empty(1 if total else G, M, N, dtype=dtypes.float, device=a.device)
-  few = M <= 4 and tb and not ta and not total
-  kernel = functools.partial(dots, m=machine(a.device)) if few else functools.partial(gemm, ta=ta, tb=tb, m=machine(a.device))
-  return _launch(kernel, [y], [a, b, *bias], grad)[0]
+  kernel = dots if M <= 4 and tb and not ta and not total else functools.partial(gemm, ta=ta, tb=tb)
+  return _launch(functools.partial(kernel, m=machine(a.device)), [y], [a, b, *bias], grad)[0]
 
 def _plain_product(x:Tensor, w:Tensor) -> Tensor:
-  """x (…,M,K) @ w by tinygrad's own product, as a GPU does it best: x and the gradient are stored, lest what makes them
-  is computed anew for each column. The rows for w (K,N) come in groups, so that its gradient is a sum of short products.
-  PoCL, two cores, (4096,1024) x (1024,256): 42 ms, dw 48 ms and not 270; after GELU 42 ms and not 700."""
+  """x (…,M,K) @ w by tinygrad's own product, as a GPU does it best: x and the gradient are stored, lest what makes
+  them is computed anew for each column. The rows for w (K,N) come in groups, so that its gradient is a sum of short
+  products. PoCL, two cores, (4096,1024) x (1024,256): 42 ms, dw 48 ms and not 270; after GELU 42 ms and not 700."""
   M = prod(x.shape[:-1])
   G = next(g for g in range(max(1, M//256), 0, -1) if M % g == 0) if w.ndim == 2 else 1
   if G == 1: return (_stored(x) @ w).contiguous_backward()
@@ -810,14 +814,16 @@ def _softmax_grad(ds:UOp, p:UOp, dp:UOp, m:Machine) -> UOp:
 def causal_softmax(s:Tensor) -> Tensor:
   "Over the last axis of s (…,L,T), L ≤ T, where row i sees columns up to T-L+i. Differentiable once."
   *lead, L, T = s.shape
-  if not _float_on_cpu(s): return (Tensor.arange(T) <= Tensor.arange(T-L, T).unsqueeze(-1)).where(s, -math.inf).softmax(-1)
+  seen = Tensor.arange(T) <= Tensor.arange(T-L, T).unsqueeze(-1)
+  if not _float_on_cpu(s): return seen.where(s, -math.inf).softmax(-1)
   m = machine(s.device)
   if s.numel() < ONE_CORE//8: m = m._replace(cores=1)
   def grad(dp:UOp, call:UOp) -> tuple:
     flat = [x.reshape(-1, T) for x in (p, Tensor(dp))]
     ds, = _launch(functools.partial(_softmax_grad, m=m), [Tensor.empty(*flat[0].shape, device=s.device)], flat)
     return None, ds.reshape(call.src[2].shape).uop
-  p, = _launch(functools.partial(_softmax, m=m), [Tensor.empty(prod(lead), L, T, device=s.device)], [s.reshape(-1, L, T)], grad)
+  p = Tensor.empty(prod(lead), L, T, device=s.device)
+  p, = _launch(functools.partial(_softmax, m=m), [p], [s.reshape(-1, L, T)], grad)
   return p.reshape(s.shape)
 
 # ---------------------------------------------------------------- embedding: a look-up, whose gradient adds up rows
@@ -884,8 +890,8 @@ def h3_step(q:Tensor, k:Tensor, v:Tensor, state:tuple[Tensor, Tensor, Tensor], w
   of dA, dB and C (D,M), and D (D,), of the diagonal SSM. Not differentiable.
   """
   if not _float_on_cpu(q, k, v, *state, *weights): return None
-  y, *new = _launch(functools.partial(_step, m=machine(q.device)), [Tensor.empty(*t.shape, device=q.device) for t in (q, *state)],
-                    [q, k, v, *state, *weights])
+  outs = [Tensor.empty(*t.shape, device=q.device) for t in (q, *state)]
+  y, *new = _launch(functools.partial(_step, m=machine(q.device)), outs, [q, k, v, *state, *weights])
   return y, tuple(new)
 
 # ---------------------------------------------------------------- the device
@@ -927,8 +933,10 @@ def _replay(cores:int) -> UOp:
   with; nobody starts on a kernel before all are through with the one before. pause: a function that does nothing,
   and the one to call while waiting."""
   u64 = dtypes.uint64
-  entries, done, pause = UOp.param(0, u64, (1 << 30,)), UOp.param(1, u64, (8*cores,), volatile=True), UOp.param(2, u64, (2,))
-  n, me = (UOp.param(3 + i, dtypes.int, (), vmin_vmax=(0, 1 << 20), name=s, addrspace=AddrSpace.ALU) for i, s in enumerate(("n", "me")))
+  entries, pause = UOp.param(0, u64, (1 << 30,)), UOp.param(2, u64, (2,))
+  done = UOp.param(1, u64, (8*cores,), volatile=True)
+  n, me = (UOp.param(3 + i, dtypes.int, (), vmin_vmax=(0, 1 << 20), name=name, addrspace=AddrSpace.ALU)
+           for i, name in enumerate(("n", "me")))
   i = UOp.range(n, 0, dtype=dtypes.int)
   f, *args = (entries.index(i*WORDS + w).load() for w in range(WORDS))
   ran = done.after(f.call(*args, ret_dtype=dtypes.void).barrier()).index(me*8).store((i + 1).cast(u64))
@@ -1020,9 +1028,9 @@ def use_all_cores():
   realize.lower_and_compile = lambda linear: compile_all(linear.replace(src=tuple(map(_shared, linear.src))))
 
   # a core that waits lets others have it: there may be more threads than cores
-  give_way = ctypes.cast(getattr(ctypes.CDLL(None), "sched_yield"), ctypes.c_void_p).value
+  give_way = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value if os.name == "posix" else None
   nothing = program("nothing", UOp.param(0, dtypes.uint64, (1,)).index(0).load())
-  pause = np.array([nothing.addr, give_way], np.uint64)
+  pause = np.array([nothing.addr, give_way or nothing.addr], np.uint64)
   Device["CPU"].graph = Replay
 
 def setup_device():

@@ -328,7 +328,8 @@ def test_kernel_matmul_groups_cores_and_tiles(M, K, N, lanes, registers, monkeyp
       got = product(x, w, Tensor(bias), ta=ta, tb=tb, total=total)
       if total: a, b = np.concatenate(list(a), 1)[None], np.concatenate(list(b), 0)[None]
       # the bias as one more product
-      close(got, np.concatenate([a, np.ones((len(a), M, 1))], 2), np.concatenate([b, np.broadcast_to(bias, (len(b), 1, N))], 1))
+      close(got, np.concatenate([a, np.ones((len(a), M, 1))], 2),
+            np.concatenate([b, np.broadcast_to(bias, (len(b), 1, N))], 1))
 
 @on_cpu
 def test_kernel_matmul_shared_gradients():
@@ -648,7 +649,8 @@ class TorchLM:
     for i in range(self.config.n_layer):
       w = self.layer(i)
       x = x + mix(i, w, self.norm(x, w, "norm1"))
-      x = x + self.linear(self.F.gelu(self.linear(self.norm(x, w, "norm2"), w, "mlp.fc1"), approximate="tanh"), w, "mlp.fc2")
+      h = self.linear(self.norm(x, w, "norm2"), w, "mlp.fc1")
+      x = x + self.linear(self.F.gelu(h, approximate="tanh"), w, "mlp.fc2")
     words = self.weights["backbone.embeddings.word_embeddings.weight"]
     return self.norm(x, lambda name: self.weights[f"backbone.{name}"], "ln_f") @ words.T
   def embed(self, tokens): return self.F.embedding(tokens, self.weights["backbone.embeddings.word_embeddings.weight"])
@@ -689,7 +691,8 @@ def test_against_torch():
   x, y = Tensor(tokens[:, :-1].copy()), Tensor(tokens[:, 1:].copy())
   loss, want = train.cross_entropy(model(x), y), other.loss(*map(torch.tensor, (tokens[:, :-1], tokens[:, 1:])))
   want.backward()
-  assert_grads(dict(zip(names, loss.gradient(*names.values()))), {k: w.grad.numpy() for k, w in other.weights.items()})
+  grads = dict(zip(names, loss.gradient(*names.values())))
+  assert_grads(grads, {k: w.grad.numpy() for k, w in other.weights.items()})
   assert abs(loss.item() - want.item()) < 1e-5
   state, theirs = model.init_state(2, 8), other.start(2, 8)
   for i in range(4):
@@ -1101,11 +1104,12 @@ def test_readme_commands(tmp_path, monkeypatch, capfd):
         with pytest.raises(SystemExit) as stop: {"train.py": train, "generate.py": gen, "flashconv.py": flashconv}[words[1]].main(words[2:])
         assert stop.value.code == 0
       elif "--bench" in words:
-        monkeypatch.setattr(train, "BENCH", {k: "--size tiny --batch 2 --length 16" for k in ("train", "decode, 125M, batch 1")})
+        small = "--size tiny --batch 2 --length 16"
+        monkeypatch.setattr(train, "BENCH", dict.fromkeys(["train", "decode, 125M, batch 1"], small))
         monkeypatch.setattr(train, "copy_rate", lambda: 1e10)
         def child(code:str, **env:str) -> str:
-          if "--steps" in code: return "first step after 1.0 s\n"           # the default run is tested elsewhere
-          with contextlib.redirect_stdout(out := io.StringIO()): exec(code)
+          if "--steps" in code: return "first step after 1.0 s\n"         # the default run is tested elsewhere
+          with contextlib.redirect_stdout(out := io.StringIO()): exec(f"import train; {code}")
           return out.getvalue()
         monkeypatch.setattr(train, "child", child)
         assert train.main(words[2:]) == 0, command

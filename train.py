@@ -533,7 +533,8 @@ ROOM = 128                                       # of the KV cache in decoding
 def bench_one(what:str, who:str) -> None:
   "Prints the seconds of a step, of the first one, and MB, as JSON. who: ours, plain (FLASH=0), torch."
   import resource
-  def peak() -> float: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+  unit = 1e6 if sys.platform == "darwin" else 1e3
+  def peak() -> float: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
   args = parser().parse_args(BENCH[what].split())
   config = make_config(args, TOKENIZERS[args.tokenizer].vocab_size)
   rng, decode = np.random.default_rng(0), what.startswith("decode")
@@ -542,7 +543,7 @@ def bench_one(what:str, who:str) -> None:
     import torch, h3tiny
     from test_all import TorchLM
     torch.set_num_threads(os.cpu_count())
-    base, h3tiny.param = peak(), lambda x: np.asarray(x, np.float32)             # no Tensors beside PyTorch's
+    base, h3tiny.param = peak(), lambda x: np.ascontiguousarray(x, np.float32)   # no Tensors beside PyTorch's
     model = TorchLM(config, get_state_dict(H3LM(config), tensor_type=np.ndarray))
     opt, t = torch.optim.AdamW(model.weights.values(), lr=1e-3, betas=(BETA1, BETA2)), torch.tensor(tokens)
     state = model.start(args.batch, ROOM) if decode else None
@@ -571,7 +572,7 @@ def bench_one(what:str, who:str) -> None:
       train_step, hyper = make_step(model, params, opt), opt.hyper(0, 1e-3, 0.1, args.clip, 1.0)
       def step(i:int) -> None: train_step(*to_tensors(tokens[:, :-1], tokens[:, 1:]), *hyper)[0].item()
   times = []
-  while len(times) < 4 or (sum(times[2:]) < 8 and len(times) < (64 if decode else 24)):
+  while len(times) < 3 or (sum(times[2:]) < 8 and len(times) < (64 if decode else 24)):
     start = time.perf_counter()
     step(len(times))
     times.append(time.perf_counter() - start)
@@ -579,7 +580,9 @@ def bench_one(what:str, who:str) -> None:
   print(json.dumps(dict(seconds=min(times[2:]), first=times[0], MB=peak() - base, weights=weights)))
 
 def child(code:str, **env:str) -> str:
-  done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=os.environ | env, capture_output=True, text=True)
+  "What `code` prints in a Python of its own."
+  done = subprocess.run([sys.executable, "-c", f"import train; {code}"], cwd=Path(__file__).parent,
+                        env=os.environ | env, capture_output=True, text=True)
   if done.returncode: raise UserError(f"a benchmark failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
   return done.stdout
 
@@ -606,20 +609,22 @@ def bench() -> int:
   best = {}
   for what in BENCH if cpu else list(BENCH)[:1]:
     for who in ("ours", *others) * (2 if cpu else 1):
-      out = json.loads(child(f"import train; train.bench_one({what!r}, {who!r})", **({"FLASH": "0"} if who == "plain" else {}))
-                       .splitlines()[-1])
+      plain = {"FLASH": "0"} if who == "plain" else {}
+      out = json.loads(child(f"train.bench_one({what!r}, {who!r})", **plain).splitlines()[-1])
       if (what, who) not in best or out["seconds"] < best[what, who]["seconds"]: best[what, who] = out
     ours, rest = best[what, "ours"], [best[what, o] for o in others]
-    print(f"{what:32} {1e3*ours['seconds']:9.1f} {ours['MB']:7.0f}"
-          + "".join(f" {1e3*o['seconds']:9.1f} {o['MB']:7.0f} {o['seconds']/ours['seconds']:6.2f}x" for o in rest), flush=True)
+    figures = lambda o: f" {1e3*o['seconds']:9.1f} {o['MB']:7.0f}"
+    print(f"{what:32}{figures(ours)}" + "".join(f"{figures(o)} {o['seconds']/ours['seconds']:6.2f}x" for o in rest),
+          flush=True)
   if cpu:
     one, rate = best["decode, 125M, batch 1", "ours"], copy_rate()
-    print(f"decode, batch 1: {one['weights']/1e6:.0f} MB of weights a token; all cores copy {rate/1e9:.1f} GB/s (read + written), "
-          f"which takes {1e3*one['weights']/rate:.1f} ms: {one['weights']/rate/one['seconds']:.0%} of that limit")
+    print(f"decode, batch 1: {one['weights']/1e6:.0f} MB of weights a token; all cores copy {rate/1e9:.1f} GB/s (read "
+          f"and written), {1e3*one['weights']/rate:.1f} ms: {one['weights']/rate/one['seconds']:.0%} of that limit")
   with tempfile.TemporaryDirectory() as folder:
     for start in ("cold", "second"):
-      out = child(f"import train; train.main(['--steps', '1', '--sample', '0', '--out', {folder!r}])", CACHEDB=f"{folder}/cache.db")
-      print(f"{start} start of the default run: {next(l for l in out.splitlines() if l.startswith('first step'))}", flush=True)
+      run = ["--steps", "1", "--sample", "0", "--out", folder]
+      out = child(f"train.main({run})", CACHEDB=f"{folder}/cache.db").splitlines()
+      print(f"{start} start of the default run: {next(l for l in out if l.startswith('first step'))}", flush=True)
   return 0
 
 def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|None]:
