@@ -43,7 +43,8 @@ FLASH = ContextVar("FLASH", 1)  # 0: plain tinygrad ops everywhere
 # ---------------------------------------------------------------- TinyJit
 def capture(f:Callable, **options) -> TinyJit:
   """A TinyJit that captures at its first call, not its second: f is scheduled and compiled once, and the buffers
-  of a run without memory planning never exist (1.4 GB at the peak of a training step where 0.5 do)."""
+  of a run without memory planning never exist (1.4 GB at the peak of a training step where 0.5 do). Where f draws
+  random numbers, draw one before: a counter made while capturing would start anew at every call."""
   jit = TinyJit(f, **options)
   jit.cnt = 1
   return jit
@@ -129,12 +130,12 @@ def _compiler_says(r:Renderer, macro:str) -> bool:
   try: out = subprocess.run([os.environ.get("CC", "clang"), *r.compiler.args, "-dM", "-E", "-x", "c", os.devnull],
                             capture_output=True, text=True).stdout
   except (OSError, AttributeError): return False
-  return f"#define __{macro}__ " in out
+  return f"#define {macro} " in out
 
 def _vectors(r:Renderer) -> tuple[int, int]:
   "Lanes and number of a CPU's vector registers."
-  return (16 if WIDE in r.target.arch else 8 if _compiler_says(r, "AVX") else 4,
-          32 if _compiler_says(r, "AVX512VL") or _compiler_says(r, "ARM_NEON") else 16)
+  return (16 if WIDE in r.target.arch else 8 if _compiler_says(r, "__AVX__") else 4,
+          32 if _compiler_says(r, "__AVX512VL__") or _compiler_says(r, "__ARM_NEON") else 16)
 
 def _cores(n:int, axis:int) -> tuple[UOp, UOp]:
   """A range that the cores of a CPU share, and its index; axis: the range's number. The mask tells clang the
@@ -458,9 +459,9 @@ def _twiddles(R:int, S:int, device:str) -> Tensor:
   return constant(np.stack([w.real, w.imag]), device)
 
 def _float_on_cpu(*tensors:Tensor|None) -> bool:
-  "Whether the CPU's matrix product and layer norm serve: float32, on one device without local memory."
+  "Whether the CPU's matrix product and layer norm serve: float32, not empty, on one device without local memory."
   device = tensors[0].device
-  return bool(FLASH) and all(t is None or t.dtype == dtypes.float for t in tensors) \
+  return bool(FLASH) and all(t is None or (t.dtype == dtypes.float and 0 not in t.shape) for t in tensors) \
     and isinstance(device, str) and not machine(device).gpu
 
 def _stored(x:Tensor) -> Tensor:
@@ -484,7 +485,7 @@ def _one(x:dict[str, Tensor], k:Tensor, N:int, kind:type) -> Tensor:
   if u.shape[0]*u.shape[1]*N < ONE_CORE: m = m._replace(cores=1)
   def buffer(shape:tuple[int, ...]) -> Tensor:
     if kind is Rows: shape = (*(p := _padded(shape[0], shape[2], N//RADIX))[:1], u.shape[1], p[1])
-    return Tensor.empty(*shape, device=u.device)
+    return Tensor.empty(*shape, dtype=dtypes.float, device=u.device)
   def cut(y:Tensor, shape:tuple[int, ...]) -> Tensor: return y[:shape[0], :, :shape[2]] if kind is Rows else y
   def grad(dy:UOp, call:UOp) -> tuple:
     tw, k, *ins = (Tensor(s) for s in call.src[2:])
@@ -501,7 +502,7 @@ def _one(x:dict[str, Tensor], k:Tensor, N:int, kind:type) -> Tensor:
 def _parts(x:Tensor, R:int, S:int) -> Tensor:
   "Rows (B,H,L) -> the R sub-transforms of a transform of length R S: (⌈B/2⌉,H R,2,S)."
   def grad(dX:UOp, call:UOp) -> tuple: return None, None, _rows(Tensor(dX), x.shape, R, S).uop
-  X = Tensor.empty(Rows.count(x.shape), x.shape[1]*R, 2, S, device=x.device)
+  X = Tensor.empty(Rows.count(x.shape), x.shape[1]*R, 2, S, dtype=dtypes.float, device=x.device)
   return _launch(_split(machine(x.device)), [X], [_twiddles(R, S, x.device), x], grad)[0]
 
 def _rows(X:Tensor, shape:tuple[int, ...], R:int, S:int) -> Tensor:
@@ -509,7 +510,7 @@ def _rows(X:Tensor, shape:tuple[int, ...], R:int, S:int) -> Tensor:
   B, H, L = shape
   def grad(dy:UOp, call:UOp) -> tuple: return None, None, _parts(Tensor(dy)[:B, :, :L], R, S).uop
   Bp, Lp = _padded(B, L, S)
-  y = Tensor.empty(Bp, H, Lp, device=X.device)
+  y = Tensor.empty(Bp, H, Lp, dtype=dtypes.float, device=X.device)
   return _launch(_join(machine(X.device), B, L), [y], [_twiddles(R, S, X.device), X], grad)[0][:B, :, :L]
 
 def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor|None=None,
@@ -577,7 +578,7 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
   (G, M, N), K, groups = C.shape, A.shape[1 if ta else 2], max(A.shape[0], B.shape[0])
   name = f"gemm_{'nt'[ta]}{'nt'[tb]}_{groups}x{M}x{K}x{N}"
   # few rows of A and many of B, stored alike, as in decoding: C^T = B A^T, so that only A has to be reordered
-  swapped = tb and not ta and 4*M <= N and M <= 4*m.lanes
+  swapped = tb and not ta and 4*M <= N and M <= 4*m.lanes and K <= 1 << 14   # its panels are on the stack
   if swapped: A, B, M, N = B, A, N, M
   mt, nt = _tile(m, M, N)
   tiles, panels, packed = -(-M//mt), -(-N//nt), M > mt
@@ -595,6 +596,7 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
   share = lambda n, c: (-(-n//c), me*-(-n//c) if c > 1 else 0)        # how many each core has, and its first
   (gs, g0), (ts, t0), (ps, p0) = share(G, gc), share(tiles, rc), share(panels, cc)
   mb, nb = _even(ts, MB//mt), _even(ps, NB//nt if packed else 1)
+  assert turns == 1 or N % nt == 0 or ps == 1 or (ps-1) % nb, 'NB parts the last panel from the one that it overlaps'
   go, no, ko, mo = loop(gs), loop(-(-ps//nb)), loop(turns), loop(-(-ts//mb))
   g, summed = g0 + go, turns > 1
   ga, gb = (0 if x.shape[0] == 1 else ko//blocks if G == 1 else g for x in (A, B))
@@ -663,8 +665,10 @@ def dots(C:UOp, A:UOp, B:UOp, *bias:UOp, m:Machine) -> UOp:
   s, at = acc.after(k), lambda u: (k*U + u)*V + v
   acc = acc.after(UOp.group(*[s[i, r, u, v].store(s[i, r, u, v] + A[ga, i, at(u)]*B[gb, first + r, at(u)])
                               for i, r in each for u in range(U)]).end(v).end(k))
-  def total(x:list[UOp]) -> UOp: return x[0] if len(x) == 1 else total([a + b for a, b in zip(x[::2], x[1::2])] + x[len(x)//2*2:])
-  out = [C[g, i, first + r].store(total([acc[i, r, u, l] for l in range(V) for u in range(U)]) + (bias[0][first + r] if bias else 0.0)) for i, r in each]
+  def total(x:list[UOp]) -> UOp:
+    return x[0] if len(x) == 1 else total([a + b for a, b in zip(x[::2], x[1::2])] + x[len(x)//2*2:])
+  sums = {(i, r): total([acc[i, r, u, l] for l in range(V) for u in range(U)]) for i, r in each}
+  out = [C[g, i, first + r].store(s + bias[0][first + r] if bias else s) for (i, r), s in sums.items()]
   return UOp.group(*out).end(j, g, core).sink(arg=KernelInfo(name=f"dots_{G}x{M}x{K}x{N}", opts_to_apply=()))
 
 @functools.cache
@@ -719,6 +723,348 @@ def matmul(x:Tensor, w:Tensor, transposed:bool=False, bias:Tensor|None=None) -> 
   a = x.reshape(1, -1, K) if w.ndim == 2 else x.reshape(-1, *x.shape[-2:])
   y = product(a, w.reshape(-1, *w.shape[-2:]), *([] if bias is None else [bias]), tb=transposed)
   return y.reshape(*x.shape[:-1], N)
+
+# ---------------------------------------------------------------- state passing: an SSM's convolution at any length
+# A sequence is walked in chunks of c steps, R of them at a time. With w = u v and the state x, 2 Re C A^l B = k[l]:
+#   y_n = P x_n + T w_n        P: 2 Re C A^(l+1), the state's answer;   T: k[l-j], a Toeplitz matrix, D on its diagonal
+#   x_(n+1) = a x_n + Q w_n    a: A^c;   Q: A^(c-1-j) B, the chunk's share of the state
+# All but `a x_n` are products of small matrices, done for R chunks at once. So short a chunk needs no FFT: at 32 steps
+# T is a quarter of the work, which P and Q would remain; an FFT of the chunk was not faster at any size (README).
+WALK_THREADS = 128                   # of a GPU's work group
+
+def powers(a:Pair, n:int, step:int=1) -> Pair:
+  """a^l for l = 0, step, …, (n-1)*step on a new last axis: a (…) -> (…,n).
+
+  The bits of l choose among a, a^2, a^4, …: no exp, sin or cos, and in float32 more exact than
+  exp(l log a).
+  """
+  const = (a[0].detach().unsqueeze(-1), a[1].detach().unsqueeze(-1))
+  def power(l:Tensor) -> Pair:
+    out, sq = (const[0].const_like(1), const[0].const_like(0)), const
+    for b in range(((n-1)*step).bit_length()):
+      bit, prod = (l // 2**b) % 2 == 1, cmul(out, sq)
+      out, sq = (bit.where(prod[0], out[0]), bit.where(prod[1], out[1])), cmul(sq, sq)
+    return out
+  # Adding 0 = l a^(l-1) (a - const) changes no value and has the whole gradient,
+  # d a^l = l a^(l-1) da: one sum over l in the backward pass instead of one for each bit.
+  l = Tensor.arange(n) * step
+  prev = power((l - 1).maximum(0))
+  da = (a[0].unsqueeze(-1) - const[0], a[1].unsqueeze(-1) - const[1])
+  slope = cmul((l*prev[0], l*prev[1]), da)
+  return tuple(x + y for x, y in zip(power(l), slope))
+
+class Vandermonde:
+  """Sums over powers A^l, l < L, in two levels: l = i*J + j, J ~ sqrt(L), A^l = (A^J)^i A^j.
+
+  The (H,M,L) table never exists: what remains are matrix products over tables of about sqrt(L)
+  columns. The official sum has one level, src/ops/vandermonde.py:47-58.
+  """
+  def __init__(self, A:Pair, L:int):
+    self.L, self.J = L, 1 << ((L-1).bit_length() + 1) // 2
+    self.I, self.M = -(-L // self.J), A[0].shape[-1]
+    self.hi = powers(A, self.I, self.J)                             # (H,M,I) each
+    self.lo = Tensor.cat(*powers(A, self.J), dim=-2).contiguous()   # (H,2M,J), re above im
+
+  def sum(self, c:Pair) -> Tensor:
+    "2 Re sum_n c[n] A[n]^l, l < L: c (…,H,M) -> (…,H,L)."
+    re, im = cmul((c[0].unsqueeze(-1), c[1].unsqueeze(-1)), self.hi)
+    left = Tensor.cat(2*re, -2*im, dim=-2).transpose(-1, -2)        # (…,H,I,2M)
+    y = matmul(left, self.lo.expand(*left.shape[:-2], -1, -1))      # (…,H,I,J)
+    return y.reshape(*y.shape[:-2], self.I*self.J)[..., :self.L]
+
+  def after(self, w:Tensor) -> Pair:
+    "The transpose: sum_j A^(L-1-j) w[j], w (…,H,L) -> (…,H,M)."
+    x = w.flip(-1).pad((None,)*(w.ndim-1) + ((0, self.I*self.J - self.L),))
+    x = x.reshape(*w.shape[:-1], self.I, self.J)
+    x = (x @ self.lo.transpose(-1, -2)).transpose(-1, -2)           # (…,H,2M,I)
+    re, im = cmul((x[..., :self.M, :], x[..., self.M:, :]), self.hi)
+    return re.sum(-1), im.sum(-1)
+
+class Walk:
+  """One channel and the hands that walk along its sequences: the threads of a work group (GPU), or one turn
+  of the outermost loop (CPU), which the cores share. `done` is what has to be finished before the next reader.
+
+  Scratch memory is flat, R+1 rows of S + c numbers: of two indices tinygrad would lose the gate of a store.
+  """
+  def __init__(self, m:Machine, shape:tuple[int, int, int], S:int, c:int, R:int):
+    (self.B, self.H, self.L), self.m, self.S, self.c, self.R, self.W = shape, m, S, c, R, S + c
+    self.groups, self.ids, self.slots = -(-self.L//(R*c)), itertools.count(), itertools.count()
+    self.last = self.L//c - (self.groups - 1)*R       # row of the last group where the last whole chunk has ended
+    if m.gpu: self.h, self.t, self.outer = UOp.special(self.H, "gidx0"), UOp.special(WALK_THREADS, "lidx0"), ()
+    else:
+      cores = next(n for n in range(m.cores, 0, -1) if self.H % n == 0)
+      core, me = _cores(cores, next(self.ids))
+      i = self.loop(self.H//cores, AxisType.LOOP)
+      self.h, self.outer = me*(self.H//cores) + i, (i, core)
+    self.done = self.outer
+  def loop(self, n:int, axis:AxisType=AxisType.REDUCE) -> UOp: return UOp.range(n, next(self.ids), axis)
+  def memory(self, size:int, shared:bool=True) -> UOp:
+    space = AddrSpace.LOCAL if self.m.gpu and shared else AddrSpace.REG
+    return UOp.placeholder((size,), dtypes.float, slot=next(self.slots), addrspace=space)
+  def begin(self, n:int) -> UOp:
+    "A loop in which everything up to its `end` takes place."
+    self.done = (*self.done, i := self.loop(n))
+    return i
+  def end(self, i:UOp):
+    "What this turn has read the next one may overwrite: that takes a barrier of its own on a GPU."
+    done = UOp.group(*self.done)
+    self.done = ((done.barrier() if self.m.gpu else done).end(i),)
+  def finish(self, name:str) -> UOp:
+    done = UOp.group(*self.done).end(self.outer[0]).end(self.outer[1]) if self.outer else self.done[0]
+    return done.sink(arg=KernelInfo(name=f"{name}_{self.B}x{self.H}x{self.L}", opts_to_apply=()))
+
+  def each(self, rows:int, cols:int, body:Callable[[UOp, UOp], list[tuple[UOp, UOp, UOp]]]):
+    "Stores (memory, place, value) of body(row, col), for all."
+    def store(gate:Callable[[UOp], UOp], r:UOp, j:UOp) -> list[UOp]:
+      return [mem[gate(at)].store(x) for mem, at, x in body(r, j)]
+    if not self.m.gpu:
+      r, j = self.loop(rows, AxisType.LOOP), self.loop(cols, AxisType.LOOP)
+      self.done = UOp.group(*store(lambda at: at, r, j)).end(j).end(r),
+      return
+    turns = [self.t + s for s in range(0, rows*cols, WALK_THREADS)]
+    self.done = UOp.group(*[s for i in turns for s in
+      store((lambda at, i=i: at.valid(i < rows*cols)) if i.vmax >= rows*cols else lambda at: at, i//cols, i % cols)]),
+
+  def product(self, rows:int, cols:int, K:int, a:Callable[[UOp, UOp], UOp], b:Callable[[UOp, UOp], UOp],
+              put:Callable[[UOp, UOp, UOp], list[tuple[UOp, UOp, UOp]]], start:Callable[[UOp, UOp], UOp]|None=None):
+    "put(row, col, start(row, col) + Σ_k a(row, k) b(k, col)), stores as in `each`. A tile of sums stays in registers."
+    start = start or (lambda r, j: UOp.const(0.0, dtypes.float))
+    if self.m.gpu:
+      hands = max(1, WALK_THREADS//cols)              # threads that share a column
+      n, nt, outer = -(-rows//hands), 1, ()
+      places = [self.t//cols + i*hands for i in range(n)]
+      inside = [(r < rows) & (self.t < hands*cols) if (i+1)*hands > rows or WALK_THREADS % cols else None
+                for i, r in enumerate(places)]
+      at = [r.minimum(rows-1) for r in places]
+      def lanes(body:Callable[[UOp, UOp|int], list[UOp]]) -> UOp: return UOp.group(*body(self.t % cols, 0))
+    else:
+      n, nt = _walk_tile(self.m, rows, cols)
+      outer = self.loop(rows//n, AxisType.LOOP), self.loop(cols//nt, AxisType.LOOP)
+      at, inside = [outer[0]*n + i for i in range(n)], [None]*n
+      def lanes(body:Callable[[UOp, UOp|int], list[UOp]]) -> UOp:
+        z = self.loop(nt, AxisType.LOOP)
+        return UOp.group(*body(outer[1]*nt + z, z)).end(z)
+    acc = self.memory(n*nt, shared=False)
+    first = acc.after(*self.done, *outer)
+    acc = acc.after(lanes(lambda j, z: [first[i*nt + z].store(start(r, j)) for i, r in enumerate(at)]))
+    k = self.loop(K)
+    s = acc.after(k)
+    def add(j:UOp, z:UOp|int) -> list[UOp]:
+      y = b(k, j)
+      return [s[i*nt + z].store(s[i*nt + z] + a(r, k)*y) for i, r in enumerate(at)]
+    acc = acc.after(lanes(add).end(k))
+    done = UOp.group(*[lanes(lambda j, z: [mem[place if ok is None else place.valid(ok)].store(x)
+                                           for mem, place, x in put(r, j, acc[i*nt + z])])
+                       for i, (r, ok) in enumerate(zip(at, inside))])
+    for o in outer[::-1]: done = done.end(o)
+    self.done = done,
+
+  # the walk's own steps; b: the row of the batch, g: the group of R chunks
+  def place(self, b:UOp, g:UOp, r:UOp, j:UOp) -> tuple[UOp, UOp|None]:
+    "Index into a flat (B,H,L) of step j of chunk r, and whether it is there."
+    i = (g*self.R + r)*self.c + j
+    return (b*self.H + self.h)*self.L + i, None if self.L % (self.R*self.c) == 0 else i < self.L
+  def read(self, at:tuple[UOp, UOp|None], *factors:UOp) -> UOp:
+    "Π factors there, 0 past the end"
+    i, ok = at
+    if ok is None: return functools.reduce(operator.mul, [f[i] for f in factors])
+    return functools.reduce(operator.mul, [ok.where(f[i.valid(ok)], 0.0) for f in factors])
+  def write(self, at:tuple[UOp, UOp|None], out:UOp, x:UOp) -> tuple[UOp, UOp, UOp]:
+    return out, at[0] if at[1] is None else at[0].valid(at[1]), x
+  def state(self, b:UOp, i:UOp) -> UOp: return (b*self.H + self.h)*self.S + i     # index into a flat (B,H,S)
+
+  def scan(self, mem:UOp, offset:int, a:UOp, back:bool):
+    "x_(r+1) += a x_r for r = 0 to R-1, or back: x_r += a* x_(r+1). Row r of x is at r W + offset, re and then im."
+    M, r = self.S//2, self.loop(self.R)
+    row = (self.R - 1 - r if back else r + 1)*self.W + offset
+    prev, now = row + (self.W if back else -self.W), mem.after(*self.done, r)
+    def body(_:UOp, m:UOp) -> list[tuple[UOp, UOp, UOp]]:
+      x, (re, im) = (a[self.h, m], a[self.h, M + m]), (now[prev + m], now[prev + M + m])
+      re, im = cmul(conj(x) if back else x, (re, im))
+      return [(now, row + m, now[row + m] + re), (now, row + M + m, now[row + M + m] + im)]
+    self.each(1, M, body)
+    self.done = self.done[0].end(r),
+
+  def forward(self, X:UOp, b:UOp, g:UOp, Q:UOp, a:UOp, factors:list[UOp]):
+    "Rows [x_n | w_n] of group g, the state after the group before being in row R."
+    S, W, R, now = self.S, self.W, self.R, lambda: X.after(*self.done)
+    self.each(1, S, lambda _, i: [(now(), i, now()[R*W + i])])
+    self.each(R, self.c, lambda r, j: [(now(), r*W + S + j, self.read(self.place(b, g, r, j), *factors))])
+    w = now()
+    self.product(R, S, self.c, lambda r, k: w[r*W + S + k], lambda k, i: Q[self.h, k, i],          # Q w_n
+                 lambda r, i, s: [(w, (r+1)*W + i, s)])
+    self.scan(X, 0, a, back=False)                                                               # x_(n+1) += a x_n
+
+@functools.cache
+def _walk_tile(m:Machine, rows:int, cols:int) -> tuple[int, int]:
+  "Rows and columns of a tile of sums in three quarters of the registers: divisors, with the fewest loads."
+  sizes = [(r, c) for r in range(1, rows+1) for c in range(1, cols+1) if rows % r == 0 and cols % c == 0
+           and r*-(-c//m.lanes) <= m.registers*3//4]
+  return min(sizes, key=lambda t: ((t[0] - (-t[1]//m.lanes))/(t[0]*t[1]), -t[1]))
+
+@functools.cache
+def _walk(names:tuple[str, ...], m:Machine, shape:tuple[int, int, int], S:int, c:int, R:int) -> Callable:
+  "y and, behind it, the state after the last whole chunk"
+  @functools.cache
+  def kernel(out:UOp, x0:UOp, Q:UOp, P:UOp, a:UOp, *inputs:UOp) -> UOp:
+    x, w = dict(zip(names, inputs)), Walk(m, shape, S, c, R)
+    X, W, h = w.memory((R+1)*(S+c)), S + c, w.h
+    b = w.begin(w.B)
+    w.each(1, S, lambda _, i: [(X.after(*w.done), R*W + i, x0[w.state(b, i)])])
+    g = w.begin(w.groups)
+    w.forward(X, b, g, Q, a, [x[n] for n in "uv" if n in x])
+    now = X.after(*w.done)
+    def put(r:UOp, l:UOp, y:UOp) -> list[tuple[UOp, UOp, UOp]]:
+      at = w.place(b, g, r, l)
+      return [w.write(at, out, y*w.read(at, x["q"]) if "q" in x else y)]
+    w.product(R, c, W, lambda r, k: now[r*W + k], lambda k, l: P[h, k, l], put)                  # y_n = P x_n + T w_n
+    w.end(g)
+    w.each(1, S, lambda _, i: [(out, prod(shape) + w.state(b, i), X.after(*w.done)[w.last*W + i])])
+    w.end(b)
+    return w.finish("ssm_walk")
+  return kernel
+
+@functools.cache
+def _walk_grad(names:tuple[str, ...], m:Machine, shape:tuple[int, int, int], S:int, c:int, R:int) -> Callable:
+  """The gradients of `_walk`: of the initial state, of Q, P and a, and of u, v, q. States are computed anew: on a walk
+  forward that keeps one in R, then group by group on the way back."""
+  @functools.cache
+  def kernel(dx0:UOp, dQ:UOp, dP:UOp, da:UOp, *bufs:UOp) -> UOp:
+    d, (kept, dout, x0, Q, P, a, PT, TQ), inputs = bufs[:len(names)], bufs[len(names):][:8], bufs[len(names)+8:]
+    x, d, w = dict(zip(names, inputs)), dict(zip(names, d)), Walk(m, shape, S, c, R)
+    W, M, h, us = S + c, S//2, w.h, [x[n] for n in "uv" if n in x]
+    X, E = w.memory((R+1)*W), w.memory((R+1)*W)               # rows [x_n | w_n] and [e_(n-1) | dx_n], e = q dy
+    sums = [(w.memory(W*c), W, c, dP), (w.memory(c*S), c, S, dQ), (w.memory(S), 1, S, da)]
+    for mem, rows, cols, _ in sums:
+      w.each(rows, cols, lambda r, j: [(mem.after(*w.done), r*cols + j, UOp.const(0.0, dtypes.float))])
+    sP, sQ, sa = (s[0] for s in sums)
+    b = w.begin(w.B)
+    w.each(1, S, lambda _, i: [(X.after(*w.done), R*W + i, x0[w.state(b, i)])])
+    g = w.begin(w.groups)
+    w.each(1, S, lambda _, i: [(kept, (h*w.groups + g)*S + i, X.after(*w.done)[R*W + i])])
+    w.forward(X, b, g, Q, a, us)
+    w.end(g)
+    n = w.begin(w.groups)
+    g = w.groups - 1 - n
+    w.each(1, S, lambda _, i: [(X.after(*w.done), R*W + i, kept.after(*w.done)[(h*w.groups + g)*S + i])])
+    w.forward(X, b, g, Q, a, us)
+    # dx_R of this group is dx_0 of the one after; the last state's own gradient enters where that state is read
+    own = lambda r, i: (n.eq(0) & r.eq(w.last)).where(dout[prod(shape) + w.state(b, i)], 0.0)
+    row = UOp.const(R, dtypes.weakint)
+    w.each(1, S, lambda _, i: [(E.after(*w.done), R*W + c + i, n.eq(0).where(own(row, i), E.after(*w.done)[c + i]))])
+    w.each(R, c, lambda r, j: [(E.after(*w.done), (r+1)*W + j,
+                                w.read(w.place(b, g, r, j), dout, *(x[k] for k in "q" if k in x)))])
+    e = E.after(*w.done)
+    w.product(R, S, c, lambda r, k: e[(r+1)*W + k], lambda k, i: PT[h, k, i],                     # P^T e_n
+              lambda r, i, s: [(e, r*W + c + i, s)], own)
+    w.scan(E, c, a, back=True)                                                                  # dx_n += a* dx_(n+1)
+    now, e = X.after(*w.done), E.after(*w.done)
+    if "q" in x:
+      def put(r:UOp, l:UOp, y:UOp) -> list[tuple[UOp, UOp, UOp]]:
+        return [w.write(at := w.place(b, g, r, l), d["q"], y*w.read(at, dout))]
+      w.product(R, c, W, lambda r, k: now[r*W + k], lambda k, l: P[h, k, l], put)                # dq = y dy
+    def put(r:UOp, j:UOp, dw:UOp) -> list[tuple[UOp, UOp, UOp]]:
+      at = w.place(b, g, r, j)
+      if "v" not in x: return [w.write(at, d["u"], dw)]
+      return [w.write(at, d[k], dw*w.read(at, x[o])) for k, o in ("uv", "vu")]
+    w.product(R, c, W, lambda r, k: e[(r+1)*W + k], lambda k, j: TQ[h, k, j], put)                # dw = T^T e + Q^T dx
+    for mem, rows, cols, first, other in ((sP, W, c, 0, 0), (sQ, c, S, S, c)):                    # dP += [x|w]^T e, …
+      mem = mem.after(*w.done)
+      w.product(rows, cols, R, lambda i, k: now[k*W + first + i], lambda k, j: e[(k+1)*W + other + j],
+                lambda i, j, s: [(mem, i*cols + j, s)], lambda i, j: mem[i*cols + j])
+    r = w.loop(R)
+    def turn(_:UOp, i:UOp) -> list[tuple[UOp, UOp, UOp]]:                                        # da += x_n* dx_(n+1)
+      at, s = r*W + i, sa.after(*w.done, r)
+      re, im = cmul((now[at], -now[at + M]), (e[at + W + c], e[at + W + c + M]))
+      return [(s, i, s[i] + re), (s, M + i, s[M + i] + im)]
+    w.each(1, M, turn)
+    w.done = w.done[0].end(r),
+    w.end(n)
+    w.each(1, S, lambda _, i: [(dx0, w.state(b, i), E.after(*w.done)[c + i])])
+    w.end(b)
+    for mem, rows, cols, out in sums:
+      w.each(rows, cols, lambda i, j: [(out, (h*rows + i)*cols + j, mem.after(*w.done)[i*cols + j])])
+    return w.finish("ssm_walk_grad")
+  return kernel
+
+def _walk_sizes(device:str|tuple, S:int, L:int, chunk:int|None) -> tuple[Machine, int, int]|None:
+  "Steps of a chunk and chunks at a time, as scratch memory allows; None where plain ops have to do it."
+  if not FLASH or not isinstance(device, str): return None
+  m = machine(device)
+  fits = lambda c, R: not m.gpu or 4*(2*(R+1)*(S+c) + (S+c)*c + c*S + S) <= m.scratch
+  c, R = min(chunk or 32, 128, L), 8 if m.gpu else 32
+  while c > 1 and not fits(c, R): c //= 2
+  return (m, c, min(R, -(-L//c))) if fits(c, R) else None
+
+def _walk_tables(A:Pair, B:Pair, C:Pair, D:Tensor|None, c:int) -> tuple[Tensor, Tensor, Tensor]:
+  "Q (H,c,S), P above T (H,S+c,c), and a (H,S): see above. S = 2M, re and then im."
+  pw = powers(A, c + 1)                                                                          # (H,M,c+1)
+  upto, after = (tuple(p[..., i:i+c] for p in pw) for i in (0, 1))
+  wide = lambda z: (z[0].unsqueeze(-1), z[1].unsqueeze(-1))
+  k = 2*cmul(wide(cmul(C, B)), upto)[0].sum(-2)                                                  # (H,c)
+  if D is not None: k = k + D.unsqueeze(-1).pad((None, (0, c-1)))
+  T = k.pad((None, (c-1, 0))).unfold(-1, c, 1).flip(1)                                           # T[j,l] = k[l-j]
+  P, Q = cmul(wide(C), after), cmul(wide(B), upto)
+  tables = Tensor.cat(*Q, dim=1).flip(-1).transpose(1, 2), Tensor.cat(2*P[0], -2*P[1], T, dim=1)
+  return *(t.contiguous() for t in tables), Tensor.cat(*(p[..., c] for p in pw), dim=1).contiguous()
+
+def ssm_conv_ref(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None=None, q:Tensor|None=None,
+                 state:Pair|None=None, chunk:int|None=None) -> tuple[Tensor, Pair]:
+  "The definition of `ssm_conv`, same arguments: a convolution for each chunk (default: 4096 steps)."
+  w, L, c, ys = u if v is None else u*v, u.shape[2], chunk or 4096, []
+  x = state or tuple(Tensor.zeros(u.shape[0], *A[0].shape, device=u.device) for _ in range(2))
+  for i in range(0, L, c):
+    wi = w[..., i:i+c]
+    van, CA, last = Vandermonde(A, n := wi.shape[2]), cmul(C, A), tuple(p[..., 1] for p in powers(A, 2, n))
+    ys.append(fftconv_ref(wi, van.sum(cmul(C, B)), D) + van.sum(cmul(CA, x)))           # k ∗ w + 2 Re C A^(l+1) x
+    x = tuple(map(operator.add, cmul(last, x), cmul(B, van.after(wi))))                 # A^n x + Σ_j A^(n-1-j) B w_j
+  y = Tensor.cat(*ys, dim=-1)
+  return y if q is None else q*y, x
+
+def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None=None, q:Tensor|None=None,
+             state:Pair|None=None, chunk:int|None=None) -> tuple[Tensor, Pair]:
+  """`fftconv` with the filter of a diagonal SSM, k[l] = 2 Re Σ C B A^l, and the state after the last step.
+
+  u, v, q, y (B,H,L); A, B, C discretised modes, pairs (re, im) of (H,M); D (H,); state a pair of (B,H,M), None: zeros.
+  Exact for any L, in memory that does not grow with L beyond inputs and outputs, one launch forward and one back.
+  Pieces of a sequence, with the state handed on, give what one call gives. chunk: steps of a chunk, for
+  measurements. Differentiable once in every argument. Raises ValueError when shapes don't fit.
+  Source: paper section 4 (state passing); not in the official code.
+  """
+  gates, xs, (n, H, L) = [x for x in (v, q) if x is not None], [*(state or ())], u.shape if u.ndim == 3 else (0, 0, 0)
+  pairs, M = [*A, *B, *C], A[0].shape[-1]
+  if 0 in (n, H, L) or any(x.shape != u.shape for x in gates) or any(x.shape != (H, M) for x in pairs) \
+     or any(x.shape != (n, H, M) for x in xs) or (D is not None and D.shape != (H,)) or (chunk is not None and chunk < 1):
+    got = [f"{k} {x.shape}" for k, x in (("u", u), ("v", v), ("q", q), ("D", D)) if x is not None]
+    raise ValueError("ssm_conv: u, v, q are (B,H,L), A, B, C pairs of (H,M), D (H,), state a pair of (B,H,M), chunk "
+                     f"at least 1; got {', '.join(got)}, A, B, C {[x.shape for x in pairs]}, "
+                     f"state {[x.shape for x in xs]}, chunk {chunk}")
+  sizes = _walk_sizes(u.device, 2*M, L, chunk)
+  if not sizes or any(x.dtype != dtypes.float for x in (u, *gates, *pairs, *xs, *([] if D is None else [D]))):
+    return ssm_conv_ref(u, A, B, C, D, v, q, state, chunk)
+  (m, c, R), S, shape, names = sizes, 2*M, (n, H, L), tuple(k for k, x in zip("uvq", (u, v, q)) if x is not None)
+  if prod(shape)*4 < ONE_CORE: m = m._replace(cores=1)
+  Q, P, a = _walk_tables(A, B, C, D, c)
+  x0 = Tensor.zeros(n, H, S, device=u.device).contiguous() if state is None else Tensor.cat(*state, dim=-1)
+  empty = functools.partial(Tensor.empty, dtype=dtypes.float, device=u.device)
+  def grad(dout:UOp, call:UOp) -> tuple:
+    x0, Q, P, a, *ins = (Tensor(s) for s in call.src[2:])
+    PT, TQ = P[:, :S].transpose(1, 2), Tensor.cat(P[:, S:].transpose(1, 2), Q.transpose(1, 2), dim=1)
+    outs = [empty(n*H*S), empty(Q.numel()), empty(P.numel()), empty(a.numel()), *(empty(prod(shape)) for _ in ins),
+            empty(H*-(-L//(R*c))*S)]
+    d = _launch(_walk_grad(names, m, shape, S, c, R), outs, [Tensor(dout), x0, Q, P, a, PT, TQ, *ins])
+    return None, *(t.reshape(o.shape).uop for t, o in zip(d, (x0, Q, P, a, *ins)))
+  out = empty(prod(shape) + n*H*S)
+  ins = [x0.flatten(), Q, P, a, *(x.flatten() for x in (u, *gates))]
+  out = _launch(_walk(names, m, shape, S, c, R), [out], ins, grad)[0]
+  y, x = out[:prod(shape)].reshape(shape), out[prod(shape):].reshape(n, H, S)
+  re, im = x[..., :M], x[..., M:]
+  if rest := L % c:                                  # after the last whole chunk: A^rest x + Σ_j A^(rest-1-j) B w_j
+    w = u[..., L-rest:] if v is None else u[..., L-rest:]*v[..., L-rest:]
+    new = (w.unsqueeze(-1)*Q[:, c-rest:]).sum(2)                                                 # (B,H,S)
+    re, im = cmul(tuple(p[..., 1] for p in powers(A, 2, rest)), (re, im))
+    re, im = re + new[..., :M], im + new[..., M:]
+  return y, (re, im)
 
 # ---------------------------------------------------------------- layer norm: one launch forward, one back
 # (4096,128) with its gradients, one core: tinygrad 9 launches and 11.0 ms, these two 0.9 ms.
@@ -777,7 +1123,7 @@ def _norm_grad(dx:UOp, dw:UOp, db:UOp, x:UOp, w:UOp, dy:UOp, eps:float, m:Machin
 def layernorm(x:Tensor, w:Tensor, b:Tensor, eps:float=1e-5) -> Tensor:
   "(x - mean)/sqrt(variance + eps) · w + b over the last axis: x (…,D), w, b (D,). Differentiable once in all three."
   if not _float_on_cpu(x, w, b): return x.layernorm(eps=eps)*w + b
-  rows, empty = x.reshape(-1, x.shape[-1]), functools.partial(Tensor.empty, device=x.device)
+  rows, empty = x.reshape(-1, x.shape[-1]), functools.partial(Tensor.empty, dtype=dtypes.float, device=x.device)
   m = machine(x.device)
   if rows.numel() < ONE_CORE//8: m = m._replace(cores=1)
   def grad(dy:UOp, call:UOp) -> tuple:
@@ -816,13 +1162,13 @@ def causal_softmax(s:Tensor) -> Tensor:
   *lead, L, T = s.shape
   seen = Tensor.arange(T) <= Tensor.arange(T-L, T).unsqueeze(-1)
   if not _float_on_cpu(s): return seen.where(s, -math.inf).softmax(-1)
-  m = machine(s.device)
+  m, empty = machine(s.device), functools.partial(Tensor.empty, dtype=dtypes.float, device=s.device)
   if s.numel() < ONE_CORE//8: m = m._replace(cores=1)
   def grad(dp:UOp, call:UOp) -> tuple:
     flat = [x.reshape(-1, T) for x in (p, Tensor(dp))]
-    ds, = _launch(functools.partial(_softmax_grad, m=m), [Tensor.empty(*flat[0].shape, device=s.device)], flat)
+    ds, = _launch(functools.partial(_softmax_grad, m=m), [empty(*flat[0].shape)], flat)
     return None, ds.reshape(call.src[2].shape).uop
-  p = Tensor.empty(prod(lead), L, T, device=s.device)
+  p = empty(prod(lead), L, T)
   p, = _launch(functools.partial(_softmax, m=m), [p], [s.reshape(-1, L, T)], grad)
   return p.reshape(s.shape)
 
@@ -848,11 +1194,11 @@ def _embed_grad(dw:UOp, dy:UOp, tokens:UOp, m:Machine) -> UOp:
 
 def embedding(tokens:Tensor, w:Tensor) -> Tensor:
   "w[tokens]: tokens (…) int from 0 to V-1, w (V,D) -> (…,D). Differentiable once in w."
-  if not _float_on_cpu(w):
+  if not _float_on_cpu(w) or 0 in tokens.shape:
     onehot = tokens.unsqueeze(-1) == Tensor.arange(w.shape[0])
     if w.shape[0] <= 1024: return matmul(onehot.float(), w)        # for the sake of its gradient
     return onehot.unsqueeze(-1).where(w, 0).sum(-2)                # tinygrad makes this a look-up
-  m, empty = machine(w.device), functools.partial(Tensor.empty, device=w.device)
+  m, empty = machine(w.device), functools.partial(Tensor.empty, dtype=dtypes.float, device=w.device)
   def grad(dy:UOp, call:UOp) -> tuple:
     kernel, tokens = functools.partial(_embed_grad, m=m), Tensor(call.src[3])
     return None, _launch(kernel, [empty(w.numel())], [Tensor(dy), tokens])[0].uop, None
@@ -890,7 +1236,7 @@ def h3_step(q:Tensor, k:Tensor, v:Tensor, state:tuple[Tensor, Tensor, Tensor], w
   of dA, dB and C (D,M), and D (D,), of the diagonal SSM. Not differentiable.
   """
   if not _float_on_cpu(q, k, v, *state, *weights): return None
-  outs = [Tensor.empty(*t.shape, device=q.device) for t in (q, *state)]
+  outs = [Tensor.empty(*t.shape, dtype=dtypes.float, device=q.device) for t in (q, *state)]
   y, *new = _launch(functools.partial(_step, m=machine(q.device)), outs, [q, k, v, *state, *weights])
   return y, tuple(new)
 
@@ -977,7 +1323,7 @@ def use_all_cores():
   from tinygrad.runtime.ops_cpu import CPUProgram
   from tinygrad.codegen import do_to_program
   from tinygrad.engine import realize
-  from tinygrad.engine.jit import GraphRunner
+  from tinygrad.engine.jit import GraphRunner, get_call_arg_uops
   one_by_one = CPUProgram.__call__
   def share(args:list, place:int, core:int) -> tuple: return (*args[:place], ctypes.c_uint64(core), *args[place+1:])
   @functools.wraps(one_by_one)
@@ -994,13 +1340,14 @@ def use_all_cores():
 
   def program(name:str, body:UOp) -> CPUProgram:
     device = Device["CPU"]
-    return CPUProgram(device, do_to_program(body.sink(arg=KernelInfo(name), tag=1), device.renderer).to_elf())
+    clang = cstyle.ClangRenderer(dataclasses.replace(device.renderer.target, renderer="CLANG"))
+    return CPUProgram(device, do_to_program(body.sink(arg=KernelInfo(name), tag=1), clang).to_elf())
   @functools.cache
   def replay(cores:int) -> CPUProgram: return program(f"replay_{cores}", _replay(cores))
   class Replay(GraphRunner):
     def __init__(self, linear:UOp, input_uops:tuple[UOp, ...]=()):
       super().__init__(linear, input_uops)
-      infos = [ast.arg for _, ast, _, _ in self.calls]
+      infos, args = [ast.arg for _, ast, _, _ in self.calls], [get_call_arg_uops(call) for call in self.linear.src]
       self.cores, n = max(int(p.global_size[0]) for p in infos), len(infos)
       self.entries = np.zeros((self.cores, n, WORDS), np.uint64)
       self.entries[1:, :, 0] = nothing.addr
@@ -1012,11 +1359,14 @@ def use_all_cores():
       self.done = np.zeros(8*self.cores, np.uint64)
       self.shares = [tuple(map(ctypes.c_uint64, (e.ctypes.data, self.done.ctypes.data, pause.ctypes.data, n, c)))
                      for c, e in enumerate(self.entries)]
-      self.places = [(i, 1 + infos[i].globals.index(p), slot) for i, r in enumerate(self.uop_replace) for p, slot in r
-                     if p in infos[i].globals]
+      # where the buffers of the inputs, and contiguous parts of them, go
+      self.places = [(i, 1 + j, args[i][p]) for i, info in enumerate(infos) for j, p in enumerate(info.globals)
+                     if any(u.op is Ops.PARAM for u in args[i][p].toposort())]
+      self.calls = []                                 # lets go of the first call's inputs
     def __call__(self, input_uops:tuple[UOp, ...], var_vals:dict[str, int], wait:bool=False) -> float|None:
       start, self.done[:] = time.perf_counter(), 0
-      for i, j, slot in self.places: self.entries[:, i, j] = input_uops[slot].buffer.ensure_allocated()._buf.va_addr
+      for i, j, arg in self.places:
+        self.entries[:, i, j] = realize._resolve(arg, input_uops).buffer.ensure_allocated()._buf.va_addr
       Cores.run(replay(self.cores).fxn, self.shares)
       return time.perf_counter() - start if wait else None
     @staticmethod
@@ -1062,7 +1412,7 @@ def setup_device():
   if FLASH and not Device[Device.DEFAULT].renderer.has_local:
     if "NOOPT" not in os.environ: NOOPT.value = 1
     device = Device[Device.DEFAULT]
-    if _compiler_says(device.renderer, "AVX512F") and WIDE not in device.arch: device.arch += f",{WIDE}"
+    if _compiler_says(device.renderer, "__AVX512F__") and WIDE not in device.arch: device.arch += f",{WIDE}"
     use_all_cores()
   # tinygrad's compile workers live on instead of starting anew: the first step 9.6 s, not 12.3
   os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "100000")

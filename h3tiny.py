@@ -28,7 +28,7 @@ from typing import Iterator
 import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
-from flashconv import Pair, causal_softmax, cmul, constant, embedding, fftconv, h3_step, layernorm, matmul
+from flashconv import Pair, Vandermonde, causal_softmax, cmul, constant, embedding, fftconv, h3_step, layernorm, matmul
 
 State = tuple[Tensor, ...]  # of a mixer: () where there is none. Of the model: see H3LM.init_state
 
@@ -158,53 +158,6 @@ def cpow(a:Pair, n:int) -> Pair:
   if n == 1: return a
   half = cpow(a, n // 2)
   return cmul(cmul(half, half), a) if n % 2 else cmul(half, half)
-
-def powers(a:Pair, n:int, step:int=1) -> Pair:
-  """a^l for l = 0, step, …, (n-1)*step on a new last axis: a (…) -> (…,n).
-
-  The bits of l choose among a, a^2, a^4, …: no exp, sin or cos, and in float32 more exact than
-  exp(l log a).
-  """
-  const = (a[0].detach().unsqueeze(-1), a[1].detach().unsqueeze(-1))
-  def power(l:Tensor) -> Pair:
-    out, sq = (const[0].const_like(1), const[0].const_like(0)), const
-    for b in range(((n-1)*step).bit_length()):
-      bit, prod = (l // 2**b) % 2 == 1, cmul(out, sq)
-      out, sq = (bit.where(prod[0], out[0]), bit.where(prod[1], out[1])), cmul(sq, sq)
-    return out
-  # Adding 0 = l a^(l-1) (a - const) changes no value and has the whole gradient,
-  # d a^l = l a^(l-1) da: one sum over l in the backward pass instead of one for each bit.
-  l = Tensor.arange(n) * step
-  prev = power((l - 1).maximum(0))
-  da = (a[0].unsqueeze(-1) - const[0], a[1].unsqueeze(-1) - const[1])
-  slope = cmul((l*prev[0], l*prev[1]), da)
-  return tuple(x + y for x, y in zip(power(l), slope))
-
-class Vandermonde:
-  """Sums over powers dA^l, l < L, in two levels: l = i*J + j, J ~ sqrt(L), dA^l = (dA^J)^i dA^j.
-
-  The (H,M,L) table never exists: what remains are matrix products over tables of about sqrt(L)
-  columns. The official sum has one level, src/ops/vandermonde.py:47-58.
-  """
-  def __init__(self, dA:Pair, L:int):
-    self.L, self.J = L, 1 << ((L-1).bit_length() + 1) // 2
-    self.I, self.M = -(-L // self.J), dA[0].shape[-1]
-    self.hi = powers(dA, self.I, self.J)                            # (H,M,I) each
-    self.lo = Tensor.cat(*powers(dA, self.J), dim=-2).contiguous()  # (H,2M,J), re above im
-
-  def sum(self, c:Pair) -> Tensor:
-    "2 Re sum_n c[n] dA[n]^l, l < L: c (…,H,M) -> (…,H,L)."
-    re, im = cmul((c[0].unsqueeze(-1), c[1].unsqueeze(-1)), self.hi)
-    left = Tensor.cat(2*re, -2*im, dim=-2).transpose(-1, -2)        # (…,H,I,2M)
-    y = matmul(left, self.lo.expand(*left.shape[:-2], -1, -1))      # (…,H,I,J)
-    return y.reshape(*y.shape[:-2], self.I*self.J)[..., :self.L]
-
-  def after(self, w:Tensor) -> Pair:
-    "The transpose: sum_j dA^(L-1-j) w[j], w (…,H,L) -> (…,H,M)."
-    x = fit(w.flip(-1), self.I*self.J).reshape(*w.shape[:-1], self.I, self.J)
-    x = (x @ self.lo.transpose(-1, -2)).transpose(-1, -2)           # (…,H,2M,I)
-    re, im = cmul((x[..., :self.M, :], x[..., self.M:, :]), self.hi)
-    return re.sum(-1), im.sum(-1)
 
 class DiagSSM:
   """x_t = dA x_{t-1} + dB u_t, y_t = 2 Re C x_t. The state x is a pair of (…,H,M).

@@ -17,7 +17,7 @@ from tinygrad.helpers import Context
 from tinygrad.nn.state import get_state_dict
 from tinygrad.runtime.ops_cpu import CPUProgram
 import generate as gen, h3tiny, train
-from flashconv import fftconv, layernorm, matmul, product
+from flashconv import capture, fftconv, layernorm, matmul, product, ssm_conv
 from h3tiny import CheckpointError, H3Config, H3LM, H3Mixer, load_weights, read_checkpoint, save_checkpoint
 
 HERE = Path(__file__).resolve().parent
@@ -409,6 +409,90 @@ def test_kernel_embedding(flash):
   assert_close(dW, want, 1e-5)
 
 # ---------------------------------------------------------------- how kernels are run
+
+def np_ssm_conv(u, v, q, A, B, C, D, x, dy, dx):
+  "float64: the recurrence and its reverse. Complex gradients are d/dre + i d/dim."
+  w, xs, y = u*v, [x], np.zeros(u.shape)
+  for t in range(u.shape[-1]):
+    xs.append(A*xs[-1] + B*w[..., t, None])
+    y[..., t] = 2*(C*xs[-1]).sum(-1).real + D*w[..., t]
+  e, lam, dw = dy*q, dx, np.zeros(u.shape)
+  d = {k: np.zeros(A.shape, complex) for k in "ABC"}
+  for t in range(u.shape[-1])[::-1]:
+    lam = lam + 2*np.conj(C)*e[..., t, None]
+    d["C"] += (2*np.conj(xs[t+1])*e[..., t, None]).sum(0)
+    d["B"] += (lam*w[..., t, None]).sum(0)
+    d["A"] += (lam*np.conj(xs[t])).sum(0)
+    dw[..., t] = (lam*np.conj(B)).sum(-1).real + D*e[..., t]
+    lam = lam*np.conj(A)
+  return y*q, xs[-1], d | {"x": lam, "u": dw*v, "v": dw*u, "q": dy*y, "D": (e*w).sum((0, 2))}
+
+def ssm(H:int, N:int) -> tuple[np.ndarray, ...]:
+  "A, B, C as h3tiny initialises them, bilinear, rounded to float32; complex128."
+  dt, z = np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), (H, 1))), -0.5 + 1j*np.pi*np.arange(N//2)
+  ABC = (1 + dt*z/2)/(1 - dt*z/2), dt/(1 - dt*z/2), rng.normal(size=(H, N//2)) + 1j*rng.normal(size=(H, N//2))
+  return tuple(x.astype(np.complex64).astype(complex) for x in ABC)
+
+def pair(z:np.ndarray) -> tuple[Tensor, Tensor]:
+  return tuple(Tensor(np.ascontiguousarray(p, np.float32)).realize() for p in (z.real, z.imag))
+
+# whole groups of chunks; parts of chunks and of groups; shorter than a chunk; chunks given; state sizes;
+# one step. A^c by squaring errs by c eps, and the memory of the slowest mode is 2000 steps long: 2e-5 at L=2048
+@pytest.mark.parametrize("B,H,N,L,chunk", [(2, 2, 64, 2048, None), (2, 3, 8, 70, None), (1, 2, 64, 100, 33),
+                                           (3, 1, 128, 300, None), (2, 2, 4, 1, None)])
+def test_kernel_ssm_conv(B, H, N, L, chunk, flash):
+  if not flash and (L == 2048 or Device[Device.DEFAULT].renderer.has_local): pytest.skip("the same in plain ops takes long")
+  A, Bc, C = ssm(H, N)
+  u, v, q, dy, D = *(normal(B, H, L) for _ in range(4)), normal(H)
+  x, dx = (normal(B, H, N//2) + 1j*normal(B, H, N//2) for _ in range(2))
+  y64, x64, want = np_ssm_conv(*(z.astype(float) for z in (u, v, q)), A, Bc, C, D.astype(float), x, dy, dx)
+  t = {k: Tensor(z).realize() for k, z in zip("uvqD", (u, v, q, D))}
+  ABCx = [pair(z) for z in (A, Bc, C, x)]
+  y, last = ssm_conv(t["u"], *ABCx[:3], t["D"], t["v"], t["q"], ABCx[3], chunk)
+  loss = (y*Tensor(dy)).sum() + sum((a*b).sum() for a, b in zip(last, pair(dx)))
+  grads = loss.gradient(*t.values(), *(p for z in ABCx for p in z))
+  Tensor.realize(y, *last, *grads)
+  got = dict(zip("uvqD", grads)) | dict(zip("ABCx", zip(grads[4::2], grads[5::2])))
+  for name, a, b in [("y", y, y64), ("state", last, x64), *((k, got[k], want[k]) for k in want)]:
+    a = a[0].numpy() + 1j*a[1].numpy() if isinstance(a, tuple) else a.numpy()
+    assert np.abs(a - b).max() <= 1e-4*np.abs(b).max(), name
+
+@pytest.mark.parametrize("gates", ["", "v", "q"])
+def test_kernel_ssm_conv_is_fftconv_with_the_filter(gates):
+  A, Bc, C = ssm(4, 16)
+  u, x = Tensor(normal(3, 4, 90)), {k: Tensor(normal(3, 4, 90)) for k in gates}
+  K = Tensor((2*np.einsum("hm,hml->hl", C*Bc, A[..., None]**np.arange(90)).real).astype(np.float32))
+  a, b = ssm_conv(u, *map(pair, (A, Bc, C)), **x)[0], fftconv(u, K, **x)
+  np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-5*np.abs(b.numpy()).max())
+
+def test_kernel_ssm_conv_in_pieces():
+  A, Bc, C = map(pair, ssm(3, 64))
+  u, state, ys = Tensor(normal(2, 3, 400)).realize(), None, []
+  for lo, hi in ((0, 1), (1, 4), (4, 68), (68, 300), (300, 400)):
+    y, state = ssm_conv(u[..., lo:hi], A, Bc, C, state=state)
+    ys.append(y.numpy())
+  whole, last = ssm_conv(u, A, Bc, C)
+  for a, b in [(np.concatenate(ys, -1), whole), *zip([s.numpy() for s in state], last)]:
+    np.testing.assert_allclose(a, b.numpy(), atol=1e-5*np.abs(b.numpy()).max())
+
+def test_ssm_conv_refuses_shapes():
+  A, Bc, C = map(pair, ssm(3, 8))
+  u, x = Tensor(normal(2, 3, 10)), tuple(Tensor(normal(2, 3, 4)) for _ in range(2))
+  for bad in (lambda: ssm_conv(u[0], A, Bc, C), lambda: ssm_conv(u, A, Bc, C, state=(x[0], x[1][:1])),
+              lambda: ssm_conv(u, A, Bc, (C[0][:2], C[1])), lambda: ssm_conv(u, A, Bc, C, v=u[:1]),
+              lambda: ssm_conv(u, A, Bc, C, chunk=0), lambda: ssm_conv(u, A, Bc, C, D=u[0, 0])):
+    with pytest.raises(ValueError, match="ssm_conv"): bad()
+
+def test_replay_follows_parts_of_its_inputs():
+  "A contiguous part of an input of a TinyJit is a view of another buffer at each call."
+  jit, W = capture(lambda x: (matmul(x[32:64], W).realize(), (x*0.5).contiguous().realize())), Tensor(normal(64, 64))
+  for _ in range(4):
+    x = Tensor(normal(96, 64)).realize()
+    np.testing.assert_allclose(jit(x)[0].numpy(), x.numpy()[32:64] @ W.numpy(), atol=1e-4)
+
+def test_kernel_matmul_long_rows_do_not_fill_the_stack():
+  x, w = normal(32, 40000), normal(160, 40000)
+  close(matmul(Tensor(x), Tensor(w), transposed=True), x, w.T)
 
 def test_kernel_capture_from_the_first_call():
   "A constant that a captured function makes is no part of what is replayed, and outlives it."
