@@ -35,7 +35,7 @@ from tinygrad.dtype import AddrSpace
 from tinygrad.engine.realize import capturing
 from tinygrad.helpers import (NOOPT, Context, ContextVar, GlobalCounters, Target, all_int, cache_dir,
                               diskcache_get, diskcache_put, prod)
-from tinygrad.renderer import Renderer, cstyle
+from tinygrad.renderer import Estimates, Renderer, cstyle
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, PatternMatcher, UPat, graph_rewrite
 
 FLASH = ContextVar("FLASH", 1)  # 0: plain tinygrad ops everywhere
@@ -106,6 +106,7 @@ def fftconv_ref(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None,
 RADIX = 8
 MAX_N = 1 << 16                      # FFT length on a CPU: 2 MB of stack in the backward pass
 SHARED = 1 << 17                     # size of the loops of tinygrad's own kernels from which cores share them
+SHORT = 1 << 12                      # length of a short filter's transform on a long sequence
 ONE_CORE = 1 << 20                   # B H N up to which one core is as fast as two
 
 class Machine(NamedTuple):
@@ -513,6 +514,15 @@ def _rows(X:Tensor, shape:tuple[int, ...], R:int, S:int) -> Tensor:
   y = Tensor.empty(Bp, H, Lp, dtype=dtypes.float, device=X.device)
   return _launch(_join(machine(X.device), B, L), [y], [_twiddles(R, S, X.device), X], grad)[0][:B, :, :L]
 
+def _overlapped(w:Tensor, k:Tensor, D:Tensor|None, N:int) -> Tensor:
+  """A short filter along a long sequence, in pieces of N - K + 1 steps, each with the K-1 before it (overlap-save):
+  what wraps around in a transform of length N falls into those, which are dropped."""
+  (B, H, L), n = w.shape, N - k.shape[1] + 1
+  P = -(-L//n)
+  w = w.pad((None, None, (N-n, P*n-L))).unfold(-1, N, n).transpose(1, 2).reshape(B*P, H, N)       # (B P,H,N)
+  y = _one({n: x for n, x in zip("uD", (w, D)) if x is not None}, k.unsqueeze(0), N, Rows)[..., N-n:]
+  return y.reshape(B, P, H, n).transpose(1, 2).reshape(B, H, P*n)[..., :L]
+
 def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor|None=None,
             channels_last:bool=False) -> Tensor:
   """y = q * (k ∗ (u*v) + D*(u*v)): the causal convolution along the last axis, gated before, after.
@@ -535,10 +545,13 @@ def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor
     return fftconv(u, k, D, v, q).transpose(1, 2)
   L = u.shape[2]
   k = k[:, :L]
-  N = _length(L, k.shape[1])
-  R = levels(u.device, N)
-  if not R or any(x.dtype != dtypes.float for x in (u, k, *gates, *([] if D is None else [D]))):
+  N, short = _length(L, k.shape[1]), max(SHORT, _length(8*k.shape[1], 1))
+  R, cut = levels(u.device, N), N > 2*short and levels(u.device, short) == 1
+  if not (R or cut) or any(x.dtype != dtypes.float for x in (u, k, *gates, *([] if D is None else [D]))):
     return fftconv_ref(u, k, D, v, q)
+  if cut:
+    y = _overlapped(u if v is None else u*v, k, D, short)
+    return y if q is None else q*y
   if R == 1: return _one({n: x for n, x in zip("uDvq", (u, D, v, q)) if x is not None}, k.unsqueeze(0), N, Rows)
   w = u if v is None else u*v
   X, K = (_parts(x, R, N//R) for x in (w, k.expand(H, k.shape[1]).unsqueeze(0)))
@@ -895,6 +908,10 @@ class Walk:
                  lambda r, i, s: [(w, (r+1)*W + i, s)])
     self.scan(X, 0, a, back=False)                                                               # x_(n+1) += a x_n
 
+def _state_at(shape:tuple[int, ...]) -> int:
+  "Where in its output `_walk` puts the state, behind y: at a place fit for vector loads."
+  return -(-prod(shape)//64)*64
+
 @functools.cache
 def _walk_tile(m:Machine, rows:int, cols:int) -> tuple[int, int]:
   "Rows and columns of a tile of sums in three quarters of the registers: divisors, with the fewest loads."
@@ -919,7 +936,7 @@ def _walk(names:tuple[str, ...], m:Machine, shape:tuple[int, int, int], S:int, c
       return [w.write(at, out, y*w.read(at, x["q"]) if "q" in x else y)]
     w.product(R, c, W, lambda r, k: now[r*W + k], lambda k, l: P[h, k, l], put)                  # y_n = P x_n + T w_n
     w.end(g)
-    w.each(1, S, lambda _, i: [(out, prod(shape) + w.state(b, i), X.after(*w.done)[w.last*W + i])])
+    w.each(1, S, lambda _, i: [(out, _state_at(shape) + w.state(b, i), X.after(*w.done)[w.last*W + i])])
     w.end(b)
     return w.finish("ssm_walk")
   return kernel
@@ -949,7 +966,7 @@ def _walk_grad(names:tuple[str, ...], m:Machine, shape:tuple[int, int, int], S:i
     w.each(1, S, lambda _, i: [(X.after(*w.done), R*W + i, kept.after(*w.done)[(h*w.groups + g)*S + i])])
     w.forward(X, b, g, Q, a, us)
     # dx_R of this group is dx_0 of the one after; the last state's own gradient enters where that state is read
-    own = lambda r, i: (n.eq(0) & r.eq(w.last)).where(dout[prod(shape) + w.state(b, i)], 0.0)
+    own = lambda r, i: (n.eq(0) & r.eq(w.last)).where(dout[_state_at(shape) + w.state(b, i)], 0.0)
     row = UOp.const(R, dtypes.weakint)
     w.each(1, S, lambda _, i: [(E.after(*w.done), R*W + c + i, n.eq(0).where(own(row, i), E.after(*w.done)[c + i]))])
     w.each(R, c, lambda r, j: [(E.after(*w.done), (r+1)*W + j,
@@ -1033,8 +1050,8 @@ def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None
   """
   gates, xs, (n, H, L) = [x for x in (v, q) if x is not None], [*(state or ())], u.shape if u.ndim == 3 else (0, 0, 0)
   pairs, M = [*A, *B, *C], A[0].shape[-1]
-  if 0 in (n, H, L) or any(x.shape != u.shape for x in gates) or any(x.shape != (H, M) for x in pairs) \
-     or any(x.shape != (n, H, M) for x in xs) or (D is not None and D.shape != (H,)) or (chunk is not None and chunk < 1):
+  if 0 in (n, H, L, chunk) or any(x.shape != u.shape for x in gates) or any(x.shape != (H, M) for x in pairs) \
+     or any(x.shape != (n, H, M) for x in xs) or (D is not None and D.shape != (H,)) or (chunk or 1) < 1:
     got = [f"{k} {x.shape}" for k, x in (("u", u), ("v", v), ("q", q), ("D", D)) if x is not None]
     raise ValueError("ssm_conv: u, v, q are (B,H,L), A, B, C pairs of (H,M), D (H,), state a pair of (B,H,M), chunk "
                      f"at least 1; got {', '.join(got)}, A, B, C {[x.shape for x in pairs]}, "
@@ -1054,10 +1071,10 @@ def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None
             empty(H*-(-L//(R*c))*S)]
     d = _launch(_walk_grad(names, m, shape, S, c, R), outs, [Tensor(dout), x0, Q, P, a, PT, TQ, *ins])
     return None, *(t.reshape(o.shape).uop for t, o in zip(d, (x0, Q, P, a, *ins)))
-  out = empty(prod(shape) + n*H*S)
+  out = empty(_state_at(shape) + n*H*S)
   ins = [x0.flatten(), Q, P, a, *(x.flatten() for x in (u, *gates))]
   out = _launch(_walk(names, m, shape, S, c, R), [out], ins, grad)[0]
-  y, x = out[:prod(shape)].reshape(shape), out[prod(shape):].reshape(n, H, S)
+  y, x = out[:prod(shape)].reshape(shape), out[_state_at(shape):].reshape(n, H, S)
   re, im = x[..., :M], x[..., M:]
   if rest := L % c:                                  # after the last whole chunk: A^rest x + Σ_j A^(rest-1-j) B w_j
     w = u[..., L-rest:] if v is None else u[..., L-rest:]*v[..., L-rest:]
@@ -1136,11 +1153,13 @@ def layernorm(x:Tensor, w:Tensor, b:Tensor, eps:float=1e-5) -> Tensor:
 
 # ---------------------------------------------------------------- attention's softmax: one launch forward, one back
 # (32,2048,2048) with its gradient, two cores: tinygrad 5 launches and 1.7 s.
-def _softmax(p:UOp, s:UOp, m:Machine) -> UOp:
+def _softmax(p:UOp, s:UOp, *place:UOp, m:Machine) -> UOp:
   (G, L, T), ids = s.shape, itertools.count()
   row, turn, _, core = _share(G*L, m, ids)
   g, l, i, o = row//L, row % L, UOp.range(T, next(ids)), UOp.range(T, next(ids))
-  seen = lambda i: i <= l + (T - L)
+  own = l + (place[0][0].load() if place else T - L)
+  first = place[1][g//(G//place[1].shape[0])].load() if len(place) > 1 else None
+  seen = lambda i: i <= own if first is None else (i <= own) & ((i >= first) | i.eq(own))
   total = _row_sums(turn, T, ids)
   largest = total(lambda i: seen(i).where(s[g, l, i], -1e30), UOp.maximum, -1e30)
   e = UOp.placeholder((T,), dtypes.float, slot=next(ids), addrspace=AddrSpace.REG)
@@ -1157,19 +1176,23 @@ def _softmax_grad(ds:UOp, p:UOp, dp:UOp, m:Machine) -> UOp:
   done = ds[row, i].store(p[row, i]*(dp[row, i] - sum)).end(i, turn, core)
   return done.sink(arg=KernelInfo(name=f"softmax_grad_{M}x{T}", opts_to_apply=()))
 
-def causal_softmax(s:Tensor) -> Tensor:
-  "Over the last axis of s (…,L,T), L ≤ T, where row i sees columns up to T-L+i. Differentiable once."
+def causal_softmax(s:Tensor, pos:Tensor|None=None, start:Tensor|None=None) -> Tensor:
+  """Over the last axis of s (B,…,L,T), where row i sees columns up to pos + i, pos (1,) int, by default T - L; and
+  none before start (B,) int, except its own. Differentiable once, without pos and start."""
   *lead, L, T = s.shape
-  seen = Tensor.arange(T) <= Tensor.arange(T-L, T).unsqueeze(-1)
-  if not _float_on_cpu(s): return seen.where(s, -math.inf).softmax(-1)
+  place = [x for x in (pos, start) if x is not None]
+  if not _float_on_cpu(s):
+    own = Tensor.arange(L).unsqueeze(-1) + (T - L if pos is None else pos)
+    seen, t = Tensor.arange(T) <= own, Tensor.arange(T)
+    if start is not None: seen = seen & ((t >= start.reshape(-1, *[1]*(s.ndim-1))) | (t == own))
+    return seen.where(s, -math.inf).softmax(-1)
   m, empty = machine(s.device), functools.partial(Tensor.empty, dtype=dtypes.float, device=s.device)
   if s.numel() < ONE_CORE//8: m = m._replace(cores=1)
   def grad(dp:UOp, call:UOp) -> tuple:
     flat = [x.reshape(-1, T) for x in (p, Tensor(dp))]
     ds, = _launch(functools.partial(_softmax_grad, m=m), [empty(*flat[0].shape)], flat)
     return None, ds.reshape(call.src[2].shape).uop
-  p = empty(prod(lead), L, T)
-  p, = _launch(functools.partial(_softmax, m=m), [p], [s.reshape(-1, L, T)], grad)
+  p, = _launch(functools.partial(_softmax, m=m), [empty(prod(lead), L, T)], [s.reshape(-1, L, T), *place], grad)
   return p.reshape(s.shape)
 
 # ---------------------------------------------------------------- embedding: a look-up, whose gradient adds up rows
@@ -1206,38 +1229,94 @@ def embedding(tokens:Tensor, w:Tensor) -> Tensor:
   y, = _launch(functools.partial(_embed, m=m), [y], [w.reshape(-1), tokens.reshape(-1).clip(0, w.shape[0]-1)], grad)
   return y.reshape(*tokens.shape, -1)
 
-# ---------------------------------------------------------------- decoding: one step of an H3 layer in one launch
-def _step(y:UOp, s1:UOp, re1:UOp, im1:UOp, q:UOp, k:UOp, v:UOp, s:UOp, re:UOp, im:UOp, b:UOp, c:UOp, dk:UOp,
+# ---------------------------------------------------------------- decoding: states are overwritten
+def _write(cache:UOp, x:UOp, pos:UOp) -> UOp:
+  (G, L, D), T = x.shape, cache.numel()//x.shape[0]//x.shape[2]
+  g, l, d = (UOp.range(n, i) for i, n in enumerate(x.shape))
+  at = (pos[0].load() + l).minimum(T - 1)             # past the end: nobody else's memory
+  return cache[(g*T + at)*D + d].store(x[g, l, d]).end(g, l, d).sink(arg=KernelInfo(name=f"write_{G}x{L}x{D}"))
+
+def write(cache:Tensor, x:Tensor, pos:Tensor) -> Tensor:
+  "cache (B,heads,T,hd) with rows pos, pos+1, … made x (B,heads,L,hd), in place where kernels are on; pos (1,) int."
+  B, H, L, D = x.shape
+  if FLASH and isinstance(x.device, str):
+    return cache.reshape(-1).custom_kernel(_stored(x.reshape(B*H, L, D)), pos, fxn=_write)[0].reshape(cache.shape)
+  T = cache.shape[2]
+  at = Tensor.arange(T).reshape(1, 1, T, 1) - pos.reshape(1, 1, 1, 1)
+  if L > 1: x = (at.squeeze(-1).unsqueeze(2) == Tensor.arange(L).reshape(L, 1)).float().transpose(-1, -2) @ x
+  return ((at >= 0) & (at < L)).where(x, cache)
+
+def _attend(y:UOp, q:UOp, k:UOp, v:UOp, pos:UOp, *start:UOp, m:Machine) -> UOp:
+  (G, D), T, ids = q.shape, k.numel()//q.numel(), itertools.count()
+  g, turn, _, core = _share(G, m, ids)
+  n, W = (pos[0].load() + 1).cast(dtypes.weakint), next(w for w in (m.lanes, 8, 4, 2, 1) if D % w == 0)
+  reg = lambda n: UOp.placeholder((n,), dtypes.float, slot=next(ids), addrspace=AddrSpace.REG)
+  loop = lambda n, axis=AxisType.LOOP: UOp.range(n, next(ids), axis)
+  s, largest, sums, acc, total, at = reg(T), reg(1), reg(W), reg(D), reg(1), lambda t, d: (g*T + t)*D + d
+  largest = largest.after(largest.after(turn)[0].store(-1e30))
+  t, z, c, w = loop(n, AxisType.REDUCE), loop(W), loop(D//W, AxisType.REDUCE), loop(W)
+  sums = sums.after(sums.after(t)[z].store(0.0).end(z))
+  p = sums.after(c)
+  sums = sums.after(p[w].store(p[w] + q[g, c*W + w]*k[at(t, c*W + w)]).end(w).end(c))
+  def tree(x:list[UOp]) -> UOp: return x[0] if len(x) == 1 else tree([a + b for a, b in zip(x[::2], x[1::2])])
+  dot = tree([sums[i] for i in range(W)])*D**-0.5                                                # s = q k / sqrt D
+  if start: dot = (t >= start[0][g//(G//start[0].shape[0])].load()).where(dot, -1e30)
+  now = largest.after(t)
+  scores = UOp.group(s.after(turn, t)[t].store(dot), now[0].store(now[0].maximum(dot))).end(t)
+  s, largest, t = s.after(scores), largest.after(scores), loop(n)
+  s = s.after(s[t].store((s[t] - largest[0]).exp()).end(t))                                      # s = exp(s - max)
+  z, t, d, o = loop(D), loop(n, AxisType.REDUCE), loop(D), loop(D)
+  zero = UOp.group(acc.after(turn, s)[z].store(0.0).end(z), total.after(turn, s)[0].store(0.0))
+  a, all = acc.after(zero, t), total.after(zero, t)
+  sums = UOp.group(a[d].store(a[d] + s[t]*v[at(t, d)]).end(d), all[0].store(all[0] + s[t])).end(t)
+  done = y[g*D + o].store(acc.after(sums)[o]/total.after(sums)[0]).end(o).end(turn).end(core)    # y = s v / Σ s
+  # loops whose length is known only to the device: tinygrad can't count what they do, nor rearrange them
+  work = Estimates(4*G*T*D, 8*G*T*D, 8*G*T*D)
+  return done.sink(arg=KernelInfo(name=f"attend_{G}x{T}x{D}", opts_to_apply=(), estimates=work), tag=1)
+
+def attend_step(q:Tensor, k:Tensor, v:Tensor, pos:Tensor, start:Tensor|None=None) -> Tensor:
+  """Attention of one query: q (B,heads,hd) over rows start (B,), or 0, to pos (1,) of k, v (B,heads,T,hd) -> like q.
+  On a CPU the time is that of reading these rows, whatever T; elsewhere all are read. Not differentiable."""
+  B, H, D = q.shape
+  if _float_on_cpu(q, k, v) and k.shape[2] <= 1 << 20:             # the scores are on the stack
+    y, place = Tensor.empty(B*H*D, dtype=dtypes.float, device=q.device), [x for x in (pos, start) if x is not None]
+    ins = [q.reshape(B*H, D), *(x.reshape(-1) for x in (k, v)), *place]
+    return _launch(functools.partial(_attend, m=machine(q.device)), [y], ins)[0].reshape(B, H, D)
+  s = matmul(q.unsqueeze(2) * D**-0.5, k, transposed=True)                                       # (B,heads,1,T)
+  return matmul(causal_softmax(s, pos, start), v).squeeze(2)
+
+def _step(y:UOp, s:UOp, re:UOp, im:UOp, q:UOp, k:UOp, v:UOp, b:UOp, c:UOp, dk:UOp,
           ar:UOp, ai:UOp, br:UOp, bi:UOp, cr:UOp, ci:UOp, d:UOp, m:Machine) -> UOp:
   (B, D, N), M, ids = s.shape, re.shape[2], itertools.count()
   cores = next(c for c in range(m.cores, 0, -1) if D % c == 0)
   (core, me), r, turn = _cores(cores, next(ids)), UOp.range(B, next(ids)), UOp.range(D//cores, next(ids))
-  h = me*(D//cores) + turn
-  j, i, x = UOp.range(N-1, next(ids)), UOp.range(M, next(ids)), k[r, h]
-  # the new state is kept in registers too: a kernel that read what it writes could not be given its own output
+  h, x = me*(D//cores) + turn, k[r, me*(D//cores) + turn]
+  # the new state goes through registers: the compiler can't tell that it does not overwrite what is read next
   kept = [UOp.placeholder((n,), dtypes.float, slot=next(ids), addrspace=AddrSpace.REG) for n in (N, M, M)]
-  def keep(out:UOp, slot:int, i:UOp|int, value:UOp) -> list[UOp]:
-    return [out[r, h, i].store(value), kept[slot].after(turn)[i].store(value)]
-  shift = UOp.group(*keep(s1, 0, 0, b[h, 0]*x), UOp.group(*keep(s1, 0, j+1, s[r, h, j] + b[h, j+1]*x)).end(j))
+  j, i, o, p = (UOp.range(n, next(ids)) for n in (N-1, M, N, M))
+  new, nre, nim = (x.after(turn) for x in kept)
+  shift = UOp.group(new[0].store(b[h, 0]*x), new[j+1].store(s[r, h, j] + b[h, j+1]*x).end(j)) if N > 1 \
+    else new[0].store(b[h, 0]*x)
   now = kept[0].after(shift)                                                           # s' = shift s + B k
   kv = (_row_sums(turn, N, ids)(lambda i: now[i]*c[h, i]) + dk[h]*x)*v[r, h]
-  new = UOp.group(*keep(re1, 1, i, ar[h, i]*re[r, h, i] - ai[h, i]*im[r, h, i] + br[h, i]*kv),
-                  *keep(im1, 2, i, ar[h, i]*im[r, h, i] + ai[h, i]*re[r, h, i] + bi[h, i]*kv)).end(i)
-  re2, im2 = (x.after(new) for x in kept[1:])                                          # x' = dA x + dB kv
-  out = _row_sums(turn, M, ids)(lambda i: cr[h, i]*re2[i] - ci[h, i]*im2[i])
-  done = y[r, h].store(q[r, h]*(out*2 + d[h]*kv)).end(turn, r, core)
+  scan = UOp.group(nre[i].store(ar[h, i]*re[r, h, i] - ai[h, i]*im[r, h, i] + br[h, i]*kv),
+                   nim[i].store(ar[h, i]*im[r, h, i] + ai[h, i]*re[r, h, i] + bi[h, i]*kv)).end(i)
+  nre, nim = (x.after(scan) for x in kept[1:])                                         # x' = dA x + dB kv
+  out = _row_sums(turn, M, ids)(lambda i: cr[h, i]*nre[i] - ci[h, i]*nim[i])
+  done = UOp.group(y[r, h].store(q[r, h]*(out*2 + d[h]*kv)), s[r, h, o].store(now[o]).end(o),
+                   UOp.group(re[r, h, p].store(nre[p]), im[r, h, p].store(nim[p])).end(p)).end(turn, r, core)
   return done.sink(arg=KernelInfo(name=f"h3_step_{B}x{D}x{N}", opts_to_apply=()))
 
 def h3_step(q:Tensor, k:Tensor, v:Tensor, state:tuple[Tensor, Tensor, Tensor], weights:tuple[Tensor, ...]
             ) -> tuple[Tensor, tuple[Tensor, ...]]|None:
-  """y (B,D) and the new state of an H3 layer with heads of one channel; None where plain ops have to do it.
+  """y (B,D) of an H3 layer with heads of one channel, whose state is overwritten; None where plain ops have to do it.
 
   q, k, v (B,D); state: shift (B,D,N), re and im (B,D,M); weights: B, C (D,N) and D (D,) of the shift SSM, re and im
   of dA, dB and C (D,M), and D (D,), of the diagonal SSM. Not differentiable.
   """
   if not _float_on_cpu(q, k, v, *state, *weights): return None
-  outs = [Tensor.empty(*t.shape, dtype=dtypes.float, device=q.device) for t in (q, *state)]
-  y, *new = _launch(functools.partial(_step, m=machine(q.device)), outs, [q, k, v, *state, *weights])
+  y = Tensor.empty(*q.shape, dtype=dtypes.float, device=q.device)
+  y, *new = _launch(functools.partial(_step, m=machine(q.device)), [y, *state], [q, k, v, *weights])
   return y, tuple(new)
 
 # ---------------------------------------------------------------- the device

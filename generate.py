@@ -90,27 +90,55 @@ def sample(logits:np.ndarray, rng:np.random.Generator, temperature:float=1.0, to
   c = p.cumsum(-1)
   return (c / c[:, -1:] > rng.random((len(x), 1))).argmax(-1)
 
-def generate(model:H3LM, tokens:np.ndarray, n:int, temperature:float=1.0, top_k:int=0, top_p:float=1.0,
-             seed:int=0, max_length:int|None=None) -> Iterator[np.ndarray]:
-  """Continues a prompt, (P,) or (B,P), P >= 1: yields n arrays (B,) of tokens, one at a time.
-  max_length: the room in the attention layers' caches (default: the config's). Raises UserError where
+class Session:
+  """Texts side by side, read in pieces and written token by token; what they hold is one state of fixed size.
+
+  A TinyJit for each size of piece (and of the part of the attention caches that it looks at), and one for a step:
+  nothing is compiled anew as the texts grow. start: padding before each text, see H3LM.init_state.
+  """
+  def __init__(self, model:H3LM, batch:int, max_length:int, start:list[int]|None=None):
+    self.model, self.state, self.length = model, model.init_state(batch, max_length, start), 0
+    self.tables, self.graphs = model.tables(), {}
+  def __call__(self, tokens:np.ndarray) -> np.ndarray:
+    "tokens (B,), or a piece (B,L) -> logits (B,vocab_size) after the last"
+    self.length += (L := tokens.shape[1] if tokens.ndim == 2 else 1)
+    room = max(1024, 1 << (self.length-1).bit_length()) if L > 1 and self.model.config.attn_layers else None
+    if (L, room) not in self.graphs:
+      tables = self.tables if tokens.ndim == 1 else None
+      self.graphs[L, room] = capture(lambda t: self.model.advance(t, self.state, room, tables))
+    logits = self.graphs[L, room](Tensor(np.ascontiguousarray(tokens, np.int32)).realize())
+    return logits.numpy()[:, :self.model.config.vocab_size]
+  def read(self, tokens:np.ndarray, piece:int) -> np.ndarray:
+    "A prompt (B,P), P a multiple of `piece`."
+    for at in range(0, tokens.shape[1], piece): logits = self(tokens[:, at:at+piece] if piece > 1 else tokens[:, at])
+    return logits
+
+def piece_size(longest:int, batch:int) -> int:
+  """How many tokens of a prompt are read at once: pieces of one size, lest others are compiled, as large as memory
+  and little padding allow (an eighth of the prompt); 1, token by token, where that is as fast."""
+  if longest <= 8: return 1
+  return next((c for c in (512, 256, 128, 64) if c*batch <= 1 << 14 and -longest % c <= longest/8), 32)
+
+def generate(model:H3LM, prompts:np.ndarray|list[np.ndarray], n:int, temperature:float=1.0, top_k:int=0,
+             top_p:float=1.0, seed:int=0, max_length:int|None=None) -> Iterator[np.ndarray]:
+  """Continues prompts: (P,) or (B,P), or a list of B arrays of any lengths; P >= 1. Yields n arrays (B,) of tokens,
+  one at a time. max_length: the room in the attention layers' caches (default: the config's). Raises UserError where
   prompt and continuation do not fit in it; models without attention have no limit."""
-  tokens = np.atleast_2d(np.asarray(tokens)).astype(np.int32)
-  B, P = tokens.shape
+  prompts = [np.asarray(p, np.int32) for p in (prompts if isinstance(prompts, list) else np.atleast_2d(prompts))]
+  B, longest, shortest = len(prompts), max(map(len, prompts)), min(map(len, prompts))
   room = max_length or model.config.max_length
-  if model.config.attn_layers and P + n > room:
-    raise UserError(f"{P} tokens of prompt and {n} to generate exceed the cache of {room}: "
-                    f"ask for fewer tokens, or give --max-length {P + n}")
-  rng = np.random.default_rng(seed)
-  # prune: what depends on the weights alone (the discretised SSMs) is computed once, not at every token
-  # two in turn: a TinyJit that is given its own outputs copies them first
-  steps = [capture(lambda tokens, state: model.step(tokens, state), prune=True) for _ in range(2)]
-  # every step reads the whole cache: no larger than this text needs, in sizes that kernels are compiled for
-  logits, state = model.prefill(Tensor(tokens), model.init_state(B, min(room, -(-(P+n)//256)*256)))
+  if model.config.attn_layers and longest + n > room:
+    raise UserError(f"{longest} tokens of prompt and {n} to generate exceed the cache of {room}: "
+                    f"ask for fewer tokens, or give --max-length {longest + n}")
+  piece = piece_size(longest, B) if longest == shortest else max(32, piece_size(longest, B))
+  P = -(-longest//piece)*piece
+  start = [P - len(p) for p in prompts] if shortest < P else None
+  # the caches are no larger than this text needs
+  session, rng = Session(model, B, -(-(P+n)//256)*256, start), np.random.default_rng(seed)
+  logits = session.read(np.stack([np.pad(p, (P - len(p), 0)) for p in prompts]), piece)
   for i in range(n):
-    token = sample(logits.numpy()[:, :model.config.vocab_size], rng, temperature, top_k, top_p)
-    yield token
-    if i < n-1: logits, state = steps[i % 2](Tensor(token.astype(np.int32)).realize(), state)
+    yield (token := sample(logits, rng, temperature, top_k, top_p))
+    if i < n-1: logits = session(token)
 
 class TextStream:
   """Bytes in pieces -> text in pieces: characters come out whole, and nothing from `stop` on comes out at
@@ -128,15 +156,15 @@ class TextStream:
     out, self.held = self.held[:len(self.held)-keep], self.held[len(self.held)-keep:]
     return out
 
-def write(model:H3LM, tokenizer, prompt:str, n:int, stop:str|None=None, **kw) -> tuple[int, int, float]:
-  """Prints the prompt and its continuation as it comes, up to <|endoftext|> or `stop`; with kw's batch > 1, all of
-  them at the end. Returns tokens of prompt, tokens generated, tokens per second; kw as of `generate`."""
+def write(model:H3LM, tokenizer, prompts:list[str], n:int, stop:str|None=None, **kw) -> tuple[int, int, float]:
+  """Prints a prompt and its continuation as it comes, up to <|endoftext|> or `stop`; of several prompts, all of them
+  at the end. Returns tokens of the prompts, tokens generated, tokens per second; kw as of `generate`."""
   # an empty prompt is the beginning of a text
-  ids, batch = (tokenizer.encode(prompt) if prompt else np.array([tokenizer.eot])), kw.pop("batch", 1)
+  ids, batch = [tokenizer.encode(p) if p else np.array([tokenizer.eot]) for p in prompts], len(prompts)
   show = (lambda text: print(text, end="", flush=True)) if batch == 1 else (lambda text: None)
-  show(prompt)
-  streams, texts, times = [TextStream(stop) for _ in range(batch)], [prompt]*batch, []
-  for tokens in generate(model, np.tile(ids, (batch, 1)), n, **kw):
+  show(prompts[0])
+  streams, texts, times = [TextStream(stop) for _ in prompts], list(prompts), []
+  for tokens in generate(model, ids, n, **kw):
     times.append(time.perf_counter())
     for b, (stream, token) in enumerate(zip(streams, tokens)):
       if stream.done: continue
@@ -150,7 +178,7 @@ def write(model:H3LM, tokenizer, prompt:str, n:int, stop:str|None=None, **kw) ->
   else: print(*(f"--- {b+1} of {batch} ---\n{t}{tail}" for b, (t, tail) in enumerate(zip(texts, tails))), sep="\n")
   # the first two steps compile and capture: no measure of the others
   count, timed = len(times), times[2:] if len(times) > 3 else times
-  return len(ids), count, batch*(len(timed)-1) / max(1e-9, timed[-1]-timed[0])
+  return sum(map(len, ids)), count, batch*(len(timed)-1) / max(1e-9, timed[-1]-timed[0])
 
 # ---- checkpoints ----------------------------------------------------------------------------------
 
@@ -170,8 +198,9 @@ def parser() -> Parser:
              epilog='example: python generate.py --prompt "def main():" --tokens 400 --temperature 0.7',
              formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
   p.add_argument("--model", metavar="PATH", default=OUT, help="a checkpoint, or a folder: its newest one")
-  p.add_argument("--prompt", metavar="TEXT", default=argparse.SUPPRESS,
-                 help="the text to go on from; without it --prompt-file, or what is piped in, or a short one")
+  p.add_argument("--prompt", metavar="TEXT", nargs="+", default=argparse.SUPPRESS,
+                 help="the text to go on from, or several, side by side; without it --prompt-file, or what is "
+                 "piped in, or a short one")
   p.add_argument("--prompt-file", metavar="FILE", default=argparse.SUPPRESS, help="read the prompt from a file")
   p.add_argument("--tokens", metavar="N", type=number(int, 1), default=400, help="how many tokens to generate")
   p.add_argument("--temperature", metavar="T", type=number(float, 0), default=0.8,
@@ -181,26 +210,26 @@ def parser() -> Parser:
                  help="choose among the likeliest that hold this share of the probability")
   p.add_argument("--seed", metavar="N", type=number(int, 0), default=0, help="the same seed gives the same text")
   p.add_argument("--batch", metavar="N", type=number(int, 1), default=1,
-                 help="so many continuations side by side; more than one is printed at the end")
+                 help="so many continuations of each prompt, side by side; several texts are printed at the end")
   p.add_argument("--stop", metavar="TEXT", default=argparse.SUPPRESS, help="end where this text would come")
   p.add_argument("--max-length", metavar="N", type=number(int, 1), default=argparse.SUPPRESS,
                  help="room for prompt and continuation in the attention layers' caches; default: the model's")
   return p
 
-def read_prompt(args:argparse.Namespace, default:str) -> str:
+def read_prompts(args:argparse.Namespace, default:str) -> list[str]:
   if hasattr(args, "prompt") and hasattr(args, "prompt_file"):
     raise UserError("give --prompt or --prompt-file, not both")
   if hasattr(args, "prompt"): return args.prompt
   if hasattr(args, "prompt_file"):
-    try: return Path(args.prompt_file).read_text("utf-8")
+    try: return [Path(args.prompt_file).read_text("utf-8")]
     except UnicodeDecodeError: raise UserError(f"{args.prompt_file} is not UTF-8 text") from None
     except OSError as e: raise UserError(f"can't read {args.prompt_file}: {e.strerror}") from None
   if sys.stdin is not None and not sys.stdin.closed:
     try: mode = os.fstat(sys.stdin.fileno()).st_mode
     except (OSError, ValueError): mode = 0
     # a pipe or a file; not a terminal, not /dev/null
-    if stat.S_ISFIFO(mode) or stat.S_ISREG(mode): return sys.stdin.buffer.read().decode("utf-8", "replace") or default
-  return default
+    if stat.S_ISFIFO(mode) or stat.S_ISREG(mode): return [sys.stdin.buffer.read().decode("utf-8", "replace") or default]
+  return [default]
 
 def run(args:argparse.Namespace) -> None:
   path = find_checkpoint(args.model)
@@ -211,10 +240,10 @@ def run(args:argparse.Namespace) -> None:
   tokenizer = TOKENIZERS[name]()
   try: trained_on = json.loads(meta.get("args", "{}")).get("data")
   except (ValueError, AttributeError): raise CheckpointError(f"{path}: its metadata are damaged") from None
-  prompt = read_prompt(args, "def " if not trained_on and tokenizer.name == "bytes" else "")
-  asked, count, speed = write(model, tokenizer, prompt, args.tokens, getattr(args, "stop", None), batch=args.batch,
-    temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
-    max_length=getattr(args, "max_length", None))
+  prompts = read_prompts(args, "def " if not trained_on and tokenizer.name == "bytes" else "")
+  prompts = [p for p in prompts for _ in range(args.batch)]
+  asked, count, speed = write(model, tokenizer, prompts, args.tokens, getattr(args, "stop", None), seed=args.seed,
+    temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, max_length=getattr(args, "max_length", None))
   print(f"[{path}: {asked} tokens of prompt, {count} generated, {speed:.0f} tokens/s]", file=sys.stderr)
 
 def main(argv:list[str]|None=None) -> int:

@@ -24,12 +24,14 @@ written by `save_checkpoint`).
 from __future__ import annotations
 import dataclasses, functools, json, math, os
 from types import SimpleNamespace
-from typing import Iterator
+from typing import Iterator, NamedTuple
 import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
-from flashconv import Pair, Vandermonde, causal_softmax, cmul, constant, embedding, fftconv, h3_step, layernorm, matmul
+from flashconv import (Pair, Vandermonde, attend_step, causal_softmax, cmul, constant, embedding, fftconv, h3_step,
+                       layernorm, matmul, ssm_conv, write)
 
+BY_FFT = 8192     # sequences up to this length go through the FFT in training, longer ones by state passing
 State = tuple[Tensor, ...]  # of a mixer: () where there is none. Of the model: see H3LM.init_state
 
 # ---------------------------------------------------------------- configuration
@@ -188,12 +190,12 @@ class DiagSSM:
     dA, dB, C = self.discretize()
     return Vandermonde(dA, L).sum(cmul(C, dB))
 
-  def step(self, x:Pair, u:Tensor) -> tuple[Tensor, Pair]:
-    "One input u (…,H): output (…,H) and the new state, a pair of (…,H,M)."
-    dA, dB, C = self.discretize()
-    re, im = cmul(dA, x)
-    re, im = re + dB[0]*u.unsqueeze(-1), im + dB[1]*u.unsqueeze(-1)
-    return 2 * (C[0]*re - C[1]*im).sum(-1), (re, im)
+def diag_step(x:Pair, u:Tensor, tables:tuple[Tensor, ...]) -> tuple[Tensor, Pair]:
+  "One input u (…,H): output (…,H) and the new state, a pair of (…,H,M). tables: dA, dB, C, re and im."
+  dA, dB, C = tables[:2], tables[2:4], tables[4:]
+  re, im = cmul(dA, x)
+  re, im = re + dB[0]*u.unsqueeze(-1), im + dB[1]*u.unsqueeze(-1)
+  return 2 * (C[0]*re - C[1]*im).sum(-1), (re, im)
 
 def joined(ssms:list) -> ShiftSSM|DiagSSM:
   "One SSM with the channels of all: the filters of all layers then cost one layer's launches."
@@ -203,9 +205,17 @@ def joined(ssms:list) -> ShiftSSM|DiagSSM:
   return one
 
 # ---------------------------------------------------------------- mixers: H3 and attention
-# mixer(u, state, pos, filters) -> (y, state): a sequence u (B,L,D), the state before and after.
-# With () for the state none comes out and nothing is spent on it. filters: S and K, if they are
-# made already. mixer.step(u, state, pos): the same for one token, u (B,D), pos a Tensor (1,).
+# mixer(u, state, place, tables) -> (y, state): a sequence u (B,L,D), or one token u (B,D), the state before and
+# after. With () for the state none comes out and nothing is spent on it. tables: what is made of the weights alone,
+# if it is made already: S and K of a sequence (see H3LM.filters), dA, dB, C of a token (H3LM.tables).
+
+Tables = tuple[Tensor|None, ...]|None
+
+class Place(NamedTuple):
+  "Where in its text a piece stands."
+  pos: Tensor              # (1,) int: positions before it
+  start: Tensor|None       # (B,) int: the position where the text begins, after padding; None: 0
+  room: int                # at least pos + L: how much of the attention caches is looked at
 
 class H3Mixer:
   """y = Wo( q * DiagSSM( ShiftSSM(k) * v ) ), per channel; with p > 1, k v^T q per head.
@@ -236,44 +246,46 @@ class H3Mixer:
     if self.head_order == "hd2": x = x.transpose(1, 2)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
-  def __call__(self, u:Tensor, state:State=(), pos:int=0, filters:tuple[Tensor, Tensor]|None=None
-               ) -> tuple[Tensor, State]:
-    B, L, _ = u.shape
-    shift, diag, p, H = self.ssm_k_kernel.kernel, self.kernel.kernel, self.p, self.D.shape[0]
+  def __call__(self, u:Tensor, state:State=(), place:Place|None=None, tables:Tables=None) -> tuple[Tensor, State]:
+    if u.ndim == 2: return self.step(u, state, tables)
+    (B, L, _), shift, diag, p = u.shape, self.ssm_k_kernel.kernel, self.kernel.kernel, self.p
     q, k, v = (f(u) for f in (self.q_proj, self.k_proj, self.v_proj))                    # (B,L,D)
-    if not filters:
-      dA, dB, C = diag.discretize()
-      van = Vandermonde(dA, L)
-      filters = shift.filter(), van.sum(cmul(C, dB))
-    S, K = filters
+    # with k = 0 both states stay 0: padding before a text changes nothing
+    if place and place.start is not None:
+      k = k * (place.pos + Tensor.arange(L) >= place.start.unsqueeze(-1)).unsqueeze(-1)
+    S, K = tables or (shift.filter(), None)
     kp = fftconv(k, S, self.ssm_k_D, channels_last=True)
-    if p == 1 and not state:
-      return self.output_linear(fftconv(kp, K, self.D, v=v, q=q, channels_last=True)), ()
     q, k, v, kp = (x.transpose(1, 2) for x in (q, k, v, kp))        # (B,D,L)
     if state: kp = kp + shift.answer(state[0], L)
-    kv = self.split(kp, True) * self.split(v, False)                # (B,p,p,H,L)
-    y = fftconv(kv.reshape(B*p*p, H, L), K, self.D).reshape(B, p, p, H, L)
-    if state:
-      y = y + van.sum(cmul(cmul(C, dA), state[1:]))                 # C dA^(l+1) x
-      (re, im), (ore, oim) = cmul(dB, van.after(kv)), cmul(cpow(dA, L), state[1:])
-      state = (shift.after(state[0], k), re + ore, im + oim)
-    y = self.join((self.split(q, True) * y).sum(1))                 # (B,D,L)
+    def long(w:Tensor, **gates:Tensor) -> Tensor:
+      "The diagonal SSM's convolution, of w (B,H,L) or (B p p,H,L): by FFT, or by state passing."
+      nonlocal state
+      if K is not None and not state: return fftconv(w, K, self.D, **gates)
+      x = tuple(t.reshape(w.shape[0], *t.shape[-2:]) for t in state[1:]) or None
+      y, x = ssm_conv(w, *diag.discretize(), self.D, **gates, state=x)
+      if state: state = (shift.after(state[0], k), *(a.reshape(b.shape) for a, b in zip(x, state[1:])))
+      return y
+    if p == 1: y = long(kp, v=v, q=q)
+    else:
+      kv = self.split(kp, True) * self.split(v, False)              # (B,p,p,H,L)
+      y = long(kv.reshape(B*p*p, *kv.shape[-2:])).reshape(kv.shape)
+      y = self.join((self.split(q, True) * y).sum(1))               # (B,D,L)
     return self.output_linear(y.transpose(1, 2)), state
 
-  def fused_step(self, q:Tensor, k:Tensor, v:Tensor, state:State) -> tuple[Tensor, State]|None:
-    "`step` after its projections, in one kernel, where there is one."
-    shift, diag = self.ssm_k_kernel.kernel, self.kernel.kernel
-    tables = [x.contiguous() for pair in diag.discretize() for x in pair]           # of weights alone: see `capture`
-    x = [t.reshape(t.shape[0], *t.shape[-2:]) for t in state]
-    out = h3_step(q, k, v, x, (shift.B, shift.C[0], self.ssm_k_D, *tables, self.D))
-    return out and (out[0], tuple(t.reshape(s.shape) for t, s in zip(out[1], state)))
+  def tables(self) -> tuple[Tensor, ...]:
+    "dA, dB, C of the diagonal SSM, re and im, (H,M) each."
+    return tuple(x.contiguous() for pair in self.kernel.kernel.discretize() for x in pair)
 
-  def step(self, u:Tensor, state:State, pos:Tensor) -> tuple[Tensor, State]:
+  def step(self, u:Tensor, state:State, tables:Tables) -> tuple[Tensor, State]:
     q, k, v = self.q_proj(u), self.k_proj(u), self.v_proj(u)        # (B,D)
-    if self.p == 1 and (fused := self.fused_step(q, k, v, state)): return self.output_linear(fused[0]), fused[1]
-    kp, s = self.ssm_k_kernel.kernel.step(state[0], k)
+    shift, tables = self.ssm_k_kernel.kernel, tables or self.tables()
+    if self.p == 1:                # one kernel that overwrites the state, where there is one
+      x = [t.reshape(t.shape[0], *t.shape[-2:]) for t in state]
+      if fused := h3_step(q, k, v, x, (shift.B, shift.C[0], self.ssm_k_D, *tables, self.D)):
+        return self.output_linear(fused[0]), tuple(t.reshape(s.shape) for t, s in zip(fused[1], state))
+    kp, s = shift.step(state[0], k)
     kv = self.split(kp + self.ssm_k_D * k, True) * self.split(v, False)  # (B,p,p,H)
-    y, x = self.kernel.kernel.step(state[1:], kv)
+    y, x = diag_step(state[1:], kv, tables)
     y = self.join((self.split(q, True) * (y + self.D * kv)).sum(1))
     return self.output_linear(y), (s, *x)
 
@@ -286,7 +298,7 @@ def rotary_tables(n:int, dim:int, device:str) -> tuple[Tensor, Tensor]:
 class Attention:
   """Causal softmax attention, with rotary positions (half-split) where rotary_dim > 0.
 
-  State: keys and values so far, (B,T,heads,hd) each, T the capacity; keys are kept rotated.
+  State: keys and values so far, (B,heads,T,hd) each, T the capacity; keys are kept rotated.
   flash-attention 33e0860c, flash_attn/modules/mha.py:346-522 and layers/rotary.py:125-202.
   """
   def __init__(self, cfg:H3Config, rng:np.random.Generator):
@@ -295,42 +307,35 @@ class Attention:
     self.out_proj = Linear(D, D, rng, 0.02 / (2*cfg.n_layer)**0.5)
 
   def state_shapes(self, cfg:H3Config, batch:int, capacity:int) -> list[tuple[int, ...]]:
-    return [(batch, capacity, cfg.n_heads, cfg.d_model // cfg.n_heads)] * 2
+    return [(batch, cfg.n_heads, capacity, cfg.d_model // cfg.n_heads)] * 2
 
-  def qkv(self, u:Tensor, pos:int|Tensor, capacity:int) -> list[Tensor]:
-    "u (B,L,D) at positions pos, pos+1, … to q, k, v (B,L,heads,hd), q and k rotated."
+  def qkv(self, u:Tensor, place:Place|None) -> list[Tensor]:
+    "u (B,L,D) to q, k, v (B,heads,L,hd), q and k rotated as their positions ask for."
     B, L, D = u.shape
-    x = self.Wqkv(u).reshape(B, L, 3, self.n_heads, D // self.n_heads)
-    q, k, v = (x[:, :, i] for i in range(3))
+    x = self.Wqkv(u).reshape(B, L, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)
+    q, k, v = x[0], x[1], x[2]
     if (r := self.rotary_dim // 2) == 0: return [q, k, v]
-    cos, sin = ((t[pos] if isinstance(pos, Tensor) else t[pos:pos+L]).reshape(L, 1, r)
-                for t in rotary_tables(capacity, 2*r, u.device))
+    tables = rotary_tables(place.room if place else L, 2*r, u.device)
+    if place:
+      t = Tensor.arange(L) + place.pos if place.start is None else \
+        (Tensor.arange(L) + place.pos - place.start.unsqueeze(-1)).maximum(0).unsqueeze(1)         # (B,1,L)
+      tables = (embedding(t, w) for w in tables)
+    cos, sin = tables                                               # (L,r) or (B,1,L,r)
     def rotate(x:Tensor) -> Tensor:                                 # dims j and r+j are a pair
       a, b, rest = x[..., :r], x[..., r:2*r], x[..., 2*r:]
       return Tensor.cat(a*cos - b*sin, a*sin + b*cos, *[rest] * (x.shape[-1] > 2*r), dim=-1)
     return [rotate(q), rotate(k), v]
 
-  def attend(self, q:Tensor, k:Tensor, v:Tensor, pos:Tensor|None=None) -> Tensor:
-    "q (B,L,heads,hd), the last of T, over k, v (B,T,heads,hd), or all at pos (1,) of T: (B,L,D)."
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+  def __call__(self, u:Tensor, state:State=(), place:Place|None=None, tables:Tables=None) -> tuple[Tensor, State]:
+    q, k, v = self.qkv(u.unsqueeze(1) if u.ndim == 2 else u, place)
+    if state:
+      state = tuple(write(cache, x, place.pos) for cache, x in zip(state, (k, v)))
+      if u.ndim == 2:
+        return self.out_proj(attend_step(q.squeeze(2), *state, place.pos, place.start).flatten(1)), state
+      k, v = (cache[:, :, :place.room] for cache in state)
     s = matmul(q * q.shape[-1]**-0.5, k, transposed=True)           # (B,heads,L,T)
-    p = causal_softmax(s) if pos is None else (Tensor.arange(s.shape[-1]) <= pos).where(s, -math.inf).softmax(-1)
-    y = matmul(p, v)
-    return self.out_proj(y.transpose(1, 2).flatten(2))
-
-  def __call__(self, u:Tensor, state:State=(), pos:int=0, filters:None=None
-               ) -> tuple[Tensor, State]:
-    L, T = u.shape[1], pos + u.shape[1]
-    q, k, v = self.qkv(u, pos, state[0].shape[1] if state else T)
-    if state: k, v = (Tensor.cat(old[:, :pos], x, dim=1) for old, x in zip(state, (k, v)))
-    y = self.attend(q, k, v)
-    return y, tuple(Tensor.cat(x, old[:, T:], dim=1) for old, x in zip(state, (k, v)))
-
-  def step(self, u:Tensor, state:State, pos:Tensor) -> tuple[Tensor, State]:
-    t = Tensor.arange(state[0].shape[1])
-    q, k, v = self.qkv(u.unsqueeze(1), pos, len(t))
-    state = tuple((t == pos).reshape(1, -1, 1, 1).where(x, old) for old, x in zip(state, (k, v)))
-    return self.attend(q, *state, pos).squeeze(1), state
+    p = causal_softmax(s, place.pos, place.start) if state else causal_softmax(s)
+    return self.out_proj(matmul(p, v).transpose(1, 2).flatten(2)), state
 
 # ---------------------------------------------------------------- the language model
 
@@ -349,13 +354,12 @@ class Block:
     self.mixer = (Attention if i in cfg.attn_layers else H3Mixer)(cfg, rng)
     self.mlp = MLP(cfg, rng)
 
-  def __call__(self, x:Tensor, state:State=(), pos:int|Tensor=0,
-               filters:tuple[Tensor, Tensor]|None=None) -> tuple[Tensor, State]:
-    u = self.norm1(x)
-    if x.ndim == 2: y, state = self.mixer.step(u, state, pos)
-    else: y, state = self.mixer(u, state, pos, filters)
+  def __call__(self, x:Tensor, state:State=(), place:Place|None=None, tables:Tables=None) -> tuple[Tensor, State]:
+    y, state = self.mixer(self.norm1(x), state, place, tables)
     x = x + y.dropout(self.dropout)
     return x + self.mlp(self.norm2(x)).dropout(self.dropout), state
+
+def copied(state:State) -> State: return tuple(t.clone().realize() for t in state)
 
 class H3LM:
   """Language model of H3 and attention layers (src/models/ssm_seq.py:104-190).
@@ -386,35 +390,56 @@ class H3LM:
     if 0 in tokens.shape: raise ValueError(f"tokens of shape {tokens.shape} hold no token.")
     x, filters = self.embed(tokens), self.filters(tokens.shape[1])
     for layer in self.backbone.layers:
-      x, _ = layer(x, filters=next(filters) if isinstance(layer.mixer, H3Mixer) else None)
+      x, _ = layer(x, tables=next(filters) if isinstance(layer.mixer, H3Mixer) else None)
     return self.head(x)
 
-  def filters(self, L:int) -> Iterator[tuple[Tensor, Tensor]]:
-    "S (D,N) and K (H,L) of each H3 layer in turn, all made at once."
+  def filters(self, L:int) -> Iterator[tuple[Tensor, Tensor|None]]:
+    "S (D,N) and K (H,L) of each H3 layer in turn, all made at once. No K where state passing takes its place."
     mixers = [l.mixer for l in self.backbone.layers if isinstance(l.mixer, H3Mixer)]
     if not mixers: return iter(())
-    S = joined([m.ssm_k_kernel.kernel for m in mixers]).filter().contiguous()
+    S = joined([m.ssm_k_kernel.kernel for m in mixers]).filter().contiguous().chunk(len(mixers))
+    if L > BY_FFT: return zip(S, [None]*len(mixers))
     K = joined([m.kernel.kernel for m in mixers]).filter(L).contiguous()
-    return zip(S.chunk(len(mixers)), K.chunk(len(mixers)))
+    return zip(S, K.chunk(len(mixers)))
 
-  def init_state(self, batch:int, max_length:int|None=None) -> State:
+  def init_state(self, batch:int, max_length:int|None=None, start:list[int]|None=None) -> State:
     """The state before the first token, one flat tuple of realised Tensors (so TinyJit sees each):
-    pos (1,) int32, the number of tokens so far; then for each H3 layer shift (B,D,N), re and im
-    (B,p,p,H,M); for each attention layer keys and values (B,max_length,heads,hd). max_length is
-    by default the config's."""
-    T, state = max_length or self.config.max_length, [np.zeros(1, np.int32)]
+    pos (1,) int32, the number of tokens so far, with `start` behind where each row's text begins, (B+1,);
+    then for each H3 layer shift (B,D,N), re and im (B,p,p,H,M); for each attention layer keys and values
+    (B,heads,max_length,hd). max_length is by default the config's. start: rows of different length are fed
+    with as many tokens of padding before them, which change nothing."""
+    T, state = max_length or self.config.max_length, [np.array([*(start or []), 0], np.int32)]
     for layer in self.backbone.layers:
       state += [np.zeros(s, np.float32) for s in layer.mixer.state_shapes(self.config, batch, T)]
     return tuple(Tensor(z).realize() for z in state)
 
-  def _advance(self, x:Tensor, state:State, pos:int|Tensor) -> tuple[Tensor, State]:
-    "x (B,L,D), or (B,D) for one step, through the layers, each with its part of the state."
-    new, i = [], 1
-    for layer in self.backbone.layers:
+  def tables(self) -> list[Tables]:
+    "Of each layer, what a step needs that depends on the weights alone."
+    made = [l.mixer.tables() if isinstance(l.mixer, H3Mixer) else None for l in self.backbone.layers]
+    if flat := [t for tables in made for t in tables or ()]: Tensor.realize(*flat)
+    return made
+
+  def advance(self, tokens:Tensor, state:State, room:int|None=None, tables:list[Tables]|None=None) -> Tensor:
+    """One token, (B,) int, or a piece of text, (B,L): logits (B,V) after the last. Overwrites `state`.
+
+    Never waits for the device, so TinyJit can capture it, with the state in its closure. It can't see a full
+    attention cache for the same reason: the caller counts tokens against `capacity(state)`. room: how much of
+    the caches a piece of text looks at, at least the tokens so far and its own; all by default. tables: see
+    `tables`, for a token."""
+    pos = state[0] if state[0].shape[0] == 1 else state[0][-1:].contiguous()
+    start = None if pos is state[0] else state[0][:-1].contiguous()
+    cap = self.capacity(state) or 1
+    place, x, new, i = Place(pos, start, cap if tokens.ndim == 1 else min(room or cap, cap)), self.embed(tokens), [], 1
+    for j, layer in enumerate(self.backbone.layers):
       n = 2 if isinstance(layer.mixer, Attention) else 3
-      x, s = layer(x, state[i:i+n], pos)
+      x, s = layer(x, state[i:i+n], place, tables[j] if tables else None)
       new, i = new + list(s), i + n
-    return x, (state[0] + (1 if x.ndim == 2 else x.shape[1]), *new)
+    Tensor.realize(logits := self.head(x if x.ndim == 2 else x[:, -1].contiguous()), *new)
+    # what a kernel has written in place is there already
+    moved = [old.assign(s) for old, s in zip(state[1:], new) if s.uop.base is not old.uop.base]
+    L, last = 1 if tokens.ndim == 1 else tokens.shape[1], Tensor.arange(n := state[0].shape[0]) == n - 1
+    Tensor.realize(*moved, state[0].assign(last.where(state[0] + L, state[0])))
+    return logits
 
   def prefill(self, tokens:Tensor, state:State|None=None, chunk:int|None=None
               ) -> tuple[Tensor, State]:
@@ -425,31 +450,25 @@ class H3LM:
     B, L = tokens.shape
     if L == 0: raise ValueError("the prompt is empty: prefill needs at least one token.")
     if chunk is not None and chunk < 1: raise ValueError(f"chunk must be at least 1, not {chunk}.")
-    state, pos = (self.init_state(B), 0) if state is None else (state, int(state[0].item()))
+    pos, state = (0, self.init_state(B)) if state is None else (int(state[0].numpy()[-1]), copied(state))
     if state[1].shape[0] != B:
       raise ValueError(f"tokens of batch {B}, but a state of batch {state[1].shape[0]}.")
     if self.config.attn_layers and pos + L > (T := self.capacity(state)):
       raise ValueError(f"{pos + L} tokens do not fit the attention cache of {T}: "
                        "make the state with a larger max_length.")
     for i in range(0, L, step := chunk or L):
-      x, state = self._advance(self.embed(tokens[:, i:i+step]), state, pos + i)
-      Tensor.realize(last := x[:, -1].contiguous(), *state)
-    return self.head(last).realize(), state
+      piece = tokens[:, i:i+step]
+      logits = self.advance(piece.contiguous(), state, 1 << (pos + i + piece.shape[1] - 1).bit_length())
+    return logits, state
 
   def step(self, tokens:Tensor, state:State) -> tuple[Tensor, State]:
-    """One token: tokens (B,) int -> logits (B,V), new state; the state given stays as it is.
-
-    Never waits for the device, so TinyJit can capture it (and then reuses the buffers of what it
-    returned). It can't see a full attention cache for the same reason: the caller counts tokens
-    against `capacity(state)`."""
-    x, state = self._advance(self.embed(tokens), state, state[0])
-    Tensor.realize(logits := self.head(x), *state)
-    return logits, state
+    "One token: tokens (B,) int -> logits (B,V), new state; like `advance`, but the state given stays as it is."
+    return self.advance(tokens, state := copied(state)), state
 
   def capacity(self, state:State) -> int|None:
     "Tokens that the state's attention caches hold; None, no limit, without attention layers."
     i = min(self.config.attn_layers, default=None)
-    return None if i is None else state[1 + 3*i].shape[1]
+    return None if i is None else state[1 + 3*i].shape[2]
 
   @staticmethod
   def from_pretrained(path:str, n_heads:int|None=None) -> H3LM:

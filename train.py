@@ -511,7 +511,7 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
   if args.sample:
     prompt = "def " if not args.data and args.tokenizer == "bytes" else ""
     print("\n--- a sample ---")
-    try: write(model, task.tokenizer, prompt, args.sample, temperature=0.7, seed=args.seed, max_length=args.sample+8)
+    try: write(model, task.tokenizer, [prompt], args.sample, temperature=0.7, seed=args.seed, max_length=args.sample+8)
     except KeyboardInterrupt: print()
     print("---")
   print(f"\nheld out: {log.evals[-1][1]:.3f} bits per byte; a byte-bigram model: {task.baseline:.3f}")
