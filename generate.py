@@ -11,13 +11,13 @@ constant time and memory in the H3 layers, a key-value cache in the attention la
 
 Not here: beam search, repetition penalties, masked models.
 """
-import argparse, codecs, json, os, stat, sys, time
+import argparse, codecs, dataclasses, itertools, json, os, stat, sys, time
 from pathlib import Path
 from typing import Iterator
 import numpy as np
 from flashconv import capture, check_kernels, setup_device
-from h3tiny import CheckpointError, H3LM, read_checkpoint
-from tinygrad import Tensor, dtypes
+from h3tiny import CheckpointError, H3Config, H3LM, read_checkpoint
+from tinygrad import Device, Tensor
 
 OUT = "out"                                # train.py's default folder
 CHECKPOINT = "checkpoint.safetensors"      # and the file it writes there
@@ -191,6 +191,50 @@ def find_checkpoint(path:str) -> Path:
   if not p.exists(): raise UserError(f"no model at {p}: run train.py first, or name one with --model")
   return p
 
+# ---- benchmark ------------------------------------------------------------------------------------
+
+PROMPTS, BATCHES, STEPS, PIECE = (512, 1024, 1536), (1, 64), 14, 128
+
+def timed(session:Session, tokens:np.ndarray, piece:int) -> list[float]:
+  "Seconds of each piece, or step, but for those that first had to be compiled."
+  times = []
+  for at in range(0, tokens.shape[1], piece):
+    known, start = len(session.graphs), time.perf_counter()
+    session.read(tokens[:, at:at+piece], piece)
+    if len(session.graphs) == known: times.append(time.perf_counter() - start)
+  return times
+
+def bench(size:str) -> None:
+  """Prompt and decoding throughput of H3, hybrid and Transformer with random weights in one shape: the table of the
+  paper's section 6 (its shape is 1.3B, on an A100). The state: what the texts so far take up in it."""
+  shape = H3Config.named(size)
+  kinds = {"H3": (), "hybrid": shape.attn_layers, "Transformer": tuple(range(shape.n_layer))}
+  print(f"{size}: {shape.n_layer} layers of width {shape.d_model}, random weights, float32, on {Device.DEFAULT}, "
+        f"{os.cpu_count()} cores\n{'':12} {'batch':>5} {'prompt':>6} {'read':>11} {'written':>11} {'a step':>9} {'state':>10}")
+  speed, rng = {}, np.random.default_rng(0)
+  for kind, layers in kinds.items():
+    model = H3LM(dataclasses.replace(shape, attn_layers=layers))
+    for batch in BATCHES:
+      session = Session(model, batch, PROMPTS[-1] + STEPS*len(PROMPTS) + PIECE)
+      some = lambda n: rng.integers(0, shape.vocab_size, (batch, n))
+      for prompt in PROMPTS:
+        piece = min(PIECE, prompt)
+        reading = timed(session, some(-(-(prompt - session.length)//piece)*piece), piece)
+        step = float(np.median(timed(session, some(STEPS), 1)))
+        speed[kind, batch, prompt] = batch/step
+        read = f"{batch*piece/np.median(reading):,.0f} tok/s" if reading else "-"
+        full = session.length / session.state[-1].shape[2]           # of an attention layer's cache
+        held = sum(t.nbytes()*(full if t.ndim == 4 else 1) for t in session.state)
+        print(f"{kind:12} {batch:5} {prompt:6} {read:>11} {batch/step:5,.0f} tok/s {1e3*step:6.1f} ms "
+              f"{held/1e6:7,.1f} MB", flush=True)
+      del session
+    del model
+  for batch, prompt in itertools.product(BATCHES, PROMPTS):
+    ratio = {k: speed[k, batch, prompt]/speed["Transformer", batch, prompt] for k in ("hybrid", "H3")}
+    print(f"batch {batch}, prompt {prompt}: hybrid H3 writes {ratio['hybrid']:.2f}x as fast as the Transformer, "
+          f"H3 {ratio['H3']:.2f}x" + {(64, 512): " (paper: 1.48x)", (64, 1024): " (2.05x)",
+                                     (64, 1536): " (2.38x)"}.get((batch, prompt), ""))
+
 # ---- command line ---------------------------------------------------------------------------------
 
 def parser() -> Parser:
@@ -214,6 +258,9 @@ def parser() -> Parser:
   p.add_argument("--stop", metavar="TEXT", default=argparse.SUPPRESS, help="end where this text would come")
   p.add_argument("--max-length", metavar="N", type=number(int, 1), default=argparse.SUPPRESS,
                  help="room for prompt and continuation in the attention layers' caches; default: the model's")
+  p.add_argument("--bench", metavar="SIZE", nargs="?", const="125M", default=argparse.SUPPRESS,
+                 help="time reading and writing with H3, hybrid and Transformer of a released shape "
+                 "(125M if no other is named; 15 minutes on two cores), and stop")
   return p
 
 def read_prompts(args:argparse.Namespace, default:str) -> list[str]:
@@ -232,6 +279,9 @@ def read_prompts(args:argparse.Namespace, default:str) -> list[str]:
   return [default]
 
 def run(args:argparse.Namespace) -> None:
+  if hasattr(args, "bench"):
+    try: return bench(args.bench)
+    except ValueError as e: raise UserError(f"--bench: {e}") from None
   path = find_checkpoint(args.model)
   tensors, meta = read_checkpoint(str(path))
   model = H3LM.from_checkpoint(tensors, meta, str(path))
