@@ -519,7 +519,9 @@ def _overlapped(w:Tensor, k:Tensor, D:Tensor|None, N:int) -> Tensor:
   what wraps around in a transform of length N falls into those, which are dropped."""
   (B, H, L), n = w.shape, N - k.shape[1] + 1
   P = -(-L//n)
-  w = w.pad((None, None, (N-n, P*n-L))).unfold(-1, N, n).transpose(1, 2).reshape(B*P, H, N)       # (B P,H,N)
+  w = w.pad((None, None, (0, P*n-L))).reshape(B, H, P, n)
+  before = w[..., 2*n-N:].pad((None, None, (1, 0), None))[:, :, :P]                               # (B,H,P,N-n)
+  w = before.cat(w, dim=-1).transpose(1, 2).reshape(B*P, H, N)                                    # (B P,H,N)
   y = _one({n: x for n, x in zip("uD", (w, D)) if x is not None}, k.unsqueeze(0), N, Rows)[..., N-n:]
   return y.reshape(B, P, H, n).transpose(1, 2).reshape(B, H, P*n)[..., :L]
 

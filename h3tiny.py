@@ -31,7 +31,7 @@ from tinygrad.nn.state import get_state_dict
 from flashconv import (Pair, Vandermonde, attend_step, causal_softmax, cmul, constant, embedding, fftconv, h3_step,
                        layernorm, matmul, ssm_conv, write)
 
-BY_FFT = 8192     # sequences up to this length go through the FFT in training, longer ones by state passing
+BY_FFT = 2048     # sequences up to this length go through the FFT in training, longer ones by state passing (README)
 State = tuple[Tensor, ...]  # of a mixer: () where there is none. Of the model: see H3LM.init_state
 
 # ---------------------------------------------------------------- configuration
