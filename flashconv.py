@@ -751,8 +751,13 @@ def powers(a:Pair, n:int, step:int=1) -> Pair:
   """a^l for l = 0, step, …, (n-1)*step on a new last axis: a (…) -> (…,n).
 
   The bits of l choose among a, a^2, a^4, …: no exp, sin or cos, and in float32 more exact than
-  exp(l log a).
+  exp(l log a). Many powers are products of few: a^(iJ + j) = (a^J)^i a^j.
   """
+  if n > 16:
+    I = -(-n // (J := 1 << n.bit_length() // 2))
+    lo, hi = ([t.contiguous() for t in powers(a, m, s)] for m, s in ((J, step), (I, J*step)))
+    both = cmul([t.unsqueeze(-1) for t in hi], [t.unsqueeze(-2) for t in lo])                    # (…,I,J)
+    return tuple(t.flatten(-2)[..., :n] for t in both)
   const = (a[0].detach().unsqueeze(-1), a[1].detach().unsqueeze(-1))
   def power(l:Tensor) -> Pair:
     out, sq = (const[0].const_like(1), const[0].const_like(0)), const
@@ -1017,7 +1022,7 @@ def _walk_sizes(device:str|tuple, S:int, L:int, chunk:int|None) -> tuple[Machine
 
 def _walk_tables(A:Pair, B:Pair, C:Pair, D:Tensor|None, c:int) -> tuple[Tensor, Tensor, Tensor]:
   "Q (H,c,S), P above T (H,S+c,c), and a (H,S): see above. S = 2M, re and then im."
-  pw = powers(A, c + 1)                                                                          # (H,M,c+1)
+  pw = [p.contiguous() for p in powers(A, c + 1)]                                                # (H,M,c+1)
   upto, after = (tuple(p[..., i:i+c] for p in pw) for i in (0, 1))
   wide = lambda z: (z[0].unsqueeze(-1), z[1].unsqueeze(-1))
   k = 2*cmul(wide(cmul(C, B)), upto)[0].sum(-2)                                                  # (H,c)

@@ -193,7 +193,7 @@ def find_checkpoint(path:str) -> Path:
 
 # ---- benchmark ------------------------------------------------------------------------------------
 
-PROMPTS, BATCHES, STEPS, PIECE = (512, 1024, 1536), (1, 64), 14, 128
+PROMPTS, BATCHES, STEPS, PIECE = (512, 1024, 1536), (1, 64), 14, 256
 
 def timed(session:Session, tokens:np.ndarray, piece:int) -> list[float]:
   "Seconds of each piece, or step, but for those that first had to be compiled."

@@ -140,26 +140,19 @@ class ShiftSSM:
 
   def answer(self, s:Tensor, L:int) -> Tensor:
     "What the next L outputs owe to the state s: sum_j C[j+l+1] s[j].  (B,D,L)"
-    return fit(correlate(s, self.C[0])[..., 1:], L)
+    N = s.shape[-1]                                                 # s as inputs, the oldest first, and then zeros
+    return fit(fftconv(s.flip(-1).pad((None, None, (0, N-1))), self.C[0])[..., N:], L)
 
   def after(self, s:Tensor, k:Tensor) -> Tensor:
     "State after inputs k (B,D,L): s[j] = s_old[j-L] + sum_{i<=j} B[j-i] k[L-1-i]."
     N, L = s.shape[-1], k.shape[-1]
-    last = k[..., max(0, L-N):].pad((None, None, (max(0, N-L), 0)))  # (B,D,N), oldest first
-    taps = self.B.pad((None, (N-1, 0))).unfold(-1, N, 1)            # (D,N,N): [j,w] = B[j-(N-1)+w]
-    new = (last.unsqueeze(-2) * taps).sum(-1)
+    new = fftconv(fit(k[..., max(0, L-N):].flip(-1), N), self.B)    # along j: the newest input first
     return new if L >= N else new + s.pad((None, None, (L, 0)))[..., :N]
 
   def step(self, s:Tensor, k:Tensor) -> tuple[Tensor, Tensor]:
     "One input k (B,D): output (B,D) and the new state."
     s = s.pad((None, None, (1, 0)))[..., :-1] + self.B * k.unsqueeze(-1)
     return (s * self.C[0]).sum(-1), s
-
-def cpow(a:Pair, n:int) -> Pair:
-  "a^n, n >= 1, by repeated squaring."
-  if n == 1: return a
-  half = cpow(a, n // 2)
-  return cmul(cmul(half, half), a) if n % 2 else cmul(half, half)
 
 class DiagSSM:
   """x_t = dA x_{t-1} + dB u_t, y_t = 2 Re C x_t. The state x is a pair of (…,H,M).
@@ -387,13 +380,21 @@ class H3LM:
 
   def __call__(self, tokens:Tensor) -> Tensor:
     "tokens (B,L) int -> logits (B,L,V); logits[:, t] are for token t+1."
-    if 0 in tokens.shape: raise ValueError(f"tokens of shape {tokens.shape} hold no token.")
-    x, filters = self.embed(tokens), self.filters(tokens.shape[1])
-    for layer in self.backbone.layers:
-      x, _ = layer(x, tables=next(filters) if isinstance(layer.mixer, H3Mixer) else None)
-    return self.head(x)
+    return self.forward(tokens)[0]
 
-  def filters(self, L:int) -> Iterator[tuple[Tensor, Tensor|None]]:
+  def forward(self, tokens:Tensor, state:State=()) -> tuple[Tensor, State]:
+    """Logits as above, for training, and the state after, if one is given: the H3 layers', `init_state(B)[1:]`.
+    Differentiable in both. ValueError for a state where there is attention: `prefill` knows its caches."""
+    if 0 in tokens.shape: raise ValueError(f"tokens of shape {tokens.shape} hold no token.")
+    if state and self.config.attn_layers: raise ValueError("attention layers have no state to train with.")
+    x, filters, after = self.embed(tokens), self.filters(math.inf if state else tokens.shape[1]), []
+    for i, layer in enumerate(self.backbone.layers):
+      tables = next(filters) if isinstance(layer.mixer, H3Mixer) else None
+      x, s = layer(x, state[3*i:3*i+3], tables=tables)
+      after += s
+    return self.head(x), tuple(after)
+
+  def filters(self, L:float) -> Iterator[tuple[Tensor, Tensor|None]]:
     "S (D,N) and K (H,L) of each H3 layer in turn, all made at once. No K where state passing takes its place."
     mixers = [l.mixer for l in self.backbone.layers if isinstance(l.mixer, H3Mixer)]
     if not mixers: return iter(())

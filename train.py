@@ -16,14 +16,14 @@ START = time.perf_counter()
 import argparse, csv, dataclasses, importlib.util, itertools, json, math, os, re, shutil, signal
 import subprocess, sys, sysconfig, tempfile, threading
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 import numpy as np
 from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.helpers import Context
 from tinygrad.nn.state import get_state_dict
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 from flashconv import FLASH, capture, check_kernels, setup_device
-from generate import CHECKPOINT, OUT, TOKENIZERS, Parser, UserError, number, write
+from generate import CHECKPOINT, OUT, TOKENIZERS, Parser, Session, UserError, number, write
 from h3tiny import CheckpointError, H3Config, H3LM, read_checkpoint, save_checkpoint
 
 # ---- options --------------------------------------------------------------------------------------
@@ -76,7 +76,10 @@ def parser() -> Parser:
   g = p.add_argument_group("training")
   add(g, "--steps", positive, STEPS, "steps in all", metavar="N")
   add(g, "--batch", positive, 8, "sequences a step", metavar="N")
-  add(g, "--length", positive, 256, "tokens a sequence", metavar="N")
+  add(g, "--length", positive, 256, "tokens a sequence; of any length with --model h3", metavar="N")
+  add(g, "--truncate", positive, None, "take a sequence in pieces of N tokens, in the memory that one needs: the state "
+      "goes on from each to the next, the gradient does not come back, so what a piece should have left in the state "
+      "for a later one is not learned; with --model h3, and --length a multiple of N", "whole", metavar="N")
   add(g, "--lr", number(float, above=0), None, "highest learning rate", "by --size", metavar="X")
   add(g, "--warmup", number(int, 0), None, "steps up to it; a cosine then falls to a tenth",
       "a tenth of --steps, at most 1000", metavar="N")
@@ -100,6 +103,7 @@ def parser() -> Parser:
 
 SHAPE = ("d_model", "n_layer", "n_heads", "attn_layers", "rotary_dim", "d_state", "head_dim", "mlp_mult",
          "embed_dropout", "resid_dropout")
+NEWER = {"truncate": None}                      # options that a checkpoint may lack
 FIXED = ("task", "tokenizer", "model", "size", "seed", "holdout", *SHAPE)    # what --resume can't change
 
 def given(argv:list[str]|None) -> dict:
@@ -427,17 +431,69 @@ def describe(c:H3Config) -> str:
 
 def to_tensors(*arrays:np.ndarray) -> list[Tensor]: return [Tensor(np.ascontiguousarray(a)).realize() for a in arrays]
 
-def make_step(model:H3LM, params:dict[str, Tensor], opt:AdamW) -> Callable:
-  "One step of training: inputs, targets (B,L) and `opt.hyper` to the loss and the gradient's norm."
+def cut(batch:tuple[np.ndarray, np.ndarray], size:int) -> Iterator[list[Tensor]]:
+  "Inputs and targets (B,L) in pieces of `size` tokens, one after the other."
+  return (to_tensors(*(a[:, i:i+size] for a in batch)) for i in range(0, batch[0].shape[1], size))
+
+def make_step(model:H3LM, params:dict[str, Tensor], opt:AdamW, truncate:int|None=None) -> Callable:
+  """One step of training: a batch (inputs, targets) and `opt.hyper` to the loss and the gradient's norm.
+
+  truncate: the batch goes through in pieces of so many tokens. The state is handed on, no gradient comes back
+  through it (truncated backpropagation through time); the pieces' gradients are added up for one update."""
   @capture
-  def train_step(x:Tensor, y:Tensor, *hyper:Tensor) -> tuple[Tensor, Tensor]:
+  def whole(x:Tensor, y:Tensor, *hyper:Tensor) -> tuple[Tensor, Tensor]:
     with Context(TRAINING=1):
       loss = cross_entropy(model(x), y)
       grads = loss.gradient(*params.values())
       Tensor.realize(loss, *grads)                                     # all of them before any weight changes
       norm = opt.update(dict(zip(params, grads)), list(hyper))
     return loss, norm
+  if truncate is None: return lambda batch, hyper: [t.item() for t in whole(*to_tensors(*batch), *hyper)]
+
+  sums, state = [p.zeros_like().contiguous().realize() for p in params.values()], ()
+  @capture
+  def piece(x:Tensor, y:Tensor) -> Tensor:
+    with Context(TRAINING=1):
+      logits, after = model.forward(x, state)
+      grads = (loss := cross_entropy(logits, y)).gradient(*params.values())
+      Tensor.realize(loss, *grads, *after)
+    hand_on((*state, *sums), (*after, *(s + g for s, g in zip(sums, grads))))
+    return loss
+  @capture
+  def update(count:Tensor, *hyper:Tensor) -> Tensor:
+    means = [(s / count).contiguous() for s in sums]
+    norm = opt.update(dict(zip(params, means)), list(hyper))
+    hand_on((*state, *sums), [t.zeros_like() for t in (*state, *sums)])
+    return norm
+  def train_step(batch:tuple[np.ndarray, np.ndarray], hyper:list[Tensor]) -> list[float]:
+    nonlocal state
+    state = state or model.init_state(len(batch[0]))[1:]
+    losses = [piece(*xy).item() for xy in cut(batch, truncate)]
+    return [float(np.mean(losses)), update(*to_tensors(np.float32([len(losses)])), *hyper).item()]
   return train_step
+
+def make_eval(model:H3LM, truncate:int|None=None) -> Callable[[tuple[np.ndarray, np.ndarray]], float]:
+  "A batch's mean loss in nats; truncate: read in pieces of so many tokens, as in training."
+  @capture
+  def whole(x:Tensor, y:Tensor) -> Tensor: return cross_entropy(model(x), y).realize()
+  if truncate is None: return lambda batch: whole(*to_tensors(*batch)).item()
+
+  state = ()
+  @capture
+  def piece(x:Tensor, y:Tensor) -> Tensor:
+    logits, after = model.forward(x, state)
+    Tensor.realize(loss := cross_entropy(logits, y), *after)
+    hand_on(state, after)
+    return loss
+  def eval_step(batch:tuple[np.ndarray, np.ndarray]) -> float:
+    nonlocal state
+    state = state or model.init_state(len(batch[0]))[1:]
+    hand_on(state, [t.zeros_like() for t in state])
+    return float(np.mean([piece(*xy).item() for xy in cut(batch, truncate)]))
+  return eval_step
+
+def hand_on(old:Iterable[Tensor], new:Iterable[Tensor]) -> None:
+  Tensor.realize(*[o.assign(n.detach()) for o, n in zip(old, new)])
 
 def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dict[str, str]|None=None) -> int:
   "One run. tensors, meta: the checkpoint that --resume or --init names."
@@ -460,22 +516,25 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
     if first >= args.steps:
       raise UserError(f"the run in {out} has done its {first} steps: give more with --steps, "
                       "or another --out to start afresh")
+  if args.truncate and model.config.attn_layers:
+    raise UserError("--truncate hands on the state of H3 layers, attention has none: give --model h3 too")
+  if args.truncate and args.length % args.truncate:
+    raise UserError(f"--truncate {args.truncate} does not divide --length {args.length}: give one that does")
   check_writable(out)
   count = sum(p.numel() for p in params.values())
   title = f"{describe(model.config)}, {count/1e6:.2f} M parameters"
   print(f"{title}, on {Device.DEFAULT}{'' if FLASH else ' without custom kernels (FLASH=0)'}")
   print(task.about)
   print(f"{args.steps} steps of {args.batch} x {args.length} = {args.batch*args.length:,} tokens"
+        + (f", the gradient within {args.truncate}" if args.truncate else "")
         + (f", going on after step {first}" if args.resume else ""), flush=True)
 
-  train_step = make_step(model, params, opt)
-  @capture
-  def eval_step(x:Tensor, y:Tensor) -> Tensor: return cross_entropy(model(x), y).realize()
+  train_step, eval_step = make_step(model, params, opt, args.truncate), make_eval(model, args.truncate)
   def finite(step:int, *values:float) -> None:
     if not all(map(math.isfinite, values)):
       raise UserError(f"the loss or the gradient is not finite at step {step}: take a smaller --lr "
                       "(checkpoints stay as they were)")
-  def held_out(batches:list) -> float: return float(np.mean([eval_step(*to_tensors(*b)).item() for b in batches]))
+  def held_out(batches:list) -> float: return float(np.mean([*map(eval_step, batches)]))
   def evaluate(step:int) -> None:
     finite(step, nats := held_out(task.held_out))
     log.evals.append([step, round(nats*task.held_out_bits, 5)])
@@ -487,7 +546,7 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
     for step in range(first, args.steps):
       lr = learning_rate(step, args.steps, args.lr, args.warmup)
       hyper = opt.hyper(step, lr, args.weight_decay, args.clip, min(1e-3, args.lr) / args.lr)
-      loss, norm = (x.item() for x in train_step(*to_tensors(*task.batch(step)), *hyper))
+      loss, norm = train_step(task.batch(step), hyper)
       if step == first: log.line(f"first step after {time.perf_counter()-START:.1f} s")
       finite(step+1, loss, norm)
       log.step(step+1, loss, lr)
@@ -560,17 +619,14 @@ def bench_one(what:str, who:str) -> None:
     setup_device()
     check_kernels()
     base, model = peak(), H3LM(config)
-    params, state = get_state_dict(model), model.init_state(args.batch, ROOM) if decode else None
+    params = get_state_dict(model)
     if decode:
-      steps = [capture(model.step, prune=True) for _ in range(2)]
-      def step(i:int) -> None:
-        nonlocal state
-        logits, state = steps[i % 2](*to_tensors(tokens[:, i % args.length]), state)
-        logits.numpy()
+      session = Session(model, args.batch, ROOM)
+      def step(i:int) -> None: session(tokens[:, i % args.length])
     else:
       opt = AdamW(params)
       train_step, hyper = make_step(model, params, opt), opt.hyper(0, 1e-3, 0.1, args.clip, 1.0)
-      def step(i:int) -> None: train_step(*to_tensors(tokens[:, :-1], tokens[:, 1:]), *hyper)[0].item()
+      def step(i:int) -> None: train_step((tokens[:, :-1], tokens[:, 1:]), hyper)
   times = []
   while len(times) < 3 or (sum(times[2:]) < 8 and len(times) < (64 if decode else 24)):
     start = time.perf_counter()
@@ -644,7 +700,7 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
       raise CheckpointError(f"{path} is not a checkpoint of train.py")
     try:
       config = json.loads(meta["config"])
-      old = json.loads(meta["args"]) | {k: config[k] for k in SHAPE}
+      old = NEWER | json.loads(meta["args"]) | {k: config[k] for k in SHAPE}
       if args.resume:
         int(meta["step"])
         if not all(len(row) == n for name, n in (("losses", 3), ("held_out", 2)) for row in json.loads(meta[name])) \
