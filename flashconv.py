@@ -11,12 +11,13 @@ Glossary. B batch, H channels, L length, K taps, N ≥ L + K - 1 length of the F
   F                                       discrete Fourier transform of length N
   kf      F(k + D δ)/N                    the filter's spectrum, digit-reversed, kept in registers
   M       N/8                             length of the 8 transforms that go on side by side
-Also here, where tinygrad's own are slow on a CPU: `matmul`, `layernorm`, `causal_softmax`, `embedding`, with their
-gradients, and `h3_step`; and, in the section on the device, what makes a CPU's cores work at once.
+Also here: `ssm_conv`, the same with an SSM's filter at any length, by state passing; where tinygrad's own are slow on a
+CPU, `matmul`, `layernorm`, `causal_softmax`, `embedding`, with their gradients; for decoding `h3_step`, `attend_step`
+and `write`, which overwrite states; and, in the section on the device, what makes a CPU's cores work at once.
 Run: `python flashconv.py` checks the kernels and times them against plain tinygrad and PyTorch;
 `python flashconv.py --render metal` (cuda, opencl) prints their sources; FLASH=0 turns them off.
 
-Not here: half precision; lengths past 2^15 (state passing is for those, plain ops do them); a fused
+Not here: half precision; any filter but an SSM's past a length of 2^15 (plain ops do them); a fused
 matrix product on GPUs, where tinygrad's own is good. The shift SSM is a launch of its own: one kernel
 for both convolutions of an H3 layer (twice through the same block) took 1.59, 7.3, 16.9 and 39.7 ms
 forward at L = 256, 1024, 2048 and 4096 where the two launches take 1.57, 8.1, 20.0 and 41.4 (B=8,
@@ -611,7 +612,8 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
   share = lambda n, c: (-(-n//c), me*-(-n//c) if c > 1 else 0)        # how many each core has, and its first
   (gs, g0), (ts, t0), (ps, p0) = share(G, gc), share(tiles, rc), share(panels, cc)
   mb, nb = _even(ts, MB//mt), _even(ps, NB//nt if packed else 1)
-  assert turns == 1 or N % nt == 0 or ps == 1 or (ps-1) % nb, 'NB parts the last panel from the one that it overlaps'
+  assert not packed or turns == 1 or N % nt == 0 or ps == 1 or (ps-1) % nb, \
+    "NB parts the last panel from the one that it overlaps"
   go, no, ko, mo = loop(gs), loop(-(-ps//nb)), loop(turns), loop(-(-ts//mb))
   g, summed = g0 + go, turns > 1
   ga, gb = (0 if x.shape[0] == 1 else ko//blocks if G == 1 else g for x in (A, B))
@@ -744,7 +746,9 @@ def matmul(x:Tensor, w:Tensor, transposed:bool=False, bias:Tensor|None=None) -> 
 #   y_n = P x_n + T w_n        P: 2 Re C A^(l+1), the state's answer;   T: k[l-j], a Toeplitz matrix, D on its diagonal
 #   x_(n+1) = a x_n + Q w_n    a: A^c;   Q: A^(c-1-j) B, the chunk's share of the state
 # All but `a x_n` are products of small matrices, done for R chunks at once. So short a chunk needs no FFT: at 32 steps
-# T is a quarter of the work, which P and Q would remain; an FFT of the chunk was not faster at any size (README).
+# T is a quarter of the work, and an FFT of 2,048 steps alone takes 1.8 ns a step and channel where all of this takes
+# 1.4 to 2.1 (README). H=256, L=16384, chunks of 8, 16, 32, 64, 128, two cores: 9.0, 7.2, 6.3, 9.3, 15.3 ms forward,
+# with gradients 39, 32, 39, 51, 76.
 WALK_THREADS = 128                   # of a GPU's work group
 
 def powers(a:Pair, n:int, step:int=1) -> Pair:
@@ -1582,12 +1586,37 @@ def torch_fftconv(L:int, x:dict[str, np.ndarray], dy:np.ndarray) -> dict[str, Ca
     with torch.no_grad(): f(**t)
   return {"forward": forward, "both": lambda: torch.autograd.grad(f(**t), list(t.values()), dy)}
 
-def bench(lengths:list[int], B:int, H:int, plain:int, rounds:int=4):
+def both(f:Callable, x:dict[str, Tensor], dy:Tensor) -> Callable:
+  "f(**x) and its gradients, realised."
+  def run() -> None: Tensor.realize(y := f(**x), *y.gradient(*x.values(), gradient=dy))
+  return run
+
+def race(runs:dict[tuple, tuple[Callable, dict]], rounds:int=4) -> tuple[dict, dict]:
+  """The least seconds of each of `runs`, a function and its Context, and its launches and bytes as tinygrad counts.
+
+  `rounds` turns of 0.2 s, with pauses between the contestants, as PyTorch's idle threads go on spinning for a while."""
+  best, count = {}, {}
+  for turn in range(rounds):
+    for key, (f, context) in runs.items():
+      with Context(**context):
+        if turn == 0: f(), f()     # TinyJit captures
+        time.sleep(0.2)
+        GlobalCounters.reset()
+        f()
+        count[key] = GlobalCounters.kernel_count, GlobalCounters.global_mem
+        Device[Device.DEFAULT].synchronize()
+        until = time.perf_counter() + 0.2
+        while (start := time.perf_counter()) < until:
+          f()
+          Device[Device.DEFAULT].synchronize()
+          best[key] = min(best.get(key, 1e9), time.perf_counter() - start)
+  return best, count
+
+def bench(lengths:list[int], B:int, H:int, plain:int):
   """Prints a line for each length: y = q * (k ∗ (u*v) + D*(u*v)), forward and with all gradients.
 
-  Milliseconds, the least of `rounds` turns of 0.2 s; the contestants take turns with pauses between
-  them, as PyTorch's idle threads go on spinning for a while. Launches and bytes are tinygrad's count;
-  the floor is each tensor once. Plain ops up to length `plain`; PyTorch where it is installed.
+  Milliseconds; launches and bytes are tinygrad's count, the floor is each tensor once. Plain ops up to
+  length `plain`; PyTorch where it is installed.
   """
   rng, torch = np.random.default_rng(0), importlib.util.find_spec("torch") is not None
   print(f"y = q * (k * (u v) + D u v), B={B} H={H}, float32, {Device.DEFAULT}, {os.cpu_count()} cores; "
@@ -1599,33 +1628,14 @@ def bench(lengths:list[int], B:int, H:int, plain:int, rounds:int=4):
     shape = {"u": (B, H, L), "k": (H, L), "D": (H,), "v": (B, H, L), "q": (B, H, L)}
     normal = lambda s: rng.standard_normal(s).astype(np.float32)
     x, dy = {n: normal(s) for n, s in shape.items()}, normal((B, H, L))
-    t, g = {n: Tensor(a).realize() for n, a in x.items()}, Tensor(dy).realize()
+    t, g, floor = {n: Tensor(a).realize() for n, a in x.items()}, Tensor(dy).realize(), 4*B*H*L
     def ours() -> dict[str, Callable]:
-      def both() -> list[Tensor]:
-        y = fftconv(**t)
-        all = [y, *y.gradient(*t.values(), gradient=g)]
-        Tensor.realize(*all)
-        return all
-      return {"forward": TinyJit(lambda: fftconv(**t).realize()), "both": TinyJit(both)}
+      return {"forward": TinyJit(lambda: fftconv(**t).realize()), "both": TinyJit(both(fftconv, t, g))}
     runs = {("ours", n): (f, {}) for n, f in ours().items()}
     usual = {"FLASH": 0, "NOOPT": int(os.environ.get("NOOPT", 0))}     # plain tinygrad has its optimiser
     if L <= plain: runs |= {("plain", n): (f, usual) for n, f in ours().items()}
     if torch: runs |= {("torch", n): (f, {}) for n, f in torch_fftconv(L, x, dy).items()}
-    best, count, floor = {}, {}, 4*B*H*L
-    for turn in range(rounds):
-      for key, (f, context) in runs.items():
-        with Context(**context):
-          if turn == 0: f(), f()     # TinyJit captures
-          time.sleep(0.2)
-          GlobalCounters.reset()
-          f()
-          count[key] = GlobalCounters.kernel_count, GlobalCounters.global_mem
-          Device[Device.DEFAULT].synchronize()
-          until = time.perf_counter() + 0.2
-          while (start := time.perf_counter()) < until:
-            f()
-            Device[Device.DEFAULT].synchronize()
-            best[key] = min(best.get(key, 1e9), time.perf_counter() - start)
+    best, count = race(runs)
     ms = lambda who, what: f"{1e3*best[who, what]:.2f}" if (who, what) in best else "-"
     line = f"{L:6}"
     for what in ("forward", "both"):
@@ -1634,6 +1644,36 @@ def bench(lengths:list[int], B:int, H:int, plain:int, rounds:int=4):
     floors = {"forward": 4*floor + 4*H*(L+1), "both": 11*floor + 12*H*(L+1)}
     print(line + "".join(f" {count['ours', n][0]:4}" for n in floors)
           + "".join(f" {count['ours', n][1]/f:5.2f}" for n, f in floors.items()), flush=True)
+
+def bench_states(sizes:list[tuple[int, int]], N:int=64):
+  """Prints a line for each (H, L): `ssm_conv` of one sequence, state size N, beside `fftconv` and PyTorch's FFT, which
+  both are given the finished filter."""
+  rng, torch = np.random.default_rng(0), importlib.util.find_spec("torch") is not None
+  print(f"\nthe same by state passing, B=1, N={N}\n{'':14} {'forward, ms':^35}  {'with gradients, ms':^35}\n"
+        f"{'H':>4} {'L':>9}" + 2*(f" {'fftconv':>9} {'ours':>8} {'torch':>8} {'ratio':>7} ") + " ns a step and channel")
+  for H, L in sizes:
+    normal = lambda *s: rng.standard_normal(s).astype(np.float32)
+    dt, z = np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), (H, 1))), -0.5 + 1j*np.pi*np.arange(N//2)
+    A, Bc, C = (1 + dt*z/2)/(1 - dt*z/2), dt/(1 - dt*z/2), normal(H, N//2) + 1j*normal(H, N//2)
+    pairs = [tuple(Tensor(np.float32(p)).realize() for p in (x.real, x.imag)) for x in (A, Bc, C)]
+    w = dict(zip((n + part for n in "ABC" for part in "ri"), (p for pair in pairs for p in pair)))
+    k = Vandermonde(pairs[0], L).sum(cmul(pairs[2], pairs[1])).realize()
+    x, dy = {n: normal(*((H,) if n == "D" else (1, H, L))) for n in "uDvq"}, normal(1, H, L)
+    t, g = {n: Tensor(a).realize() for n, a in x.items()}, Tensor(dy).realize()
+    def state_passing(u, D, v, q, **w) -> Tensor:
+      return ssm_conv(u, *((w[f"{n}r"], w[f"{n}i"]) for n in "ABC"), D, v, q)[0]
+    runs = {}
+    for who, f, args in (("ours", state_passing, t | w), ("fft", fftconv, t | {"k": k})):
+      if who == "fft" and _length(L, L) > MAX_N: continue
+      runs[who, "forward"] = TinyJit(functools.partial(lambda f, a: f(**a).realize(), f, args)), {}
+      runs[who, "both"] = TinyJit(both(f, args, g)), {}
+    if torch: runs |= {("torch", n): (f, {}) for n, f in torch_fftconv(L, x | {"k": k.numpy()}, dy).items()}
+    best, _ = race(runs, 3)
+    ms, line = lambda who, what: f"{1e3*best[who, what]:.1f}" if (who, what) in best else "-", f"{H:4} {L:9,}"
+    for what in ("forward", "both"):
+      ratio = f"{best['torch', what]/best['ours', what]:.1f}x" if torch else "-"
+      line += f" {ms('fft', what):>9} {ms('ours', what):>8} {ms('torch', what):>8} {ratio:>7} "
+    print(line + f" {1e9*best['ours', 'forward']/H/L:.2f} {1e9*best['ours', 'both']/H/L:.2f}", flush=True)
 
 def main(argv:list[str]|None=None) -> int:
   ap = argparse.ArgumentParser(prog="flashconv.py", description="Checks the kernels against plain ops, then times "
@@ -1644,13 +1684,19 @@ def main(argv:list[str]|None=None) -> int:
                   help="print the kernels' source for it, on any machine, and stop")
   ap.add_argument("--lengths", type=int, nargs="+", metavar="L",
                   help="default 256 512 1024 2048 4096 8192; of --render 2048")
+  ap.add_argument("--long", type=int, nargs="*", metavar="L",
+                  help="time state passing alone, at these lengths; default 16384 65536; at a quarter of the channels 16384 1048576")
   ap.add_argument("--batch", type=int, default=8)
   ap.add_argument("--channels", type=int, default=256)
   ap.add_argument("--plain", type=int, default=1024, metavar="L",
                   help="time plain tinygrad up to this length, default 1024 (it is slow)")
   a = ap.parse_args(argv)
-  lengths = a.lengths or ([2048] if a.render else [256, 512, 1024, 2048, 4096, 8192])
-  if min(*lengths, a.batch, a.channels) < 1: ap.error("--lengths, --batch and --channels must be at least 1")
+  lengths = a.lengths or ([2048] if a.render else [256, 512, 1024, 2048, 4096, 8192] if a.long is None else [])
+  quarter = max(1, a.channels//4)
+  long = [(a.channels, L) for L in a.long] if a.long else [] if a.lengths and a.long is None else \
+    [(a.channels, 1 << 14), (a.channels, 1 << 16), (quarter, 1 << 14), (quarter, 1 << 20)]
+  if min(*lengths, *(a.long or ()), a.batch, a.channels) < 1:
+    ap.error("--lengths, --long, --batch and --channels must be at least 1")
   if a.render:
     if max(lengths) > 2048 or min(lengths) < 64:
       ap.error("--render takes lengths from 64 to 2048, what one launch takes at 32 KB")
@@ -1658,13 +1704,14 @@ def main(argv:list[str]|None=None) -> int:
       for source, scratch in render(a.render, L).values(): print(f"// {scratch} bytes of local memory\n{source}\n")
     return 0
   if not FLASH: ap.error("FLASH=0 turns off what is to be timed here")
-  if max(lengths) > MAX_N//2: ap.error(f"--lengths: kernels take up to {MAX_N//2:,}")
+  if max(lengths, default=1) > MAX_N//2: ap.error(f"--lengths: kernels take up to {MAX_N//2:,}")
   setup_device()
   try: print(f"selfcheck on {Device.DEFAULT}: worst relative error {selfcheck():.1e}")
   except RuntimeError as e:
     print(f"error: {e}", file=sys.stderr)
     return 1
-  bench(lengths, a.batch, a.channels, a.plain)
+  if lengths: bench(lengths, a.batch, a.channels, a.plain)
+  if long: bench_states(long)
   return 0
 
 if __name__ == "__main__": sys.exit(main())
