@@ -515,16 +515,18 @@ def test_kernel_ssm_conv_on_a_million_steps(monkeypatch):
     out, most[0] = allocate(self, *args, **kw), max(most[0], GlobalCounters.mem_used)
     return out
   monkeypatch.setattr(Buffer, "allocate", allocated)
-  pairs, D, beyond = [*map(pair, ABC)], normal(64), []
+  pairs, D = [*map(pair, ABC)], normal(64)
   Tensor.realize(d := Tensor(D))
-  for L in (1 << 14, 1 << 20):
-    u = rng.standard_normal((1, 64, L), dtype=np.float32)
+  def run(u:np.ndarray) -> tuple:
     t, most[0] = Tensor(u).realize(), 0
     before = GlobalCounters.mem_used
     y, x = ssm_conv(t, *pairs, d)
     Tensor.realize(y, *x)
-    beyond.append(most[0] - before - y.nbytes() - sum(z.nbytes() for z in x))
-  assert beyond[0] == beyond[1]
+    return y, x, most[0] - before - y.nbytes() - sum(z.nbytes() for z in x)
+  u, L = rng.standard_normal((1, 64, 1 << 20), dtype=np.float32), 1 << 20
+  beyond = run(np.ascontiguousarray(u[..., :1 << 14]))[2]
+  y, x, again = run(u)
+  assert again == beyond
   some, at = rng.permutation(64)[:8], {*rng.integers(0, L, 24).tolist(), L-1}
   (A, Bc, C), s, error, y = (z[some] for z in ABC), np.zeros((8, 32), complex), 0.0, y.numpy()[0, some]
   w = u[0, some].astype(np.float64)
@@ -873,31 +875,31 @@ LONG = [H3Config(19, 16, 2, (1,), n_heads=2, rotary_dim=8), H3Config(19, 16, 2, 
 @pytest.mark.parametrize("config", LONG, ids=["hybrid", "h3"])
 def test_pieces_of_any_size_on_5000_tokens(config):
   "1, 3, 100, 1000 at a time, or one call: logits on the way and the state at the end; a step is traced once"
-  model, t, traced = shaken(config), np.random.default_rng(0).integers(0, 19, (2, 5000)).astype(np.int32), []
+  model, t, traced = shaken(config), np.random.default_rng(0).integers(0, 19, (1, 5000)).astype(np.int32), []
   want = model(toks(t)).numpy()
-  logits, last = model.prefill(toks(t), model.init_state(2, 5000))
+  logits, last = model.prefill(toks(t), model.init_state(1, 5000))
   assert_close(logits, want[:, -1], 1e-4)
   advance = model.advance
   model.advance = lambda tokens, *rest: [traced.append(tokens.shape), advance(tokens, *rest)][1]
   for size in (1, 3, 100, 1000):
-    session = gen.Session(model, 2, 5000)
+    session = gen.Session(model, 1, 5000)
     for i in range(0, 5000, size):
       got = session(t[:, i] if size == 1 else t[:, i:i+size])
-      if i % 37 == 0 or i + size >= 5000:
+      if i % 373 == 0 or i + size >= 5000:
         assert_close(got, want[:, min(i+size, 5000)-1, :19], 1e-4*np.abs(want).max(), f"{size} at a time, at {i}")
     for a, b in zip(session.state, last):
       assert_close(a, b.numpy(), 1e-4*np.abs(b.numpy()).max(), f"state after {size} at a time")
-  assert traced.count((2,)) == 1 and len(traced) <= 14                     # more only for the caches' doublings
+  assert traced.count((1,)) == 1 and len(traced) <= 14                     # more only for the caches' doublings
   assert not config.attn_layers or model.capacity(last) == 5000
-  assert sum(s.nbytes() for s in last if s.ndim != 4) == sum(s.nbytes() for s in model.init_state(2) if s.ndim != 4)
+  assert sum(s.nbytes() for s in last if s.ndim != 4) == sum(s.nbytes() for s in model.init_state(1) if s.ndim != 4)
 
 @pytest.mark.parametrize("kw", [dict(attn_layers=(1,), rotary_dim=8), dict(attn_layers=(), head_dim=4)],
                          ids=["hybrid", "h3"])
 def test_texts_of_different_length_side_by_side(kw):
   "each as if it were alone: the logits after the prompts, and what is written"
   model, rng = shaken(H3Config(50, 32, 2, n_heads=2, max_length=400, **kw)), np.random.default_rng(0)
-  prompts = [rng.integers(0, 50, n).astype(np.int32) for n in (5, 70, 33, 1)]
-  session = gen.Session(model, 4, 128, [96 - len(p) for p in prompts])
+  prompts = [rng.integers(0, 50, n).astype(np.int32) for n in (5, 70, 1)]
+  session = gen.Session(model, 3, 128, [96 - len(p) for p in prompts])
   logits = session.read(np.stack([np.pad(p, (96 - len(p), 0)) for p in prompts]), 32)
   want = [model(toks(p[None])).numpy()[0, -1, :50] for p in prompts]
   assert_close(logits, np.stack(want), 2e-5*np.abs(want).max())
@@ -1165,13 +1167,14 @@ def test_truncate():
   opt = train.AdamW(params)
   step, evaluate = train.make_step(model, params, opt, 6), train.make_eval(model, 6)
   hyper = opt.hyper(0, 1e-12, 0.0, 1.0, 1.0)                             # the weights stay where they are
-  for seed in range(3):
+  for seed in range(2):
     x, y = np.random.default_rng(seed).integers(0, 19, (2, 3, 18)).astype(np.int32)
     state, grads, losses = model.init_state(3)[1:], [], []
     for i in range(0, 18, 6):
       logits, state = model.forward(toks(x[:, i:i+6]), tuple(Tensor(s.numpy()) for s in state))
       losses.append(train.cross_entropy(logits, toks(y[:, i:i+6])))
-      grads.append(np.concatenate([g.numpy().ravel() for g in losses[-1].gradient(*params.values())]))
+      Tensor.realize(*state, *(gs := losses[-1].gradient(*params.values())))
+      grads.append(np.concatenate([g.numpy().ravel() for g in gs]))
     loss, norm = step((x, y), hyper)
     whole = train.cross_entropy(model(toks(x)), toks(y)).item()
     assert loss == pytest.approx(whole, rel=1e-5) and evaluate((x, y)) == pytest.approx(whole, rel=1e-5)
@@ -1297,7 +1300,7 @@ def test_generation(run8, monkeypatch, capfd):
   said = text(greedy)
   assert run("--temperature", "0", "--stop", said[4:6]).out == "def f" + said[:said.index(said[4:6])] + "\n"
   assert "--- 2 of 2 ---" in run("--batch", "2").out
-  several = run("a prompt of another length", "--temperature", "0").out                     # --prompt takes two
+  several = run("--temperature", "0", "--prompt", "def f", "a prompt of another length").out
   assert several.startswith(f"--- 1 of 2 ---\ndef f{said}\n--- 2 of 2 ---\na prompt of another length")
   r, w = os.pipe()
   os.write(w, b"def f")
@@ -1335,8 +1338,7 @@ def test_readme_commands(tmp_path, monkeypatch, capfd):
         for k, v in dict(PROMPTS=(8, 16), BATCHES=(1, 2), STEPS=3, PIECE=4).items(): monkeypatch.setattr(gen, k, v)
         assert gen.main(words[2:]) == 0, command
         table = capfd.readouterr().out
-        assert len(re.findall(r"^(?:H3|hybrid|Transformer) .*tok/s.*ms +[\d.]+ MB$", table, re.M)) == 12, table
-        assert table.count("as fast as the Transformer") == 4
+        assert len(re.findall(r"^ +\d+ +\d+  (?:H3|hybrid|Transformer) .*tok/s.*ms +[\d.]+ MB$", table, re.M)) == 12, table
       elif "--bench" in words:
         small = "--size tiny --batch 2 --length 16"
         monkeypatch.setattr(train, "BENCH", dict.fromkeys(["train", "decode, 125M, batch 1"], small))
