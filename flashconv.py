@@ -723,23 +723,23 @@ def _plain_product(x:Tensor, w:Tensor) -> Tensor:
   return y.contiguous_backward().reshape(*x.shape[:-1], -1)
 
 def matmul(x:Tensor, w:Tensor, transposed:bool=False, bias:Tensor|None=None) -> Tensor:
-  """x @ w + bias -> (…,M,N): x (…,M,K); w (K,N), or (…,K,N) with x's leading dimensions; bias (N,).
+  """x @ w + bias -> (…,M,N): x (…,M,K); w (K,N), or (…,K,N) with x's leading dimensions, or any if x is (M,K); bias (N,).
 
   transposed=True is x @ w^T, for w stored as (…,N,K), the way checkpoints keep it. Differentiable
   in all three. A kernel of our own on the CPU, from SMALL multiplications on; else tinygrad's.
   """
   K, N = w.shape[-2:][::-1 if transposed else 1] if w.ndim > 1 else (0, 0)
   fits = _float_on_cpu(x, w, bias) and all_int(x.shape + w.shape) and x.shape[-1] == K
-  fits = fits and (w.ndim == 2 or (x.shape[:-2] == w.shape[:-2] and bias is None))
+  fits = fits and (w.ndim == 2 or (x.shape[:-2] in ((), w.shape[:-2]) and bias is None))
   # a small product costs less where tinygrad can fuse it with what stands around it
-  if not fits or prod(x.shape)*N < SMALL:
+  if not fits or prod(x.shape)*N*(prod(w.shape[:-2]) if x.ndim == 2 else 1) < SMALL:
     w = w.transpose(-1, -2) if transposed else w
     gpu = FLASH and isinstance(x.device, str) and machine(x.device).gpu and all_int(x.shape)
     y = _plain_product(x, w) if gpu else x @ w
     return y if bias is None else y + bias
   a = x.reshape(1, -1, K) if w.ndim == 2 else x.reshape(-1, *x.shape[-2:])
   y = product(a, w.reshape(-1, *w.shape[-2:]), *([] if bias is None else [bias]), tb=transposed)
-  return y.reshape(*x.shape[:-1], N)
+  return y.reshape(*(x.shape[:-2] or w.shape[:-2]), x.shape[-2], N) if x.ndim > 1 else y.reshape(N)
 
 # ---------------------------------------------------------------- state passing: an SSM's convolution at any length
 # A sequence is walked in chunks of c steps, R of them at a time. With w = u v and the state x, 2 Re C A^l B = k[l]:
@@ -1205,6 +1205,10 @@ def causal_softmax(s:Tensor, pos:Tensor|None=None, start:Tensor|None=None) -> Te
     return None, ds.reshape(call.src[2].shape).uop
   p, = _launch(functools.partial(_softmax, m=m), [empty(prod(lead), L, T)], [s.reshape(-1, L, T), *place], grad)
   return p.reshape(s.shape)
+
+def softmax(s:Tensor) -> Tensor:
+  "Over all of the last axis. Differentiable once."
+  return causal_softmax(s.unsqueeze(-2)).squeeze(-2)    # a single row, the last one, sees every column
 
 # ---------------------------------------------------------------- embedding: a look-up, whose gradient adds up rows
 # tinygrad's own gradient compares every token with every word: 22 s for 1024 tokens of 50264 words, (768,) each.

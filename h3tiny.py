@@ -22,14 +22,14 @@ them), half precision, and the official releases' files (`H3LM.from_pretrained` 
 written by `save_checkpoint`).
 """
 from __future__ import annotations
-import dataclasses, functools, json, math, os
+import collections, dataclasses, functools, io, json, math, os, pickle, sys, zipfile
 from types import SimpleNamespace
 from typing import Iterator, NamedTuple
 import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
 from flashconv import (Pair, Vandermonde, attend_step, causal_softmax, cmul, constant, embedding, fftconv, h3_step,
-                       layernorm, matmul, ssm_conv, write)
+                       layernorm, matmul, softmax, ssm_conv, write)
 
 BY_FFT = 2048     # sequences up to this length go through the FFT in training, longer ones by state passing (README)
 State = tuple[Tensor, ...]  # of a mixer: () where there is none. Of the model: see H3LM.init_state
@@ -289,13 +289,13 @@ def rotary_tables(n:int, dim:int, device:str) -> tuple[Tensor, Tensor]:
   return tuple(constant(f(angle), device) for f in (np.cos, np.sin))
 
 class Attention:
-  """Causal softmax attention, with rotary positions (half-split) where rotary_dim > 0.
+  """Softmax attention, causal unless told, with rotary positions (half-split) where rotary_dim > 0.
 
   State: keys and values so far, (B,heads,T,hd) each, T the capacity; keys are kept rotated.
   flash-attention 33e0860c, flash_attn/modules/mha.py:346-522 and layers/rotary.py:125-202.
   """
-  def __init__(self, cfg:H3Config, rng:np.random.Generator):
-    D, self.n_heads, self.rotary_dim = cfg.d_model, cfg.n_heads, cfg.rotary_dim
+  def __init__(self, cfg:H3Config, rng:np.random.Generator, causal:bool=True):
+    D, self.n_heads, self.rotary_dim, self.causal = cfg.d_model, cfg.n_heads, cfg.rotary_dim, causal
     self.Wqkv = Linear(D, 3*D, rng)
     self.out_proj = Linear(D, D, rng, 0.02 / (2*cfg.n_layer)**0.5)
 
@@ -327,7 +327,7 @@ class Attention:
         return self.out_proj(attend_step(q.squeeze(2), *state, place.pos, place.start).flatten(1)), state
       k, v = (cache[:, :, :place.room] for cache in state)
     s = matmul(q * q.shape[-1]**-0.5, k, transposed=True)           # (B,heads,L,T)
-    p = causal_softmax(s, place.pos, place.start) if state else causal_softmax(s)
+    p = causal_softmax(s, place.pos, place.start) if state else causal_softmax(s) if self.causal else softmax(s)
     return self.out_proj(matmul(p, v).transpose(1, 2).flatten(2)), state
 
 # ---------------------------------------------------------------- the language model
@@ -554,6 +554,54 @@ def read_checkpoint(path:str) -> tuple[dict[str, Tensor], dict[str, str]]:
     need(size == n + 8 + end, f"{size - n - 8 - end} bytes too long for its header")
     return {k: Tensor(np.frombuffer(f.read(hi-lo), DTYPES[dt]).reshape(shape).copy()).realize()
             for (lo, hi), k, dt, shape in entries}, meta
+
+def read_torch(path:str) -> dict[str, Tensor]:
+  """All tensors of a file of torch.save's (its zip form, from PyTorch 1.6 on), flat or under "state_dict".
+
+  Its pickle is read by an interpreter that knows dictionaries, tensors and nothing else: what it names of other
+  libraries becomes an empty object, and nothing of it is called. CheckpointError if it names a function of Python's own
+  library, or is damaged."""
+  def fail(what:str): raise CheckpointError(f"{path}: {what}.")
+  if not os.path.isfile(path): fail("no such file")
+  if not zipfile.is_zipfile(path): fail("not a file of torch.save's, or a truncated one")
+  class Foreign:
+    def __new__(cls, *args, **kw): return object.__new__(cls)
+    def __init__(self, *args, **kw): pass
+    def __setstate__(self, state): pass
+    def __setitem__(self, k, v): pass
+    def append(self, x): pass
+    def extend(self, x): pass
+  def tensor(storage, offset, size, stride, *_) -> np.ndarray:
+    if not isinstance(storage, np.ndarray) or len(size) != len(stride) or min((offset, *size, *stride), default=0) < 0 \
+       or (0 not in size and offset + sum((n-1)*s for n, s in zip(size, stride)) >= len(storage)): raise ValueError
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, [s*storage.itemsize for s in stride])
+  def bfloat16(raw:np.ndarray) -> np.ndarray: return (raw.astype(np.uint32) << 16).view(np.float32)
+  storages = {"Float": "f4", "Double": "f8", "Half": "f2", "BFloat16": "u2", "Long": "i8", "Int": "i4", "Short": "i2",
+              "Char": "i1", "Byte": "u1", "Bool": "?"}
+  known = {("collections", "OrderedDict"): collections.OrderedDict, ("torch._utils", "_rebuild_tensor_v2"): tensor,
+           ("torch._utils", "_rebuild_parameter"): lambda data, *_: data}
+  class Reader(pickle.Unpickler):
+    def find_class(self, module:str, name:str):
+      if (module, name) in known: return known[module, name]
+      if module == "torch" and name.endswith("Storage"): return name.removesuffix("Storage")
+      if module.split(".")[0] in {"__builtin__", *sys.stdlib_module_names}:
+        fail(f"its pickle asks for {module}.{name}, which a model does not need: refused")
+      return Foreign
+    def persistent_load(self, pid):
+      _, kind, key, _, n = pid
+      raw = np.frombuffer(file.read(f"{root}/data/{key}"), storages[kind])
+      if len(raw) != n: raise ValueError
+      return bfloat16(raw) if kind == "BFloat16" else raw
+  try:
+    with zipfile.ZipFile(path) as file:
+      root = next(n for n in file.namelist() if n.endswith("/data.pkl")).removesuffix("/data.pkl")
+      tree = Reader(io.BytesIO(file.read(f"{root}/data.pkl"))).load()
+  except CheckpointError: raise
+  except Exception as e: fail(f"damaged, or not of torch.save's ({type(e).__name__})")     # pickle raises anything
+  if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict): tree = tree["state_dict"]
+  tree = {k: v for k, v in tree.items() if isinstance(v, np.ndarray)} if isinstance(tree, dict) else {}
+  if not tree: fail("no tensors in it")
+  return {str(k): Tensor(np.array(v)).realize() for k, v in tree.items()}
 
 def load_weights(model:H3LM, weights:dict[str, Tensor], source:str="weights"):
   "Puts weights, by official name, into the model. CheckpointError unless names and shapes match."

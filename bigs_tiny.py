@@ -1,0 +1,410 @@
+"""BiGS ("Pretraining Without Attention"): masked language models of gated state space layers, and its baselines.
+
+Paper: Wang, Yan, Gu, Rush 2022, arXiv 2212.10544, the section on the model and its figure of the two architectures.
+Official code, cited below as file:line: github.com/jxiw/BiGS, T BiGS/modeling_bigs.py (PyTorch), F
+BiGS/modeling_flax_bigs.py (JAX). `python train.py --task mlm` trains one, `python generate.py --fill` asks it;
+
+  python bigs_tiny.py --plot out           draws what each layer's SSMs look at
+  python bigs_tiny.py --flops              arithmetic of a forward pass by length, beside BERT's
+
+Glossary. B batch, L length, V vocabulary, and then
+  symbol      shape      paper, official name
+  d_model, D  D          width of the model, hidden_size; an SSM's D is its skip weight, one number
+  d_inner, I  I          width of the gate, intermediate_size (3D in the released models)
+  A, C, dt    (N,)       an SSM x' = A x + u, y = Re C x, complex, N = d_state; one for all channels
+  K           (1,L)      its filter, K[l] = Re sum_n C (exp(dt A) - 1)/A exp(dt A l); forward K_f, backward K_b
+  H           (B,L,D)    a layer's input after the norm
+  V           (B,L,I)    its gate
+The four blocks, `BiGSConfig.block`, as routing (attention or two SSMs) x form (gated, or a Transformer's stack):
+  "gated"            13 D^2  X + (s((SSM_f ⊙ SSM_b) W) ⊙ V) W', BiGS; s is GELU
+  "gated-attention"  13 D^2  the same with self-attention for the SSMs
+  "attention"        12 D^2  BERT's layer with the norms in front: X + attention, then + MLP
+  "stack"            12 D^2  the same with two SSMs for attention, STACK/SSM
+
+Not here: attention masks (the official encoder takes one and drops it: padding is text like any other, so pad as in
+training), next-sentence prediction, norms behind the layers, the bilinear discretisation.
+"""
+from __future__ import annotations
+import dataclasses, json, math, os, sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+import numpy as np
+from tinygrad import GlobalCounters, Tensor
+from tinygrad.nn.state import get_state_dict
+from flashconv import Vandermonde, cmul, embedding, fftconv, matmul
+from h3tiny import Attention, CheckpointError, LayerNorm, Linear, load_weights, param, read_checkpoint, read_torch
+
+BLOCKS = ("gated", "stack", "gated-attention", "attention")
+HEADS = ("mlm", "classify", "choose", "span", "tag")
+BY_TOEPLITZ = 128        # up to this length a convolution is a matrix product, from there on `fftconv` (see convolve)
+
+# ---------------------------------------------------------------- configuration
+
+@dataclasses.dataclass
+class BiGSConfig:
+  "Everything that fixes a model's shape. ValueError, one sentence, if the values can't be."
+  vocab_size: int = 30522
+  d_model: int = 768
+  n_layer: int = 12
+  block: str = "gated"
+  d_inner: int = 0                   # 0: 3 d_model in gated blocks, 4 in BERT's, 5 in the stack of SSMs, see above
+  n_heads: int = 12                  # of attention blocks
+  d_state: int = 64                  # N
+  max_length: int = 512              # rows of the position table
+  n_types: int = 2
+  gelu: str = "tanh"                 # in the layers: "tanh" as in JAX, where the releases were trained, or "erf", T:319
+  pooler: str = "non_padding_mean"   # or "mean"
+  pad_token: int = 0
+  norm_eps: float = 1e-12
+  embed_dropout: float = 0.0         # 0.1 in the official recipe
+  n_labels: int = 2                  # of a classifier
+  rotary_dim: ClassVar[int] = 0      # attention gets its positions from the embedding
+
+  def __post_init__(self):
+    if self.block not in BLOCKS: raise ValueError(f"block must be one of {', '.join(BLOCKS)}, not {self.block!r}.")
+    self.d_inner = self.d_inner or self.d_model * {"stack": 5, "attention": 4}.get(self.block, 3)
+    for f in ("vocab_size", "d_model", "n_layer", "d_inner", "n_heads", "d_state", "max_length", "n_types", "n_labels"):
+      if not isinstance(getattr(self, f), int) or getattr(self, f) < 1:
+        raise ValueError(f"{f} must be a whole number of at least 1, not {getattr(self, f)!r}.")
+    if "attention" in self.block and self.d_model % self.n_heads:
+      raise ValueError(f"d_model ({self.d_model}) must be a multiple of n_heads ({self.n_heads}).")
+    if self.gelu not in ("tanh", "erf"): raise ValueError(f"gelu must be 'tanh' or 'erf', not {self.gelu!r}.")
+    if self.pooler not in ("non_padding_mean", "mean"):
+      raise ValueError(f"pooler must be 'non_padding_mean' or 'mean', not {self.pooler!r}.")
+    if not 0 <= self.embed_dropout < 1:
+      raise ValueError(f"embed_dropout must be at least 0 and below 1, not {self.embed_dropout}.")
+
+  @staticmethod
+  def large(block:str="gated", max_length:int=128) -> BiGSConfig:
+    "The released shape (23 layers), or a baseline of as many weights (24)."
+    return BiGSConfig(30522, 1024, 23 if block.startswith("gated") else 24, block, n_heads=16, max_length=max_length)
+
+# ---------------------------------------------------------------- the SSM
+
+def hippo(N:int) -> np.ndarray:
+  """Imaginary parts, ascending, of the eigenvalues of HiPPO-LegS's normal part (F:158-193); the real ones are -1/2.
+
+  A + p p^T = S - 1/2, p_n = sqrt(n + 1/2), A_nk = -sqrt((2n+1)(2k+1)) below the diagonal and -(n+1) on it: S is
+  skew-symmetric."""
+  p = np.sqrt(np.arange(N) + 0.5)
+  S = np.outer(p, p)
+  return np.linalg.eigvalsh(-1j * (np.triu(S, 1) - np.tril(S, -1)))
+
+class S4D:
+  "One scalar SSM for all channels: 4N + 2 numbers. T:221-288, F:227-326."
+  def __init__(self, N:int, rng:np.random.Generator):
+    self.D = param(np.ones(1))
+    self.kernel = SimpleNamespace(C=param(rng.normal(0, 0.5**0.5, (N, 2))), A_re=param(np.full(N, -0.5)),
+                                  A_im=param(hippo(N)), log_step=param(rng.uniform(math.log(0.01), 0, 1)))
+
+def filters(ssms:list[S4D], L:int) -> Tensor:
+  """K of each SSM, D added to its first tap: y = K ∗ u is then all it does. (S,L)
+
+  Zero-order hold, the real part taken of all N modes, no factor 2 (T:251-258). A_re is kept below -1e-4 (T:247)."""
+  C, A_re, A_im, log_step = (Tensor.stack(*[getattr(s.kernel, k) for s in ssms])
+                             for k in ("C", "A_re", "A_im", "log_step"))
+  dt, re, im = log_step.exp(), A_re.minimum(-1e-4), A_im            # (S,1), (S,N), (S,N)
+  size, angle = (dt*re).exp(), dt*im
+  dA, inv = (size*angle.cos(), size*angle.sin()), 1 / (re*re + im*im)
+  w = cmul((C[..., 0], C[..., 1]), cmul((dA[0] - 1, dA[1]), (re*inv, -im*inv)))
+  K = Vandermonde(dA, L).sum((0.5*w[0], 0.5*w[1]))                  # its sum is 2 Re
+  return K + Tensor.stack(*[s.D for s in ssms]).pad((None, (0, L-1)))
+
+def toeplitz(K:Tensor) -> Tensor:
+  "T[t,s] = K[t-s], 0 above the diagonal: (S,L) -> (S,L,L)."
+  S, L = K.shape
+  c = K.flip(-1).pad((None, (0, L)))                                # c[L-1-l] = K[l], and then zeros
+  rows = c.unsqueeze(1).expand(S, L, 2*L).reshape(S, -1)[:, :L*(2*L-1)].reshape(S, L, 2*L-1)   # [t,j] = c[j-t]
+  return rows[..., L-1:]
+
+def convolve(u:Tensor, K:Tensor, backward:bool=False) -> Tensor:
+  """y[t] = sum_s K[t-s] u[s], s <= t; backward: K[s-t], s >= t, as if time ran the other way. u (B,L,D).
+
+  One filter for all channels is one Toeplitz matrix: K as (L,L), or as (1,L) for `fftconv`."""
+  if K.shape[0] == 1:
+    y = fftconv(u.flip(1) if backward else u, K, channels_last=True)
+    return y.flip(1) if backward else y
+  return matmul(K.transpose(0, 1) if backward else K, u)
+
+# ---------------------------------------------------------------- the four blocks
+
+class Layer:
+  "One layer of any block (T:291-330, F:329-410). The gated one's names are the official ones."
+  def __init__(self, cfg:BiGSConfig, rng:np.random.Generator):
+    D, I = cfg.d_model, cfg.d_inner
+    self.gated, self.ssm, self.gelu = cfg.block.startswith("gated"), "attention" not in cfg.block, cfg.gelu
+    self.LayerNorm = LayerNorm(D, cfg.norm_eps)
+    if self.ssm: self.fs4, self.bs4 = S4D(cfg.d_state, rng), S4D(cfg.d_state, rng)
+    else: self.attention = Attention(cfg, rng, causal=False)
+    if self.gated and self.ssm:
+      self.du_forward, self.du_backward, self.duc_forward, self.duc_backward = (Linear(D, D, rng) for _ in range(4))
+    elif self.ssm: self.mix = Linear(2*D, D, rng)
+    if self.gated: self.dv, self.dol, self.do = Linear(D, I, rng), Linear(D, I, rng), Linear(I, D, rng)
+    else: self.norm2, self.fc1, self.fc2 = LayerNorm(D, cfg.norm_eps), Linear(D, I, rng), Linear(I, D, rng)
+
+  def activate(self, x:Tensor) -> Tensor: return x.gelu("none" if self.gelu == "erf" else "tanh")
+
+  def route(self, h:Tensor, K_f:Tensor|None, K_b:Tensor|None) -> Tensor:
+    """What lets positions see each other: h (B,L,D) -> (B,L,D).
+
+    Of the stack's two SSMs the talk's figure shows a Concat of 2D channels that feeds the residual of D; the paper's
+    prose was not at hand. Here the concatenation is followed by a Dense 2D -> D; the MLP is a quarter wider than
+    BERT's, so that the layer has its 12 D^2 weights. A Dense before these SSMs would add nothing: a filter that all
+    channels share changes places with it."""
+    if not self.ssm: return self.attention(h)[0]
+    if not self.gated: return self.mix(Tensor.cat(convolve(h, K_f), convolve(h, K_b, backward=True), dim=-1))
+    u_f = self.duc_forward(convolve(self.activate(self.du_forward(h)), K_f))
+    u_b = self.duc_backward(convolve(self.activate(self.du_backward(h)), K_b, backward=True))
+    return u_f * u_b                                                # a product, not a sum: T:325
+
+  def __call__(self, x:Tensor, K_f:Tensor|None=None, K_b:Tensor|None=None) -> Tensor:
+    h = self.LayerNorm(x)
+    u = self.route(h, K_f, K_b)
+    if self.gated: return x + self.do(self.activate(self.dol(u)) * self.activate(self.dv(h)))
+    x = x + u
+    return x + self.fc2(self.activate(self.fc1(self.norm2(x))))
+
+# ---------------------------------------------------------------- the model
+
+class BiGS:
+  """The encoder and its heads. All parameters are float32 and drawn by numpy from `seed`; `get_state_dict(model)` gives
+  the official PyTorch names, where there are any. tokens (B,L) int; token_type like them, 0 where left out.
+
+  heads: which to make, of "mlm", "classify", "choose", "span", "tag"; others are made, untrained, when first used.
+  """
+  def __init__(self, config:BiGSConfig, seed:int=0, heads:tuple[str, ...]=("mlm",)):
+    self.config, self.rng, d = config, np.random.default_rng(seed), config.d_model
+    table = lambda rows: SimpleNamespace(weight=param(self.rng.normal(0, 0.02, (rows, d))))
+    self.bigs = SimpleNamespace(
+      embeddings=SimpleNamespace(word_embeddings=table(config.vocab_size), LayerNorm=LayerNorm(d, config.norm_eps),
+                                 position_embeddings=table(config.max_length), token_type_embeddings=table(config.n_types)),
+      encoder=SimpleNamespace(layer=[Layer(config, self.rng) for _ in range(config.n_layer)]))
+    for head in heads: self.add(head)
+
+  def add(self, head:str) -> None:
+    "Makes a head's parameters where they are missing. ValueError for another name."
+    if head not in HEADS: raise ValueError(f"no head is called {head!r}, only {', '.join(HEADS)}.")
+    d = self.config.d_model
+    lecun = lambda n: Linear(d, n, self.rng, d**-0.5)               # F:610, 966, 1076
+    if head == "mlm" and not hasattr(self, "cls"):
+      transform = SimpleNamespace(dense=lecun(d), LayerNorm=LayerNorm(d, self.config.norm_eps))
+      self.cls = SimpleNamespace(predictions=SimpleNamespace(transform=transform,
+                                                             bias=param(np.zeros(self.config.vocab_size))))
+    if head in ("classify", "choose") and not hasattr(self.bigs, "pooler"):
+      self.bigs.pooler = SimpleNamespace(dense=Linear(d, d, self.rng))
+    if head in ("classify", "choose", "tag") and not hasattr(self, "classifier"):
+      self.classifier = lecun(1 if head == "choose" else self.config.n_labels)
+    if head == "span" and not hasattr(self, "qa_outputs"): self.qa_outputs = lecun(2)
+
+  def embed(self, tokens:Tensor, token_type:Tensor|None=None) -> Tensor:
+    "Words, token types and positions, added and normalised (T:210-217). (B,L,D)"
+    e, L = self.bigs.embeddings, tokens.shape[-1]
+    if not 1 <= L <= self.config.max_length:
+      raise ValueError(f"{L} tokens where the model has positions for 1 to {self.config.max_length}.")
+    types = e.token_type_embeddings.weight
+    types = types[0] if token_type is None else embedding(token_type, types)
+    x = embedding(tokens, e.word_embeddings.weight) + types + e.position_embeddings.weight[:L]
+    return e.LayerNorm(x).dropout(self.config.embed_dropout)
+
+  def filters(self, L:int) -> list[tuple[Tensor|None, Tensor|None]]:
+    "K_f, K_b of each layer, all made at once, as `convolve` takes them; None for attention."
+    layers = self.bigs.encoder.layer
+    if not layers[0].ssm: return [(None, None)] * len(layers)
+    K = filters([s for l in layers for s in (l.fs4, l.bs4)], L).contiguous()
+    parts = (toeplitz(K).contiguous() if L <= BY_TOEPLITZ else K.unsqueeze(1)).chunk(K.shape[0])
+    return [(f.squeeze(0), b.squeeze(0)) for f, b in zip(parts[::2], parts[1::2])]
+
+  def encode(self, tokens:Tensor, token_type:Tensor|None=None) -> Tensor:
+    "(B,L,D), without a norm after the last layer. ValueError for more than max_length tokens."
+    x = self.embed(tokens, token_type)
+    for layer, K in zip(self.bigs.encoder.layer, self.filters(tokens.shape[-1])): x = layer(x, *K)
+    return x
+
+  def mlm(self, tokens:Tensor, token_type:Tensor|None=None, at:Tensor|None=None) -> Tensor:
+    "Logits (B,L,V), or (B,n,V) at the places `at` (B,n) alone. Erf GELU here, in both official versions (T:405-439)."
+    self.add("mlm")
+    head, x = self.cls.predictions, self.encode(tokens, token_type)
+    if at is not None:
+      B, L, D = x.shape
+      x = embedding(at + Tensor.arange(B).unsqueeze(1)*L, x.reshape(B*L, D))
+    x = head.transform.LayerNorm(head.transform.dense(x).gelu("none"))
+    return matmul(x, self.bigs.embeddings.word_embeddings.weight, transposed=True, bias=head.bias)
+
+  def pool(self, tokens:Tensor, mask:Tensor|None=None, token_type:Tensor|None=None) -> Tensor:
+    "tanh(Dense(mean over the positions whose mask is 1)): (B,D). Without a mask, over all that are not padding."
+    x = self.encode(tokens, token_type)                             # (B,L,D)
+    if self.config.pooler == "mean": mean = x.mean(1)
+    else:
+      m = (tokens != self.config.pad_token if mask is None else mask).float().unsqueeze(-1)
+      mean = (x*m).sum(1) / m.sum(1).maximum(1)
+    return self.bigs.pooler.dense(mean).tanh()
+
+  def outputs(self, n:int|None=None) -> Linear:
+    have = self.classifier.weight.shape[0]
+    if n is not None and have != n: raise ValueError(f"the classifier has {have} outputs, multiple choice takes {n}.")
+    return self.classifier
+
+  def classify(self, tokens:Tensor, mask:Tensor|None=None, token_type:Tensor|None=None) -> Tensor:
+    "(B,n_labels): logits, or with one label a real value (T:713-766). mask as of `pool`."
+    self.add("classify")
+    return self.outputs()(self.pool(tokens, mask, token_type).dropout(self.config.embed_dropout))
+
+  def choose(self, tokens:Tensor, mask:Tensor|None=None, token_type:Tensor|None=None) -> Tensor:
+    "Multiple choice: tokens (B,C,L), mask and token_type like them -> logits (B,C) (T:806-861)."
+    self.add("choose")
+    B, C, L = tokens.shape
+    one = lambda x: None if x is None else x.reshape(B*C, L)
+    return self.outputs(1)(self.pool(*map(one, (tokens, mask, token_type))).dropout(self.config.embed_dropout)).reshape(B, C)
+
+  def span(self, tokens:Tensor, token_type:Tensor|None=None) -> tuple[Tensor, Tensor]:
+    "Logits (B,L) of an answer's first and last token (T:955-1012). Question and padding are not left out."
+    self.add("span")
+    x = self.qa_outputs(self.encode(tokens, token_type))
+    return x[..., 0], x[..., 1]
+
+  def tag(self, tokens:Tensor, token_type:Tensor|None=None) -> Tensor:
+    "Logits (B,L,n_labels) for each token (T:884-932)."
+    self.add("tag")
+    return self.outputs()(self.encode(tokens, token_type).dropout(self.config.embed_dropout))
+
+  def lengthen(self, max_length:int) -> None:
+    "More positions: copies of the table's rows, one after the other, as Longformer does. The SSMs need nothing."
+    if max_length <= self.config.max_length: return
+    table = self.bigs.embeddings.position_embeddings
+    table.weight = param(np.resize(table.weight.numpy(), (max_length, self.config.d_model)))
+    self.config.max_length = max_length
+
+  @staticmethod
+  def from_pretrained(path_or_name:str, head:str|None=None, gelu:str|None=None) -> BiGS:
+    """The model in a file, or a folder with one: pytorch_model.bin, model.safetensors or flax_model.msgpack with the
+    config.json beside it, or a checkpoint of train.py. Its shape is that of the tensors.
+
+    head: the one that will be used; what of it the file lacks starts untrained, and a line on stderr says so. gelu:
+    by default "erf" for PyTorch's files and "tanh" for flax's, to get the logits that each of them gives.
+    CheckpointError, one line, for anything else."""
+    path = find(path_or_name)
+    kind = ".bin" if path.suffix in (".pt", ".pth") else path.suffix
+    readers = {".bin": lambda p: (read_torch(p), {}), ".msgpack": lambda p: (read_flax(p), {}),
+               ".safetensors": read_checkpoint}
+    if kind not in readers: raise CheckpointError(f"{path}: a model is {', '.join(readers)}, or a folder with one.")
+    return BiGS.from_checkpoint(*readers[kind](str(path)), str(path), head, gelu)
+
+  @staticmethod
+  def from_checkpoint(tensors:dict[str, Tensor], meta:dict[str, str], source:str, head:str|None=None,
+                      gelu:str|None=None) -> BiGS:
+    "The model of named tensors and, of a checkpoint of ours, metadata. Those named optim.… are passed over."
+    weights = {k: v for k, v in tensors.items() if not k.startswith("optim.") and not k.endswith(".position_ids")
+               and not k.startswith("cls.predictions.decoder.")}     # the decoder is tied, its bias the other one
+    try:
+      if "model" in meta:
+        if meta["model"] != "bigs": raise CheckpointError(f"{source}: it holds a model of kind {meta['model']!r}, not BiGS.")
+        config = BiGSConfig(**json.loads(meta["config"]))
+      else: config, head = official_config(weights, source, head, gelu)
+    except (KeyError, TypeError, ValueError) as e:
+      if isinstance(e, CheckpointError): raise
+      raise CheckpointError(f"{source}: its config is unusable: {e}") from None
+    parts = {"mlm": "cls.", "span": "qa_outputs.", "tag": "classifier."}
+    model = BiGS(config, heads=tuple(h for h, p in parts.items() if any(k.startswith(p) for k in weights)))
+    if any(k.startswith("bigs.pooler.") for k in weights):
+      model.bigs.pooler = SimpleNamespace(dense=Linear(config.d_model, config.d_model, model.rng))
+    load_weights(model, weights, source)
+    if head:
+      before = get_state_dict(model).keys()
+      model.add(head)
+      new = {k.rsplit(".", 1)[0] for k in get_state_dict(model).keys() - before}
+      # the released masked models come with a pooler that nothing was trained on top of
+      if head in ("classify", "choose") and "classifier" in new: new.add("bigs.pooler.dense")
+      if new: print(f"{source}: no trained {' and '.join(sorted(new))} in it, so {head} starts from random ones",
+                    file=sys.stderr)
+    return model
+
+# ---------------------------------------------------------------- the official files
+
+def find(name:str) -> Path:
+  path = Path(name)
+  if path.is_dir():
+    found = [f for f in ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack") if (path/f).is_file()]
+    ours = sorted(path.glob("*.safetensors"), key=lambda f: f.stat().st_mtime)
+    if not found and not ours: raise CheckpointError(f"no model in the folder {path}.")
+    return path/found[0] if found else ours[-1]
+  if not path.is_file(): raise CheckpointError(f"no model at {path}.")
+  return path
+
+def official_config(weights:dict[str, Tensor], source:str, head:str|None, gelu:str|None) -> tuple[BiGSConfig, str|None]:
+  "Shape from the tensors, the rest from config.json, which must not contradict them."
+  def shape(name:str) -> tuple[int, ...]:
+    if name not in weights: raise CheckpointError(f"{source}: tensor {name} is missing: not a BiGS model.")
+    return weights[name].shape
+  V, D = shape("bigs.embeddings.word_embeddings.weight")
+  layers = {int(k.split(".")[3]) for k in weights if k.startswith("bigs.encoder.layer.")}
+  config = dict(vocab_size=V, d_model=D, n_layer=len(layers), d_inner=shape("bigs.encoder.layer.0.dv.weight")[0],
+                d_state=shape("bigs.encoder.layer.0.fs4.kernel.A_re")[0], n_heads=1,
+                max_length=shape("bigs.embeddings.position_embeddings.weight")[0],
+                n_types=shape("bigs.embeddings.token_type_embeddings.weight")[0],
+                n_labels=weights["classifier.weight"].shape[0] if "classifier.weight" in weights else 2,
+                gelu=gelu or ("tanh" if source.endswith(".msgpack") else "erf"))
+  file = Path(source).with_name("config.json")
+  try: given = json.loads(file.read_text()) if file.is_file() else {}
+  except ValueError: raise CheckpointError(f"{file} is not JSON.") from None
+  names = dict(vocab_size="vocab_size", d_model="hidden_size", n_layer="num_hidden_layers", d_inner="intermediate_size",
+               d_state="num_ssm", max_length="max_position_embeddings", n_types="type_vocab_size")
+  for ours, theirs in names.items():
+    if given.get(theirs, config[ours]) != config[ours]:
+      raise CheckpointError(f"{file} says {theirs} {given[theirs]}, the tensors of {source} {config[ours]}.")
+  if given.get("pre_norm", True) is not True: raise CheckpointError(f"{file}: pre_norm false is not supported.")
+  config |= dict(pooler=given.get("pooler_type", "non_padding_mean"), pad_token=given.get("pad_token_id", 0),
+                 norm_eps=given.get("layer_norm_eps", 1e-12))
+  kinds = {"SequenceClassification": "classify", "MultipleChoice": "choose", "QuestionAnswering": "span",
+           "TokenClassification": "tag"}
+  stated = [h for a in given.get("architectures") or [] for k, h in kinds.items() if a.endswith(k)]
+  return BiGSConfig(**config), head or (stated[0] if stated else None)
+
+def read_flax(path:str) -> dict[str, Tensor]:
+  "The tensors of a flax .msgpack under PyTorch's names and in its layout. CheckpointError if it is anything else."
+  found = {}
+  def walk(node:dict, at:tuple[str, ...]) -> None:
+    for k, v in node.items():
+      if isinstance(v, dict): walk(v, (*at, k))
+      elif not isinstance(v, np.ndarray): raise CheckpointError(f"{path}: {'/'.join((*at, k))} is not a tensor.")
+      else:
+        where = ("bigs", *at[1:]) if at[:1] in (("s4_bert",), ("bigs",)) else at
+        ssm = ("kernel",) if where[-1:] in (("fs4",), ("bs4",)) and k != "D" else ()
+        name = {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(k, k)
+        found[".".join((*where, *ssm, name))] = Tensor(np.ascontiguousarray(v.T if k == "kernel" else v)).realize()
+  try: tree, end = unpack(data := memoryview(Path(path).read_bytes()), 0)
+  except (IndexError, KeyError, ValueError, TypeError, RecursionError):
+    raise CheckpointError(f"{path}: not a flax msgpack file, or a damaged one.") from None
+  if not isinstance(tree, dict) or end != len(data): raise CheckpointError(f"{path}: not a flax msgpack file.")
+  walk(tree.get("params", tree), ())
+  return found
+
+def unpack(b:memoryview, i:int) -> tuple[object, int]:
+  """One msgpack value from byte i on, and where the next begins: what flax writes, which keeps an array as extension 1
+  with (shape, dtype, bytes) in msgpack again. https://github.com/msgpack/msgpack/blob/master/spec.md"""
+  def number(n:int, signed:bool=False) -> int: return int.from_bytes(take(n), "big", signed=signed)
+  def take(n:int) -> memoryview:
+    nonlocal i
+    if i + n > len(b): raise ValueError
+    i += n
+    return b[i-n:i]
+  def value() -> object:
+    nonlocal i
+    v, i = unpack(b, i)
+    return v
+  t = number(1)
+  if t < 0x80: return t, i
+  if t >= 0xe0: return t - 256, i
+  if 0xcc <= t <= 0xd3: return number(1 << (t-0xcc) % 4, t >= 0xd0), i
+  if t in (0xc0, 0xc2, 0xc3): return {0xc0: None, 0xc2: False, 0xc3: True}[t], i
+  if t in (0xca, 0xcb): return float(np.frombuffer(take(4 if t == 0xca else 8), ">f4" if t == 0xca else ">f8")[0]), i
+  if 0xa0 <= t < 0xc0 or 0xd9 <= t <= 0xdb: return str(take(t - 0xa0 if t < 0xc0 else number(1 << t-0xd9)), "utf-8"), i
+  if 0xc4 <= t <= 0xc6: return take(number(1 << t-0xc4)), i
+  if 0x90 <= t < 0xa0 or t in (0xdc, 0xdd): return [value() for _ in range(t - 0x90 if t < 0xa0 else number(2*(t-0xdb)))], i
+  if t < 0x90 or t in (0xde, 0xdf): return {value(): value() for _ in range(t - 0x80 if t < 0x90 else number(2*(t-0xdd)))}, i
+  if 0xc7 <= t <= 0xc9 or 0xd4 <= t <= 0xd8:
+    n = number(1 << t-0xc7) if t <= 0xc9 else 1 << t-0xd4
+    if number(1) != 1: raise ValueError
+    (shape, dtype, raw), end = unpack(take(n), 0)
+    return np.frombuffer(raw, dtype).reshape(shape), i
+  raise ValueError
