@@ -25,14 +25,14 @@ Not here: attention masks (the official encoder takes one and drops it: padding 
 training), next-sentence prediction, norms behind the layers, the bilinear discretisation.
 """
 from __future__ import annotations
-import dataclasses, json, math, os, sys
+import dataclasses, json, math, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 import numpy as np
 from tinygrad import GlobalCounters, Tensor
 from tinygrad.nn.state import get_state_dict
-from flashconv import Vandermonde, cmul, embedding, fftconv, matmul
+from flashconv import Vandermonde, check_kernels, cmul, embedding, fftconv, matmul, setup_device
 from h3tiny import Attention, CheckpointError, LayerNorm, Linear, load_weights, param, read_checkpoint, read_torch
 
 BLOCKS = ("gated", "stack", "gated-attention", "attention")
@@ -276,38 +276,39 @@ class BiGS:
     self.config.max_length = max_length
 
   @staticmethod
-  def from_pretrained(path_or_name:str, head:str|None=None, gelu:str|None=None) -> BiGS:
+  def from_pretrained(path_or_name:str, head:str|None=None, gelu:str|None=None, n_labels:int|None=None) -> BiGS:
     """The model in a file, or a folder with one: pytorch_model.bin, model.safetensors or flax_model.msgpack with the
     config.json beside it, or a checkpoint of train.py. Its shape is that of the tensors.
 
-    head: the one that will be used; what of it the file lacks starts untrained, and a line on stderr says so. gelu:
-    by default "erf" for PyTorch's files and "tanh" for flax's, to get the logits that each of them gives.
-    CheckpointError, one line, for anything else."""
+    head: keep this one only; what of it the file lacks starts untrained, and a line on stderr says so; by default all
+    that are there. n_labels: of a new classifier. gelu: by default "erf" for PyTorch's files and "tanh" for flax's, to
+    get the logits that each of them gives. CheckpointError, one line, for anything else."""
     path = find(path_or_name)
-    kind = ".bin" if path.suffix in (".pt", ".pth") else path.suffix
-    readers = {".bin": lambda p: (read_torch(p), {}), ".msgpack": lambda p: (read_flax(p), {}),
-               ".safetensors": read_checkpoint}
-    if kind not in readers: raise CheckpointError(f"{path}: a model is {', '.join(readers)}, or a folder with one.")
-    return BiGS.from_checkpoint(*readers[kind](str(path)), str(path), head, gelu)
+    return BiGS.from_checkpoint(*read_weights(path), str(path), head, gelu, n_labels)
 
   @staticmethod
   def from_checkpoint(tensors:dict[str, Tensor], meta:dict[str, str], source:str, head:str|None=None,
-                      gelu:str|None=None) -> BiGS:
+                      gelu:str|None=None, n_labels:int|None=None) -> BiGS:
     "The model of named tensors and, of a checkpoint of ours, metadata. Those named optim.… are passed over."
+    parts = {"mlm": ("cls.",), "classify": ("bigs.pooler.", "classifier."), "choose": ("bigs.pooler.", "classifier."),
+             "span": ("qa_outputs.",), "tag": ("classifier.",)}
+    others = tuple(p for ps in parts.values() for p in ps if head and p not in parts[head])
     weights = {k: v for k, v in tensors.items() if not k.startswith("optim.") and not k.endswith(".position_ids")
-               and not k.startswith("cls.predictions.decoder.")}     # the decoder is tied, its bias the other one
+               and not k.startswith(("cls.predictions.decoder.", *others))}     # the decoder is tied, in both parts
     try:
-      if "model" in meta:
-        if meta["model"] != "bigs": raise CheckpointError(f"{source}: it holds a model of kind {meta['model']!r}, not BiGS.")
+      if meta:
+        if meta.get("model") != "bigs": raise CheckpointError(f"{source}: it holds a model of kind {meta['model']!r}, not BiGS.")
         config = BiGSConfig(**json.loads(meta["config"]))
       else: config, head = official_config(weights, source, head, gelu)
     except (KeyError, TypeError, ValueError) as e:
       if isinstance(e, CheckpointError): raise
       raise CheckpointError(f"{source}: its config is unusable: {e}") from None
-    parts = {"mlm": "cls.", "span": "qa_outputs.", "tag": "classifier."}
-    model = BiGS(config, heads=tuple(h for h, p in parts.items() if any(k.startswith(p) for k in weights)))
-    if any(k.startswith("bigs.pooler.") for k in weights):
-      model.bigs.pooler = SimpleNamespace(dense=Linear(config.d_model, config.d_model, model.rng))
+    if "classifier.weight" not in weights: config.n_labels = n_labels or config.n_labels
+    elif n_labels not in (None, config.n_labels):
+      raise CheckpointError(f"{source}: its classifier has {config.n_labels} labels, not {n_labels}.")
+    have = lambda part: any(k.startswith(part) for k in weights)
+    model = BiGS(config, heads=tuple(h for h in ("mlm", "span", "tag") if have(parts[h][0])))
+    if have("bigs.pooler."): model.bigs.pooler = SimpleNamespace(dense=Linear(*[config.d_model]*2, model.rng))
     load_weights(model, weights, source)
     if head:
       before = get_state_dict(model).keys()
@@ -320,6 +321,16 @@ class BiGS:
     return model
 
 # ---------------------------------------------------------------- the official files
+
+def read_weights(path:Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+  "The tensors of a file of any of the formats, and the metadata of a checkpoint of ours, else none."
+  match path.suffix:
+    case ".safetensors":
+      tensors, meta = read_checkpoint(str(path))
+      return tensors, meta if "config" in meta else {}
+    case ".bin" | ".pt" | ".pth": return read_torch(str(path)), {}
+    case ".msgpack": return read_flax(str(path)), {}
+  raise CheckpointError(f"{path}: a model is a .safetensors, .bin or .msgpack, or a folder with one.")
 
 def find(name:str) -> Path:
   path = Path(name)
@@ -408,3 +419,83 @@ def unpack(b:memoryview, i:int) -> tuple[object, int]:
     (shape, dtype, raw), end = unpack(take(n), 0)
     return np.frombuffer(raw, dtype).reshape(shape), i
   raise ValueError
+
+# ---------------------------------------------------------------- what the models cost, and what they look at
+
+LENGTHS = (128, 512, 1024, 4096)
+# one forward pass, BiGS and BERT, as notes on the paper have it: unverified
+PAPER = {128: (8.1e10, 7.9e10), 512: (3.2e11, 3.4e11), 1024: (6.5e11, 7.2e11), 4096: (2.6e12, 4.1e12)}
+
+def flops() -> None:
+  "Arithmetic of one forward pass of the large encoders, random weights, one sequence, as tinygrad counts it."
+  print(f"operations of a forward pass, one sequence, width 1024; in brackets the paper's (unverified)\n{'length':>6}  "
+        f"{'BiGS, 23 layers':>22}  {'BERT, 24 layers':>22}  {'ratio':>5}  {'seconds':>15}")
+  counts, shapes = {}, {"gated": BiGSConfig.large("gated", LENGTHS[-1]), "attention": BiGSConfig.large("attention", LENGTHS[-1])}
+  for block, config in shapes.items():
+    model = BiGS(config, heads=())
+    for L in LENGTHS:
+      tokens = Tensor(np.random.default_rng(0).integers(0, config.vocab_size, (1, L)).astype(np.int32)).realize()
+      model.encode(tokens).realize()                                # the first time compiles
+      GlobalCounters.reset()
+      start = time.perf_counter()
+      model.encode(tokens).numpy()
+      counts[L, block] = GlobalCounters.global_ops, time.perf_counter() - start
+  for L in LENGTHS:
+    (ours, ours_s), (bert, bert_s) = (counts[L, b] for b in shapes)
+    a, b = PAPER.get(L, (0, 0))
+    print(f"{L:6}  {ours:9.2e} ({a:9.2e})  {bert:9.2e} ({b:9.2e})  {ours/bert:4.2f}x  {ours_s:6.2f} / {bert_s:6.2f}", flush=True)
+
+def plot(name:str, offsets:int=10) -> Path:
+  "Draws |K| of each layer, scaled to 1: what lies before a position to the left, what follows to the right."
+  path = find(name)
+  model = BiGS.from_checkpoint(*read_weights(path), str(path))
+  layers = model.bigs.encoder.layer
+  if not layers[0].ssm: raise CheckpointError(f"{path}: its layers are attention, which has no filters to draw.")
+  try: import matplotlib
+  except ImportError: raise CheckpointError("the plot needs matplotlib: pip install matplotlib.") from None
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+  K = np.abs(filters([s for l in layers for s in (l.fs4, l.bs4)], offsets + 1).numpy())       # (2 layers,offsets+1)
+  cols = min(6, len(layers))
+  rows = -(-len(layers) // cols)
+  fig, axes = plt.subplots(rows, cols, figsize=(2.3*cols, 1.5*rows + 0.5), sharex=True, sharey=True, squeeze=False, dpi=150)
+  x = np.arange(offsets + 1)
+  for i, ax in enumerate(axes.flat):
+    ax.axis("off" if i >= len(layers) else "on")
+    if i >= len(layers): continue
+    f, b = K[2*i], K[2*i+1]
+    top = max(f.max(), b.max()) or 1
+    ax.fill_between(-x, f/top, step="mid", color="#4c78a8", alpha=0.8, lw=0, label="forward")
+    ax.fill_between(x, b/top, step="mid", color="#e45756", alpha=0.8, lw=0, label="backward")
+    ax.axvline(0, color="#444444", lw=0.8)
+    ax.set_title(f"layer {i+1}", fontsize=8, loc="left")
+    ax.set(yticks=[], xlim=(-offsets-0.5, offsets+0.5), ylim=(0, 1.05))
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.tick_params(labelsize=7)
+  fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="upper right", ncols=2,
+             frameon=False, fontsize=8)
+  fig.suptitle(f"What each layer looks at: |K| by distance in tokens ({path.parent.name or path.name})", fontsize=9, x=0.01,
+               ha="left")
+  fig.tight_layout()
+  fig.savefig(out := path.with_name("filters.png"))
+  plt.close(fig)
+  return out
+
+def main(argv:list[str]|None=None) -> int:
+  from generate import Parser, number
+  p = Parser(prog="bigs_tiny.py", description="Looks into a BiGS model, or counts what one costs.", allow_abbrev=False)
+  p.add_argument("--plot", metavar="CHECKPOINT", help="draw the filters of each layer into filters.png beside it")
+  p.add_argument("--offsets", metavar="N", type=number(int, 1), default=10, help="how far the plot looks (default: 10)")
+  p.add_argument("--flops", action="store_true", help="arithmetic of a forward pass by length, BiGS and BERT (a minute)")
+  args = p.parse_args(argv)
+  if not args.plot and not args.flops: p.error("nothing to do: give --plot CHECKPOINT or --flops")
+  setup_device()
+  check_kernels()
+  try:
+    if args.plot: print(f"wrote {plot(args.plot, args.offsets)}")
+    if args.flops: flops()
+  except CheckpointError as e: p.error(str(e))
+  except OSError as e: p.error(f"{e.filename}: {e.strerror}")
+  return 0
+
+if __name__ == "__main__": sys.exit(main())

@@ -4,6 +4,7 @@
   python generate.py --prompt "class Stack:" --tokens 500 --temperature 0.7
   python generate.py --prompt "import os" "def main(" --batch 2          several side by side, of any lengths
   echo "import os" | python generate.py --model out/checkpoint.safetensors
+  python generate.py --fill "for i in [MASK](10):"    what a masked model (train.py --task mlm) puts there
   python generate.py --bench                          how fast H3, hybrid and Transformer read and write
 
 The prompt is read in pieces, convolutions that hand on the state (`ssm_conv`); every further token is one
@@ -11,14 +12,15 @@ step: constant time and memory in the H3 layers, a key-value cache in the attent
 
   for tokens in generate(model, prompt_ids, n=200, temperature=0.8): ...      # (B,) at a time
 
-Not here: beam search, repetition penalties, masked models.
+Not here: beam search, repetition penalties.
 """
 import argparse, codecs, dataclasses, json, os, stat, sys, time
 from pathlib import Path
 from typing import Iterator
 import numpy as np
 from flashconv import capture, check_kernels, setup_device
-from h3tiny import CheckpointError, H3Config, H3LM, read_checkpoint
+from bigs_tiny import BiGS, find, read_weights
+from h3tiny import CheckpointError, H3Config, H3LM
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.device import Buffer
 
@@ -49,7 +51,12 @@ def number(kind:type, low:float|None=None, high:float|None=None, above:float|Non
 
 # ---- tokenizers: encode(str) -> ids, decode(ids) -> bytes, vocab_size, eot ------------------------
 
-class ByteTokenizer:
+class Tokenizer:
+  "Masked models add four tokens behind a vocabulary that has none of them; `masked_size` counts them too."
+  cls, sep, mask, pad = (property(lambda self, i=i: self.vocab_size + i) for i in range(4))
+  masked_size = property(lambda self: self.vocab_size + 4)
+
+class ByteTokenizer(Tokenizer):
   "UTF-8 bytes, and one token more: <|endoftext|>."
   name, vocab_size, eot = "bytes", 257, 256
   def encode(self, text:str) -> np.ndarray:
@@ -58,7 +65,7 @@ class ByteTokenizer:
     ids = np.asarray(ids)
     return ids[ids < 256].astype(np.uint8).tobytes()
 
-class GPT2Tokenizer:
+class GPT2Tokenizer(Tokenizer):
   "GPT-2's byte pairs, from tiktoken, which downloads its vocabulary once."
   name, vocab_size, eot = "gpt2", 50257, 50256
   def __init__(self):
@@ -72,7 +79,33 @@ class GPT2Tokenizer:
   def decode(self, ids:np.ndarray) -> bytes:
     return self.bpe.decode_bytes([int(i) for i in ids if i < self.eot])
 
-TOKENIZERS = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}
+class BertTokenizer(Tokenizer):
+  "BERT's WordPiece, lower-cased, of a vocab.txt, by the library `tokenizers`."
+  name = "bert"
+  cls = sep = mask = pad = vocab_size = masked_size = 0             # the file says
+  def __init__(self, vocab:Path|None):
+    if vocab is None or not vocab.is_file():
+      raise UserError(f"--tokenizer bert needs its vocabulary: no {vocab or 'vocab.txt'}; put that of the model, or "
+                      "bert-large-uncased's, beside the checkpoint, or in train.py name it with --vocab")
+    try: from tokenizers import BertWordPieceTokenizer
+    except ImportError: raise UserError("--tokenizer bert needs the library tokenizers: pip install tokenizers") from None
+    self.words, self.path = vocab.read_text("utf-8").split("\n"), vocab
+    while self.words and not self.words[-1]: self.words.pop()
+    self.vocab_size = self.masked_size = len(self.words)
+    try: self.cls, self.sep, self.mask, self.pad = map(self.words.index, ("[CLS]", "[SEP]", "[MASK]", "[PAD]"))
+    except ValueError: raise UserError(f"{vocab} is not BERT's vocabulary: it lacks [CLS], [SEP], [MASK] or [PAD]") from None
+    self.eot, self.pieces = self.sep, BertWordPieceTokenizer(str(vocab), lowercase=True)
+  def encode(self, text:str) -> np.ndarray:
+    return np.array(self.pieces.encode(text, add_special_tokens=False).ids, np.uint16)
+  def decode(self, ids:np.ndarray) -> bytes:
+    words = (self.words[i] for i in ids if i not in (self.cls, self.sep, self.pad))
+    return "".join(w[2:] if w.startswith("##") else " " + w for w in words).encode()
+
+TOKENIZERS = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer, "bert": BertTokenizer}
+
+def make_tokenizer(name:str, vocab:Path|None=None) -> Tokenizer:
+  "vocab: the vocab.txt of \"bert\"."
+  return BertTokenizer(vocab) if name == "bert" else TOKENIZERS[name]()
 
 # ---- sampling -------------------------------------------------------------------------------------
 
@@ -144,6 +177,64 @@ def generate(model:H3LM, prompts:np.ndarray|list[np.ndarray], n:int, temperature
   for i in range(n):
     yield (token := sample(logits, rng, temperature, top_k, top_p))
     if i < n-1: logits = session(token)
+
+# ---- masked models --------------------------------------------------------------------------------
+
+MASK, LONGEST = "[MASK]", 12               # bytes of a word that a model of bytes may put in one place
+
+def masked_row(tokenizer:Tokenizer, text:str, run:int, length:int) -> np.ndarray:
+  "[CLS] text [SEP], each [MASK] in it as `run` mask tokens, padded to `length`."
+  parts = [tokenizer.encode(p) if p else np.zeros(0, int) for p in text.split(MASK)]
+  row = [tokenizer.cls, *parts[0], *(t for p in parts[1:] for t in (*[tokenizer.mask]*run, *p)), tokenizer.sep]
+  return np.array(row + [tokenizer.pad]*(length - len(row)), np.int32)
+
+def fill(model:BiGS, tokenizer:Tokenizer, text:str, pad:int=0) -> list[list[tuple[str, float]]]:
+  """For each [MASK] of a text, from left to right, what could stand there, the best first, with its probability.
+
+  A mask is a token, given those to its left filled in. For a model of bytes it is a word: of each length up to LONGEST
+  the likeliest bytes are settled one by one, the surest first, and the words compared by their mean probability a byte.
+  pad: the row's length, filled up with [PAD] (default: the next multiple of 64)."""
+  runs, found = (range(1, LONGEST+1) if tokenizer.name == "bytes" else [1]), []
+  need, most = max(len(masked_row(tokenizer, text, run, 0)) for run in runs), model.config.max_length
+  if need > most: raise UserError(f"the text takes {need} tokens, the model has positions for {most}: give less of it")
+  if text.count(MASK) == 0: raise UserError("--fill wants a text with [MASK] where something is to be found")
+  length = pad or min(most, -(-need//64)*64)
+  logits = capture(lambda t: model.mlm(t).realize())
+  def ask(rows:list[np.ndarray]) -> np.ndarray:
+    "Log-probabilities (rows,L,V); the tokens that only masked models have are left out."
+    x = logits(Tensor(np.stack(rows).astype(np.int32)).realize()).numpy().astype(np.float64)
+    x[..., [tokenizer.cls, tokenizer.sep, tokenizer.mask, tokenizer.pad]] = -np.inf
+    return x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) - x.max(-1, keepdims=True)
+  while text.count(MASK):
+    rows = [masked_row(tokenizer, text, run, length) for run in runs]
+    first = int(np.argmax(rows[0] == tokenizer.mask))
+    if tokenizer.name != "bytes":
+      p = ask(rows)[0, first]
+      best = [(tokenizer.decode([i]).decode("utf-8", "replace"), float(np.exp(p[i]))) for i in np.argsort(-p)[:5]]
+    else:
+      places, scores = [first + np.arange(run) for run in runs], [[] for _ in runs]
+      for _ in range(LONGEST):
+        p = ask(rows)
+        for row, at, score, q in zip(rows, places, scores, p):
+          if not len(at := at[row[at] == tokenizer.mask]): continue
+          surest = at[q[at].max(-1).argmax()]
+          row[surest] = q[surest].argmax()
+          score.append(q[surest].max())
+      words = [(tokenizer.decode(row[at]).decode("utf-8", "replace"), float(np.exp(np.mean(s))))
+               for row, at, s in zip(rows, places, scores)]
+      best = sorted(words, key=lambda w: -w[1])[:5]
+    found.append(best)
+    text = text.replace(MASK, best[0][0].strip() if tokenizer.name == "bert" else best[0][0], 1)
+  return found
+
+def show_fill(model:BiGS, tokenizer:Tokenizer, text:str, pad:int=0) -> None:
+  "Prints the text filled in, and for each [MASK] what else came to mind."
+  found = fill(model, tokenizer, text, pad)
+  for best in found: text = text.replace(MASK, best[0][0].strip() if tokenizer.name == "bert" else best[0][0], 1)
+  print(text)
+  for best in found: print("  " + "   ".join(f"{word.strip()!r} {p:.3g}" for word, p in best), flush=True)
+
+# ---- printing -------------------------------------------------------------------------------------
 
 class TextStream:
   """Bytes in pieces -> text in pieces: characters come out whole, and nothing from `stop` on comes out at
@@ -266,6 +357,8 @@ def parser() -> Parser:
   p.add_argument("--stop", metavar="TEXT", default=argparse.SUPPRESS, help="end where this text would come")
   p.add_argument("--max-length", metavar="N", type=number(int, 1), default=argparse.SUPPRESS,
                  help="room for prompt and continuation in the attention layers' caches; default: the model's")
+  p.add_argument("--fill", metavar="TEXT", default=argparse.SUPPRESS,
+                 help="of a masked model: what could stand at each [MASK] of a text, a word where it reads bytes")
   p.add_argument("--bench", metavar="SIZE", nargs="?", const="125M", default=argparse.SUPPRESS,
                  help="time reading and writing with H3, hybrid and Transformer of a released shape "
                  "(125M if no other is named; 15 minutes on two cores), and stop")
@@ -290,12 +383,20 @@ def run(args:argparse.Namespace) -> None:
   if hasattr(args, "bench"):
     try: return bench(args.bench)
     except ValueError as e: raise UserError(f"--bench: {e}") from None
-  path = find_checkpoint(args.model)
-  tensors, meta = read_checkpoint(str(path))
-  model = H3LM.from_checkpoint(tensors, meta, str(path))
-  if (name := meta.get("tokenizer", "bytes")) not in TOKENIZERS:
+  fills = hasattr(args, "fill")
+  path = find(args.model) if fills and Path(args.model).exists() else find_checkpoint(args.model)
+  tensors, meta = read_weights(path)
+  if (name := meta.get("tokenizer", "bert" if fills and not meta else "bytes")) not in TOKENIZERS:
     raise CheckpointError(f"{path}: its tokenizer, {name!r}, is none of {', '.join(TOKENIZERS)}")
-  tokenizer = TOKENIZERS[name]()
+  if fills != (meta.get("model", "bigs" if fills else "h3") == "bigs"):
+    raise UserError(f"{path} is no masked model: train.py --task mlm makes one" if fills else
+                    f"{path} is a masked model: ask it with --fill")
+  tokenizer = make_tokenizer(name, path.with_name("vocab.txt"))
+  if fills:
+    model = BiGS.from_checkpoint(tensors, meta, str(path), "mlm")
+    # the official ones have been trained, and are run, on rows of one length
+    return show_fill(model, tokenizer, args.fill, 0 if meta else model.config.max_length)
+  model = H3LM.from_checkpoint(tensors, meta, str(path))
   try: trained_on = json.loads(meta.get("args", "{}")).get("data")
   except (ValueError, AttributeError): raise CheckpointError(f"{path}: its metadata are damaged") from None
   prompts = read_prompts(args, "def " if not trained_on and tokenizer.name == "bytes" else "")

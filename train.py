@@ -1,19 +1,21 @@
-"""Trains H3, hybrid and Transformer language models.
+"""Trains H3, hybrid and Transformer language models, and BiGS, BERT and what is between them.
 
   python train.py                                    a small hybrid on Python's own source, in minutes on a CPU
   python train.py --data book.txt notes/ --steps 3000 --out book
   python train.py --resume --out book                goes on where a run stopped, to the bit as if it never had
+  python train.py --task mlm --out masked            BiGS: fill in what is masked, see generate.py --fill
+  python train.py --task classify --data train.tsv --dev dev.tsv --init masked/checkpoint.safetensors --out classes
   python train.py --help                             every option
 
-From top to bottom: options, data, optimiser, checkpoints, what is shown, the loop. The model is in h3tiny.py,
-sampling in generate.py. A run leaves in --out: checkpoint.safetensors (weights under the official names, the
+From top to bottom: options, data, tasks, optimiser, checkpoints, what is shown, the loop. The models are in h3tiny.py
+and bigs_tiny.py, sampling in generate.py. A run leaves in --out: checkpoint.safetensors (weights under the official names, the
 optimiser's moments, all settings), log.csv and, with matplotlib, loss.png.
 
 Not here: mixed precision, gradient accumulation, several devices.
 """
 import time
 START = time.perf_counter()
-import argparse, csv, dataclasses, importlib.util, itertools, json, math, os, re, shutil, signal
+import argparse, csv, dataclasses, functools, importlib.util, itertools, json, math, os, re, shutil, signal
 import subprocess, sys, sysconfig, tempfile, threading
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
@@ -22,8 +24,10 @@ from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.helpers import Context
 from tinygrad.nn.state import get_state_dict
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
-from flashconv import FLASH, capture, check_kernels, setup_device
-from generate import CHECKPOINT, OUT, TOKENIZERS, Parser, Session, UserError, number, write
+from bigs_tiny import BLOCKS, BiGS, BiGSConfig, find, read_weights
+from flashconv import FLASH, capture, check_kernels, embedding, setup_device
+from generate import (CHECKPOINT, MASK, OUT, TOKENIZERS, Parser, Session, Tokenizer, UserError, make_tokenizer, number,
+                      show_fill, write)
 from h3tiny import CheckpointError, H3Config, H3LM, read_checkpoint, save_checkpoint
 
 # ---- options --------------------------------------------------------------------------------------
@@ -39,6 +43,13 @@ SIZES = {"tiny": dict(d_model=64, n_layer=2, n_heads=2, lr=3e-3),
 
 STEPS = 600                                     # of the default run
 KINDS = {"h3": "H3", "hybrid": "hybrid H3", "transformer": "Transformer"}
+BOTH_WAYS = {"bigs": "gated", "stack": "stack", "gated-attention": "gated-attention", "bert": "attention"}     # blocks
+# what a task sets where the command line does not
+DEFAULTS = {"text": dict(model="hybrid", batch=8, length=256, weight_decay=0.1),
+            "mlm": dict(model="bigs", batch=16, length=128, weight_decay=0.05),
+            "classify": dict(model="bigs", batch=16, length=128, weight_decay=0.01),
+            "agreement": dict(model="bigs", batch=64, length=32, weight_decay=0.05)}
+FINE_TUNING = dict(lr=2e-5, epochs=3)            # of classify with --init: GLUE's recipe
 
 def layer_list(text:str) -> list[int]:
   if text.strip() in ("", "none"): return []
@@ -46,20 +57,28 @@ def layer_list(text:str) -> list[int]:
   except ValueError: raise argparse.ArgumentTypeError(f"{text!r} is not layer numbers with commas, or none") from None
 
 def parser() -> Parser:
-  p = Parser(prog="train.py", description="Train an H3, hybrid or Transformer language model.", allow_abbrev=False,
+  p = Parser(prog="train.py", description="Train a model of the H3 or the BiGS family.", allow_abbrev=False,
              epilog="example: python train.py --data shakespeare.txt --steps 2000 --length 512 --out shakespeare")
   def add(group, name, kind, default, text, shown=None, **kw):
     group.add_argument(name, type=kind, default=default, help=f"{text} (default: {shown or default})", **kw)
   positive, fraction = number(int, 1), number(float, 0, 0.99)
 
   g = p.add_argument_group("what to train on")
-  add(g, "--task", str, "text", "the next token of text", choices=list(TASKS))
-  add(g, "--data", str, None, "files or folders of text", "Python's own source", nargs="+", metavar="PATH")
+  add(g, "--task", str, "text", "the next token of text; masked tokens of it (mlm); labels of a TSV (classify); the "
+      "verb's number in sentences of a small grammar (agreement)", choices=list(TASKS))
+  add(g, "--data", str, None, "files or folders of text; for classify lines of label, tab, text, or label, tab, text, "
+      "tab, text", "Python's own source", nargs="+", metavar="PATH")
+  add(g, "--dev", str, None, "of classify: such lines to evaluate on", "--holdout's share of --data", metavar="FILE")
+  add(g, "--vocab", str, None, "BERT's vocab.txt", "that beside --init's file", metavar="FILE")
   add(g, "--tokenizer", str, "bytes", "how text becomes tokens", choices=list(TOKENIZERS))
   add(g, "--holdout", number(float, 0.001, 0.5), 0.05, "share of the text, its end, kept for evaluation", metavar="X")
 
+  add(g, "--mask-run", positive, None, "of mlm: tokens masked in one place, from 1 to N", "8 bytes, 1 of other tokens",
+      metavar="N")
+
   g = p.add_argument_group("model")
-  add(g, "--model", str, "hybrid", "only H3 layers, most of them, or none", choices=list(KINDS))
+  add(g, "--model", str, None, "reads on: only H3 layers, most of them, or none; sees both sides: BiGS, SSMs stacked, "
+      "attention gated, BERT", "hybrid for text, else bigs", choices=[*KINDS, *BOTH_WAYS])
   add(g, "--size", str, "small", "sets the next three and --lr", choices=list(SIZES))
   add(g, "--d-model", positive, None, "width", "by --size", metavar="N")
   add(g, "--n-layer", positive, None, "layers", "by --size", metavar="N")
@@ -69,21 +88,24 @@ def parser() -> Parser:
       "all in a transformer, else 0", metavar="N")
   add(g, "--d-state", positive, 64, "state size of the SSMs", metavar="N")
   add(g, "--head-dim", positive, 1, "size of an H3 head", metavar="N")
-  add(g, "--mlp-mult", positive, 4, "width of the MLP over --d-model", metavar="N")
+  add(g, "--mlp-mult", positive, None, "width of the MLP, or the gate, over --d-model", "4; gated 3, stack 5",
+      metavar="N")
   add(g, "--embed-dropout", fraction, 0.0, "dropout after the embedding", metavar="X")
   add(g, "--resid-dropout", fraction, 0.0, "dropout in the blocks", metavar="X")
 
   g = p.add_argument_group("training")
-  add(g, "--steps", positive, STEPS, "steps in all", metavar="N")
-  add(g, "--batch", positive, 8, "sequences a step", metavar="N")
-  add(g, "--length", positive, 256, "tokens a sequence; of any length with --model h3", metavar="N")
+  add(g, "--steps", positive, None, "steps in all", f"{STEPS}; of classify 3 epochs", metavar="N")
+  add(g, "--batch", positive, None, "sequences a step", "by --task", metavar="N")
+  add(g, "--length", positive, None, "tokens a sequence; of any length with --model h3", "by --task", metavar="N")
   add(g, "--truncate", positive, None, "take a sequence in pieces of N tokens, in the memory that one needs: the state "
       "goes on from each to the next, the gradient does not come back, so what a piece should have left in the state "
       "for a later one is not learned; with --model h3, and --length a multiple of N", "whole", metavar="N")
-  add(g, "--lr", number(float, above=0), None, "highest learning rate", "by --size", metavar="X")
-  add(g, "--warmup", number(int, 0), None, "steps up to it; a cosine then falls to a tenth",
+  add(g, "--lr", number(float, above=0), None, "highest learning rate", "by --size; 2e-5 of classify with --init",
+      metavar="X")
+  add(g, "--warmup", number(int, 0), None, "steps up to it; a cosine then falls to a tenth; of classify a line to 0",
       "a tenth of --steps, at most 1000", metavar="N")
-  add(g, "--weight-decay", number(float, 0), 0.1, "of matrices and of the SSMs' C and D", metavar="X")
+  add(g, "--weight-decay", number(float, 0), None, "of matrices and of the SSMs' C and D; in models that see both sides "
+      "of embeddings and all of an SSM, too", "by --task", metavar="X")
   add(g, "--clip", number(float, above=0), 1.0, "largest norm of the whole gradient", metavar="X")
   add(g, "--seed", number(int, 0), 0, "of weights, batches and the sample", metavar="N")
 
@@ -91,7 +113,8 @@ def parser() -> Parser:
   add(g, "--out", str, OUT, "folder for checkpoint, log and plot", metavar="DIR")
   g.add_argument("--resume", action="store_true",
                  help="go on with the run in --out, with its settings but for those given now")
-  add(g, "--init", str, None, "start from a checkpoint's weights, and take its shape", "random", metavar="FILE")
+  add(g, "--init", str, None, "start from a checkpoint's weights, and take its shape; or from an official BiGS model",
+      "random", metavar="FILE")
   add(g, "--eval-every", positive, None, "steps between evaluations", "an eighth of --steps", metavar="N")
   add(g, "--save-every", positive, None, "steps between checkpoints", "as --eval-every", metavar="N")
   add(g, "--log-every", positive, None, "steps between lines, where stdout is no terminal",
@@ -103,7 +126,7 @@ def parser() -> Parser:
 
 SHAPE = ("d_model", "n_layer", "n_heads", "attn_layers", "rotary_dim", "d_state", "head_dim", "mlp_mult",
          "embed_dropout", "resid_dropout")
-NEWER = {"truncate": None}                      # options that a checkpoint may lack
+NEWER = dict(truncate=None, dev=None, vocab=None, mask_run=None)       # options that a checkpoint may lack
 FIXED = ("task", "tokenizer", "model", "size", "seed", "holdout", *SHAPE)    # what --resume can't change
 
 def given(argv:list[str]|None) -> dict:
@@ -112,32 +135,52 @@ def given(argv:list[str]|None) -> dict:
   for action in p._actions: action.default = argparse.SUPPRESS
   return vars(p.parse_args(argv))
 
-def make_config(args:argparse.Namespace, vocab_size:int) -> H3Config:
+def make_config(args:argparse.Namespace, vocab_size:int) -> H3Config|BiGSConfig:
   size = SIZES[args.size]
   d_model, n_layer, n_heads = (getattr(args, k) or size[k] for k in ("d_model", "n_layer", "n_heads"))
   attn, rotary = args.attn_layers, args.rotary_dim
+  if args.model in BOTH_WAYS:
+    for k, default in (("attn_layers", None), ("rotary_dim", None), ("head_dim", 1), ("resid_dropout", 0)):
+      if getattr(args, k) != default: raise UserError(f"--{k.replace('_', '-')} is for {', '.join(KINDS)}, not {args.model}")
+    block = BOTH_WAYS[args.model]
+    if args.n_layer is None and block.startswith("gated"): n_layer -= n_layer // 24       # 13 D^2 to the others' 12
+    try: return BiGSConfig(vocab_size, d_model, n_layer, block, (args.mlp_mult or 0)*d_model, n_heads, args.d_state,
+                           args.length, embed_dropout=args.embed_dropout)
+    except ValueError as e: raise UserError(str(e)) from None
   # The paper's hybrid has two attention layers, the 2nd and the (2 + N/2)th; a shallow one does with one
   if attn is None: attn = {"h3": (), "transformer": range(n_layer),
                            "hybrid": (1, 1 + n_layer//2) if n_layer >= 8 else (n_layer//2,)}[args.model]
   if rotary is None: rotary = d_model // n_heads // 2 * 2 if args.model == "transformer" else 0
   try:
     return H3Config(vocab_size, d_model, n_layer, tuple(attn), n_heads, rotary, args.d_state, args.head_dim,
-                    args.mlp_mult, embed_dropout=args.embed_dropout, resid_dropout=args.resid_dropout,
+                    args.mlp_mult or 4, embed_dropout=args.embed_dropout, resid_dropout=args.resid_dropout,
                     max_length=max(2048, 2*args.length))
   except ValueError as e: raise UserError(str(e)) from None
 
 # ---- data -----------------------------------------------------------------------------------------
 
+Batch = tuple[np.ndarray, ...]
+
 @dataclasses.dataclass
 class Task:
   "What the loop needs of a task; each has a function of the options that makes one."
   about: str
-  tokenizer: object
-  batch: Callable[[int], tuple[np.ndarray, np.ndarray]]       # of a step: inputs, targets, (B,L) int32 each
-  held_out: list[tuple[np.ndarray, np.ndarray]]               # batches to evaluate on, always the same
-  bits: float                   # bits per byte for one nat per token, in training; likewise held out
-  held_out_bits: float
-  baseline: float               # bits per byte of a byte-bigram model on `held_out`
+  tokenizer: Tokenizer|None
+  vocab_size: int
+  batch: Callable[[int], Batch]                 # of a step
+  held_out: list[Batch]                         # to evaluate on, always the same
+  baseline: float                               # what the loss has to beat, in `unit`, on `held_out`; and its name
+  guess: str
+  bits: float = 1 / math.log(2)                 # in `unit` for a loss of 1, in training; likewise held out
+  held_out_bits: float = 1 / math.log(2)
+  unit: str = "bits per byte"
+  # (model, *batch) -> the mean loss, and whatever `metrics` makes figures of, given that for each batch held out
+  forward: Callable[..., tuple[Tensor, ...]] = lambda model, x, y: (cross_entropy(model(x), y),)
+  metrics: Callable[[list[Batch]], dict[str, float]] = lambda outputs: {}
+  head: str|None = None                         # of a BiGS model, and its labels
+  labels: list[str]|None = None
+  epochs: float|None = None                     # steps of one
+  sample: Callable|None = None                  # shows what the model does
 
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -185,19 +228,45 @@ def bigram_bits(train:np.ndarray, x:np.ndarray, y:np.ndarray) -> float:
   counts = 1 + np.bincount(train[:-1].astype(np.int64)*257 + train[1:], minlength=257*257).reshape(257, 257)
   return float(-np.log2(counts / counts.sum(1, keepdims=True))[x, y].sum())
 
+@dataclasses.dataclass
+class Windows:
+  "Text as tokens, one part to train on and one held out, in windows of `size` tokens."
+  args: argparse.Namespace
+  size: int
+  def __post_init__(self):
+    args, self.tok = self.args, tokenizer(self.args)
+    texts = read_texts(args.data)
+    self.train, self.held = split([np.append(self.tok.encode(t), np.uint16(self.tok.eot)) for t in texts], args.holdout)
+    for name, part in (("training", self.train), ("held-out", self.held)):
+      if len(part) < self.size:
+        raise UserError(f"the text is too short: its {name} part has {len(part)} tokens and a window "
+                        f"takes {self.size}: give more text or a smaller --length")
+    name = ", ".join(args.data) if args.data else "Python's standard library"
+    self.about = (f"{name}: {len(texts):,} file{'s'*(len(texts) != 1)}, {len(self.train)/1e6:.2f} M tokens to train on, "
+                  f"{len(self.held)/1e6:.3f} M held out ({args.tokenizer})")
+  def evenly(self) -> np.ndarray:
+    "Windows (n,B,size) evenly over the held-out part, 128 at most, in batches."
+    n = min(128, (len(self.held)-1) // (self.size-1))
+    B = min(self.args.batch, n)
+    n -= n % B
+    at = np.linspace(0, len(self.held)-self.size, n).astype(int)
+    return self.held[at[:, None] + np.arange(self.size)].astype(np.int32).reshape(-1, B, self.size)
+  def draw(self, rng:np.random.Generator) -> np.ndarray:
+    "A batch of training windows, (B,size)."
+    at = rng.integers(0, len(self.train)-self.size+1, self.args.batch)
+    return self.train[at[:, None] + np.arange(self.size)].astype(np.int32)
+
+def tokenizer(args:argparse.Namespace) -> Tokenizer:
+  places = [args.vocab] if args.vocab else [Path(p).parent/"vocab.txt" if Path(p).is_file() else Path(p)/"vocab.txt"
+                                            for p in (args.init, args.out) if p]
+  return make_tokenizer(args.tokenizer, next((Path(p) for p in places if Path(p).is_file()), Path(places[0])))
+
 def text_task(args:argparse.Namespace) -> Task:
-  texts, tok, L = read_texts(args.data), TOKENIZERS[args.tokenizer](), args.length
-  train, held = split([np.append(tok.encode(t), np.uint16(tok.eot)) for t in texts], args.holdout)
-  for name, part in (("training", train), ("held-out", held)):
-    if len(part) <= L:
-      raise UserError(f"the text is too short: its {name} part has {len(part)} tokens and a window "
-                      f"takes {L+1}: give more text or a smaller --length")
-  # windows evenly over the held-out part, 128 at most, in batches
-  n = min(128, (len(held)-1) // L)
-  B = min(args.batch, n)
-  n -= n % B
-  at = np.linspace(0, len(held)-1-L, n).astype(int)
-  windows = held[at[:, None] + np.arange(L+1)].astype(np.int32)                       # (n,L+1)
+  "The next token of text; with bits per byte, whatever the tokens."
+  text, L = Windows(args, args.length + 1), args.length
+  tok, train, windows = text.tok, text.train, text.evenly()
+  batches = [(w[:, :-1], w[:, 1:]) for w in windows]
+  windows = windows.reshape(-1, L+1)
   if tok.name == "bytes": pairs = train, windows[:, :-1].ravel(), windows[:, 1:].ravel()
   else:
     parts = [np.frombuffer(tok.decode(w), np.uint8) for w in windows]
@@ -205,33 +274,256 @@ def text_task(args:argparse.Namespace) -> Task:
              np.concatenate([p[1:] for p in parts]))
   targets = len(tok.decode(windows[:, 1:].ravel()))
 
-  def batch(step:int) -> tuple[np.ndarray, np.ndarray]:
-    at = np.random.default_rng([args.seed, step]).integers(0, len(train)-L, args.batch)
-    w = train[at[:, None] + np.arange(L+1)].astype(np.int32)
+  def batch(step:int) -> Batch:
+    w = text.draw(np.random.default_rng([args.seed, step]))
     return w[:, :-1], w[:, 1:]
-  name = ", ".join(args.data) if args.data else "Python's standard library"
-  return Task(f"{name}: {len(texts):,} file{'s'*(len(texts) != 1)}, {len(train)/1e6:.2f} M tokens to train on, "
-              f"{len(held)/1e6:.3f} M held out ({args.tokenizer})", tok, batch,
-              [(w[:, :-1], w[:, 1:]) for w in windows.reshape(-1, B, L+1)],
-              len(train) / len(tok.decode(train)) / math.log(2), n*L / targets / math.log(2),
-              bigram_bits(*pairs) / (targets if tok.name == "bytes" else len(pairs[1])))
+  bigram = bigram_bits(*pairs) / (targets if tok.name == "bytes" else len(pairs[1]))
+  def sample(model:H3LM) -> None:
+    write(model, tok, ["def " if not args.data and tok.name == "bytes" else ""], args.sample, temperature=0.7,
+          seed=args.seed, max_length=args.sample+8)
+  return Task(text.about, tok, tok.vocab_size, batch, batches, bigram, "a byte-bigram model",
+              len(train) / len(tok.decode(train)) / math.log(2), windows[:, 1:].size / targets / math.log(2),
+              sample=sample)
 
-TASKS = {"text": text_task}
+# ---- masked tokens --------------------------------------------------------------------------------
+
+SHARE, SHORT = 0.15, 0.1      # of the tokens that are masked; of the rows that are cut short and filled up, as in BERT
+
+def mask_out(rng:np.random.Generator, rows:np.ndarray, lengths:np.ndarray, run:int, mask:int, vocab_size:int) -> Batch:
+  """Rows (B,L) of [CLS] text [SEP] [PAD]…, the text of `lengths` tokens: inputs (B,L), the places (B,n) that are asked
+  for, and what was there (B,n), -1 where a short row has fewer. Of the places 80 % become [MASK], 10 % any token of
+  the vocabulary, 10 % stay (Devlin et al. 2018). run: they come in runs of 1 to so many, one length a row."""
+  (B, L), n = rows.shape, max(1, round(SHARE * (rows.shape[1]-2)))
+  size = rng.integers(1, run+1, (B, 1))
+  group = (np.arange(L) + rng.integers(0, size)) // size
+  order = np.take_along_axis(rng.random((B, L)), group, 1) + np.arange(L)*1e-9        # neighbours of a group stay together
+  order[(np.arange(L) < 1) | (np.arange(L) > lengths[:, None])] = np.inf              # text is from 1 to its length
+  at = np.argsort(order, 1)[:, :n]
+  asked = np.arange(n) < np.maximum(1, np.round(SHARE*lengths))[:, None]
+  targets, how = np.where(asked, np.take_along_axis(rows, at, 1), -1), rng.random((B, n))
+  new = np.where(how < 0.8, mask, np.where(how < 0.9, rng.integers(0, vocab_size, (B, n)), targets))
+  inputs = rows.copy()
+  np.put_along_axis(inputs, at, np.where(asked, new, np.take_along_axis(rows, at, 1)), 1)
+  return tuple(x.astype(np.int32) for x in (inputs, at, targets))
+
+def mlm_task(args:argparse.Namespace) -> Task:
+  "Masked tokens of [CLS] text [SEP]; some rows are cut short and filled up with [PAD], so that it has been seen."
+  if args.length < 4: raise UserError("--task mlm wants a --length of at least 4")
+  text, run = Windows(args, args.length - 2), args.mask_run or (8 if args.tokenizer == "bytes" else 1)
+  tok = text.tok
+  def rows(w:np.ndarray, rng:np.random.Generator) -> Batch:
+    lengths = np.where(rng.random(len(w)) < SHORT, rng.integers(1, w.shape[1]+1, len(w)), w.shape[1])
+    x, place = np.pad(w, ((0, 0), (1, 1)), constant_values=tok.cls), np.arange(w.shape[1]+2)
+    x[place == lengths[:, None] + 1], x[place > lengths[:, None] + 1] = tok.sep, tok.pad
+    return mask_out(rng, x, lengths, run, tok.mask, tok.vocab_size)
+  held = [rows(w, np.random.default_rng([args.seed, 1, i])) for i, w in enumerate(text.evenly())]
+  counts = 1 + np.bincount(text.train, minlength=tok.vocab_size)
+  asked = np.concatenate([t[t >= 0] for _, _, t in held])
+  bits, right = float(-np.log2(counts/counts.sum())[asked].mean()), float((asked == counts.argmax()).mean())
+
+  def forward(model:BiGS, tokens:Tensor, at:Tensor, targets:Tensor) -> tuple[Tensor, ...]:
+    logits = model.mlm(tokens, at=at)
+    return cross_entropy(logits, targets), (logits.argmax(-1) == targets).sum(), (targets >= 0).sum()
+  def metrics(outputs:list[Batch]) -> dict[str, float]:
+    _, hits, asked = np.sum([[float(x) for x in o] for o in outputs], axis=0)
+    return {"accuracy": hits / asked}
+  def sample(model:BiGS) -> None:
+    show_fill(model, tok, f"for i in {MASK}(10):" if not args.data else tok.decode(text.held[:24]).decode("utf-8", "replace")
+              + f" {MASK} " + tok.decode(text.held[28:48]).decode("utf-8", "replace"))
+  return Task(text.about, tok, tok.masked_size, lambda step: rows(text.draw(r := np.random.default_rng([args.seed, 0, step])), r),
+              held, bits, f"tokens by their frequency (the commonest is right at {right:.3f})",
+              unit=f"bits per masked {'byte' if tok.name == 'bytes' else 'token'}",
+              forward=forward, metrics=metrics, head="mlm", sample=sample)
+
+# ---- fine-tuning ----------------------------------------------------------------------------------
+
+def read_tsv(path:str, columns:int|None=None) -> tuple[list[str], list[list[str]], list[int]]:
+  "Labels, texts (one or two each), and the numbers of their lines."
+  labels, texts, lines = [], [], []
+  for i, line in enumerate(read_text(Path(path)).splitlines(), 1):
+    if not line.strip(): continue
+    label, *rest = line.split("\t")
+    columns = columns or min(3, max(2, 1 + len(rest)))
+    if 1 + len(rest) != columns or not all(r.strip() for r in rest):
+      wanted = "label, tab, text" + ", tab, text"*(columns - 2)
+      raise UserError(f"{path} line {i} has {1+len(rest)} column{'s'*(len(rest) > 0)}"
+                      f"{' and an empty text' if 1+len(rest) == columns else ''}: a line is {wanted}")
+    for x, to in ((label.strip(), labels), (rest, texts), (i, lines)): to.append(x)
+  if not labels: raise UserError(f"{path} has no lines: each is label, tab, text")
+  return labels, texts, lines
+
+def real(text:str) -> float|None:
+  try: return x if math.isfinite(x := float(text)) else None
+  except ValueError: return None
+
+def agreement_of(truth:np.ndarray, said:np.ndarray) -> dict[str, float]:
+  "Accuracy, F1 (of the second label of two, else the mean over labels) and Matthews' correlation, Gorodkin's for many."
+  K = int(max(truth.max(), said.max())) + 1
+  C = np.bincount(truth*K + said, minlength=K*K).reshape(K, K).astype(float)
+  t, p, n, hits = C.sum(1), C.sum(0), C.sum(), np.trace(C)
+  f1 = 2*np.diag(C) / np.maximum(1, t + p)
+  spread = math.sqrt((n*n - p @ p) * (n*n - t @ t))
+  return {"accuracy": hits/n, "F1": float(f1[1] if K == 2 else f1.mean()), "MCC": (hits*n - t @ p)/spread if spread else 0.0}
+
+def correlation(truth:np.ndarray, said:np.ndarray) -> dict[str, float]:
+  "Pearson's and Spearman's; ties share the mean of their ranks."
+  def ranks(x:np.ndarray) -> np.ndarray:
+    _, group, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts-1)/2)[group]
+  def pearson(a:np.ndarray, b:np.ndarray) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    return float(a @ b / math.sqrt((a @ a) * (b @ b) or 1))
+  return {"Pearson": pearson(truth, said), "Spearman": pearson(ranks(truth), ranks(said))}
+
+def classify_task(args:argparse.Namespace) -> Task:
+  "Labels, or real values, of texts or pairs of texts: [CLS] a [SEP], or [CLS] a [SEP] b [SEP], filled up with [PAD]."
+  if not args.data or len(args.data) != 1: raise UserError("--task classify takes one TSV file: --data FILE")
+  tok, L = tokenizer(args), args.length
+  labels, texts, lines = read_tsv(args.data[0])
+  values = [real(l) for l in labels]
+  regression = None not in values and any(v != int(v) for v in values)
+  names = None if regression else sorted(set(labels), key=lambda l: (real(l) is None, real(l) or 0, l))
+  if names and len(names) < 2: raise UserError(f"{args.data[0]}: every line has the label {names[0]!r}: nothing to learn")
+  def table(labels:list[str], texts:list[list[str]], lines:list[int], path:str) -> list[Batch]:
+    rows = []
+    for label, text, line in zip(labels, texts, lines):
+      if (real(label) is None) if regression else (label not in names):
+        raise UserError(f"{path} line {line}: " + (f"{label!r} is not a number, as other labels are" if regression else
+                        f"the label {label!r} does not occur in {args.data[0]} (its labels: {', '.join(names)})"))
+      parts = [list(tok.encode(t)) for t in text]
+      while sum(map(len, parts)) + len(parts) + 1 > L: max(parts, key=len).pop()      # of the longer text, from the end
+      row = [tok.cls] + [t for p in parts for t in (*p, tok.sep)]
+      rows.append((np.array(row + [tok.pad]*(L-len(row)), np.int32), np.array([1]*len(row) + [0]*(L-len(row)), np.int32),
+                   np.float32(label) if regression else np.int32(names.index(label))))
+    return rows
+  rows = table(labels, texts, lines, args.data[0])
+  if args.dev: held = table(*read_tsv(args.dev, 1 + len(texts[0])), args.dev)
+  else:
+    order, n = np.random.default_rng([args.seed, 2]).permutation(len(rows)), max(1, round(len(rows)*args.holdout))
+    if n >= len(rows): raise UserError(f"{args.data[0]} has {len(rows)} line: some are held out, give more, or --dev")
+    rows, held = [rows[i] for i in order[n:]], [rows[i] for i in order[:n]]
+  stack = lambda rows: tuple(np.stack(x) for x in zip(*rows))
+  @functools.lru_cache(2)
+  def shuffled(epoch:int) -> np.ndarray: return np.random.default_rng([args.seed, 3, epoch]).permutation(len(rows))
+  def batch(step:int) -> Batch:
+    return stack([rows[shuffled(i // len(rows))[i % len(rows)]] for i in range(step*args.batch, (step+1)*args.batch)])
+  truth = np.array([r[2] for r in held])
+
+  def forward(model:BiGS, tokens:Tensor, mask:Tensor, labels:Tensor) -> tuple[Tensor, ...]:
+    x = model.classify(tokens, mask)
+    if regression: return ((x.squeeze(-1) - labels)**2).mean(), x.squeeze(-1)
+    return cross_entropy(x.unsqueeze(1), labels.unsqueeze(1)), x.argmax(-1)
+  def metrics(outputs:list[Batch]) -> dict[str, float]:
+    said = np.concatenate([o[1] for o in outputs])
+    return correlation(truth, said) if regression else agreement_of(truth[:len(said)], said.astype(int))
+  trained = np.array([r[2] for r in rows])
+  if regression: guess, baseline = "the mean of all", float(((truth - trained.mean())**2).mean())
+  else:
+    counts = 1 + np.bincount(trained, minlength=len(names))
+    guess = f"labels by their frequency (the commonest is right at {np.mean(truth == counts.argmax()):.3f})"
+    baseline = float(-np.log2(counts/counts.sum())[truth].mean())
+  return Task(f"{args.data[0]}: {len(rows):,} lines to train on, {len(held):,} held out, "
+              + ("real values" if regression else f"labels {', '.join(names)}") + f" ({args.tokenizer})",
+              tok, tok.masked_size, batch, [stack(held[i:i+args.batch]) for i in range(0, len(held), args.batch)], baseline,
+              guess, *([1.0, 1.0, "squared error"] if regression else [1/math.log(2)]*2 + ["bits per label"]),
+              forward, metrics, "classify", [""] if regression else names, len(rows)/args.batch)
+
+# ---- agreement ------------------------------------------------------------------------------------
+
+# singular and plural; a relative clause about a thing, or about a person
+NOUNS = [n.split("/") for n in "key/keys door/doors box/boxes book/books author/authors teacher/teachers dog/dogs "
+         "child/children man/men woman/women house/houses farmer/farmers picture/pictures letter/letters "
+         "engine/engines garden/gardens".split()]
+VERBS = [v.split("/") for v in "is/are was/were has/have sees/see likes/like moves/move waits/wait knows/know "
+         "holds/hold needs/need".split()]
+PREPOSITIONS, ADJECTIVES = "near behind of beside with under".split(), "old small red quiet strange".split()
+ENDS = [e.split() for e in "here|there|today|the sun|a lot|for a long time|once more".split("|")]
+WORDS = sorted({"the", "that", "every", ".", *(w for p in NOUNS+VERBS for w in p), *PREPOSITIONS, *ADJECTIVES,
+                *(w for e in ENDS for w in e)})
+FEW = (0.45, 0.3, 0.15, 0.07, 0.03)              # of training sentences have so many nouns between subject and verb
+
+def sentence(rng:np.random.Generator, between:int, attract:bool) -> tuple[list[str], int, str]:
+  """Words, the place of the main verb, and its wrong form: a subject, `between` phrases with a noun each, the verb. The
+  nouns between are of the other number with `attract`, else of any. A phrase is a preposition's, or a relative clause
+  about the noun before ("that sees the N": its verb agrees with that noun) or of another ("that the N sees")."""
+  pick = lambda xs: xs[rng.integers(len(xs))]
+  plural = int(rng.integers(2))
+  number, words = plural, ["the", *([pick(ADJECTIVES)] if rng.random() < 0.3 else []), pick(NOUNS)[plural]]
+  for _ in range(between):
+    before, number, kind = number, 1 - plural if attract else int(rng.integers(2)), rng.integers(4)
+    noun = ["the", *([pick(ADJECTIVES)] if rng.random() < 0.1 else []), pick(NOUNS)[number]]
+    words += [[pick(PREPOSITIONS), *noun], [pick(PREPOSITIONS), *noun], ["that", pick(VERBS)[before], *noun],
+              ["that", *noun, pick(VERBS)[number]]][kind]
+  verb = pick(VERBS)
+  return words + [verb[plural], *pick(ENDS), "."], len(words), verb[1-plural]
+
+def agreement_task(args:argparse.Namespace) -> Task:
+  "Which number the verb has: by masking it, or as the next word. Evaluated by how many nouns of the other number precede."
+  index, L = {w: i+4 for i, w in enumerate(WORDS)}, args.length
+  pad, cls, mask, sep = range(4)
+  if L < 31: raise UserError("--task agreement has sentences of up to 31 words: give a --length of at least 31")
+  reads_on = args.model in KINDS
+  def row(words:list[str]) -> np.ndarray:
+    ids = [cls, *(index[w] for w in words), sep]
+    return np.array(ids + [pad]*(L-len(ids)), np.int32)
+  def following(rows:np.ndarray) -> np.ndarray:
+    "The targets of a model that reads on."
+    return np.where(rows[:, 1:] == pad, -1, rows[:, 1:])
+  def batch(step:int) -> Batch:
+    rng = np.random.default_rng([args.seed, 0, step])
+    texts = [sentence(rng, rng.choice(len(FEW), p=FEW), False)[0] for _ in range(args.batch)]
+    rows = np.stack([row(t) for t in texts])
+    if reads_on: return rows[:, :-1], following(rows)
+    return mask_out(rng, rows, np.array([len(t) for t in texts]), 1, mask, len(index)+4)
+  def held(n:int) -> Batch:
+    "128 sentences with n attractors: as in training, and the wrong verb."
+    rng = np.random.default_rng([args.seed, 1, n])
+    some = [sentence(rng, n, True) for _ in range(128)]
+    rows, at = np.stack([row(s[0]) for s in some]), np.array([[s[1]+1] for s in some], np.int32)
+    right, wrong = np.take_along_axis(rows, at, 1), np.array([[index[s[2]]] for s in some], np.int32)
+    if reads_on: return rows[:, :-1], np.where(np.arange(L-1) == at-1, following(rows), -1), at-1, right, wrong
+    np.put_along_axis(rows, at, mask, 1)
+    return rows, at, right, right, wrong
+
+  def prefers(logits:Tensor, right:Tensor, wrong:Tensor) -> Tensor:
+    of = lambda word: (word.unsqueeze(-1) == Tensor.arange(logits.shape[-1])).where(logits, 0).sum(-1)
+    return of(right) > of(wrong)                                      # (B,1)
+  def forward(model, tokens:Tensor, a:Tensor, b:Tensor, *verbs:Tensor) -> tuple[Tensor, ...]:
+    logits = model.mlm(tokens, at=a)
+    return cross_entropy(logits, b), *([prefers(logits, *verbs)] if verbs else [])
+  def forward_on(model, tokens:Tensor, targets:Tensor, *verbs:Tensor) -> tuple[Tensor, ...]:
+    logits = model(tokens)
+    loss = cross_entropy(logits, targets)
+    if not verbs: return loss,
+    B, T, V = logits.shape
+    there = embedding(verbs[0] + Tensor.arange(B).unsqueeze(1)*T, logits.reshape(B*T, V))
+    return loss, prefers(there, *verbs[1:])
+  def metrics(outputs:list[Batch]) -> dict[str, float]:
+    return {f"{n} attractor{'s'*(n != 1)}": float(o[1].mean()) for n, o in enumerate(outputs)}
+  return Task(f"sentences of {len(WORDS)} words, up to {len(FEW)-1} nouns between subject and verb", None, len(index)+4,
+              batch, [held(n) for n in range(len(FEW))], math.log2(2*len(VERBS)), "the verbs' forms at random (0.500)",
+              unit="bits per verb", forward=forward_on if reads_on else forward, metrics=metrics, head="mlm")
+
+TASKS = {"text": text_task, "mlm": mlm_task, "classify": classify_task, "agreement": agreement_task}
 
 # ---- optimiser ------------------------------------------------------------------------------------
 
-def learning_rate(step:int, steps:int, peak:float, warmup:int) -> float:
-  "Linear up to the peak over `warmup` steps, then a cosine down to a tenth of it. Steps count from 0."
+def learning_rate(step:int, steps:int, peak:float, warmup:int, line:bool=False) -> float:
+  "Linear up to the peak over `warmup` steps, then a cosine down to a tenth of it, or a line to 0. Steps count from 0."
   if step < warmup: return peak * (step+1) / warmup
+  if line: return peak * (steps-step) / (steps-warmup)
   return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * (step-warmup) / max(1, steps-warmup))))
 
 def group_of(name:str) -> int:
   """0: with weight decay; 1: without; 2: without, and its rate at most 1e-3: the SSMs' dynamics.
-  The official grouping: safari/src/utils/optim_groups.py, configs/model/layer/h3.yaml."""
+  H3's official grouping: safari/src/utils/optim_groups.py, configs/model/layer/h3.yaml. BiGS decays all but biases
+  and norms: pretrain.py:384-404."""
+  if name.startswith(("bigs.", "cls.", "classifier.")): return int(name.endswith("bias") or "norm" in name.lower())
   if re.search(r"\.kernel\.(log_dt|inv_A_real|A_imag|B)$", name): return 2
   return int(name.endswith(".bias") or "norm" in name or "ln_f" in name or "embeddings" in name)
 
-BETA1, BETA2, EPS = 0.9, 0.95, 1e-8
+BETA1, BETA2, EPS = 0.9, 0.95, 1e-8              # language models; masked ones (BiGS, pretrain.py):
+MASKED = dict(beta2=0.98, eps=1e-6)
 
 def sumsq_kernel(total:UOp, g:UOp) -> UOp:
   "total[i] += Σ_j g[i,j]²: g in as many slices as total is long, side by side on the CPU, interleaved on a GPU."
@@ -243,14 +535,14 @@ def sumsq_kernel(total:UOp, g:UOp) -> UOp:
   s = (x*x).reduce(j, arg=Ops.ADD) if rows > 1 else x*x
   return total[i].store(total[i] + s).end(i).sink(arg=KernelInfo(name=f"sumsq_{n}"))
 
-def adamw_kernel(p:UOp, m:UOp, v:UOp, g:UOp, hyper:UOp, sumsq:UOp) -> UOp:
+def adamw_kernel(p:UOp, m:UOp, v:UOp, g:UOp, hyper:UOp, sumsq:UOp, beta2:float, eps:float) -> UOp:
   """One parameter's whole update, in place (Loshchilov & Hutter, arXiv 1711.05101).
   hyper: lr, lr * decay, 1/(1-β1^t), 1/(1-β2^t), clip."""
   n, p, m, v, g, sumsq = p.numel(), p.flatten(), m.flatten(), v.flatten(), g.flatten(), sumsq.flatten()
   i = UOp.range(n, 0)
   gi = g[i] * (hyper[4] / (sumsq[0].sqrt() + 1e-6)).minimum(1.0)       # the gradient, its global norm clipped
-  mi, vi = BETA1*m[i] + (1-BETA1)*gi, BETA2*v[i] + (1-BETA2)*gi*gi
-  pi = p[i] - hyper[0] * mi*hyper[2] / ((vi*hyper[3]).sqrt() + EPS) - hyper[1] * p[i]
+  mi, vi = BETA1*m[i] + (1-BETA1)*gi, beta2*v[i] + (1-beta2)*gi*gi
+  pi = p[i] - hyper[0] * mi*hyper[2] / ((vi*hyper[3]).sqrt() + eps) - hyper[1] * p[i]
   return UOp.group(p[i].store(pi), m[i].store(mi), v[i].store(vi)).end(i).sink(arg=KernelInfo(name=f"adamw_{n}"))
 
 CPU_SLICES = 64
@@ -260,13 +552,14 @@ class AdamW:
 
   A kernel for the norm and one for the update a parameter, flattened, so that parameters of one size share
   them. tinygrad's own optimiser launches five times as many kernels, and the first two steps take the longer."""
-  def __init__(self, params:dict[str, Tensor]):
+  def __init__(self, params:dict[str, Tensor], beta2:float=BETA2, eps:float=EPS):
+    self.beta2, self.eps = beta2, eps
     zeros = lambda p: Tensor(np.zeros(p.shape, np.float32), device=p.device).realize()
     self.params, self.m, self.v = params, *({k: zeros(p) for k, p in params.items()} for _ in "mv")
 
   def hyper(self, step:int, lr:float, weight_decay:float, clip:float, ssm_scale:float) -> list[Tensor]:
     "What changes with the step (from 0), (5,) for each group; ssm_scale: the third group's rate over lr."
-    rest = [1 / (1 - BETA1**(step+1)), 1 / (1 - BETA2**(step+1)), clip]
+    rest = [1 / (1 - BETA1**(step+1)), 1 / (1 - self.beta2**(step+1)), clip]
     rows = [[lr, lr*weight_decay, *rest], [lr, 0, *rest], [lr*ssm_scale, 0, *rest]]
     return [Tensor(np.array(r, np.float32)).realize() for r in rows]
 
@@ -276,9 +569,10 @@ class AdamW:
     slices = Tensor.zeros(16384 if Device[device].renderer.has_local else CPU_SLICES).contiguous()
     for g in grads.values(): slices = slices.custom_kernel(g.flatten(), fxn=sumsq_kernel)[0]
     sumsq, state = slices.sum().reshape(1).contiguous(), []
+    kernel = functools.partial(adamw_kernel, beta2=self.beta2, eps=self.eps)
     for k, p in self.params.items():
       old = [p, self.m[k], self.v[k]]
-      new = Tensor.custom_kernel(*[t.flatten() for t in (*old, grads[k])], hyper[group_of(k)], sumsq, fxn=adamw_kernel)
+      new = Tensor.custom_kernel(*[t.flatten() for t in (*old, grads[k])], hyper[group_of(k)], sumsq, fxn=kernel)
       state += [t.replace(x.reshape(t.shape)) for t, x in zip(old, new)]
     norm = sumsq.sqrt()
     Tensor.realize(norm, *state)
@@ -286,11 +580,11 @@ class AdamW:
 
 # ---- checkpoints ----------------------------------------------------------------------------------
 
-def save(path:Path, model:H3LM, opt:AdamW, args:argparse.Namespace, step:int, log:"Log") -> None:
+def save(path:Path, model:H3LM|BiGS, opt:AdamW, args:argparse.Namespace, step:int, log:"Log") -> None:
   tensors = get_state_dict(model) | {f"optim.{n}.{k}": t for n in "mv" for k, t in getattr(opt, n).items()}
   tensors |= {f"optim.rng.{d}": t for d, t in Tensor._device_rng_counters.items()}   # dropout's, if used
-  meta = dict(model="h3", config=dataclasses.asdict(model.config), args=vars(args), step=step,
-              tokenizer=args.tokenizer, losses=log.rows, held_out=log.evals, baseline=log.baseline)
+  meta = dict(model="bigs" if isinstance(model, BiGS) else "h3", config=dataclasses.asdict(model.config), args=vars(args), step=step,
+              tokenizer=args.tokenizer, losses=log.rows, held_out=log.evals, baseline=log.task.baseline, labels=log.task.labels)
   meta = {k: v if isinstance(v, str) else json.dumps(v) for k, v in meta.items()}
   try: save_checkpoint(str(path), tensors, meta)
   except OSError as e: raise UserError(f"can't write {path}: {e.strerror}") from None
@@ -331,9 +625,9 @@ def duration(seconds:float) -> str:
 class Log:
   "The losses so far; the progress line; the CSV and the plot."
   def __init__(self, args:argparse.Namespace, task:Task):
-    self.args, self.bits, self.baseline = args, task.bits, task.baseline
+    self.args, self.task = args, task
     self.rows: list[list[float]] = []             # step, loss in nats, lr
-    self.evals: list[list[float]] = []            # step, held-out bits per byte
+    self.evals: list[list] = []                   # step, held-out loss in the task's unit, its metrics
     self.live, self.begun, self.a_step = bool(sys.stdout and sys.stdout.isatty()), 0, 0.0
     self.restart_clock()
 
@@ -350,7 +644,7 @@ class Log:
     self.times = (self.times + [time.perf_counter()])[-21:]
     recent = [r[1] for r in self.rows[-10:]]                   # a step's loss alone jumps about
     mean = sum(recent) / len(recent)
-    text = f"step {step:>{len(str(a.steps))}}/{a.steps}  loss {mean:.3f}  {mean*self.bits:.3f} bits/byte  lr {lr:.1e}"
+    text = f"step {step:>{len(str(a.steps))}}/{a.steps}  loss {mean:.3f}  {mean*self.task.bits:.3f} {self.task.unit.replace(' per ', '/')}  lr {lr:.1e}"
     if len(self.rows) - self.begun > 2:                        # the first two compile and capture
       self.a_step = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
     if self.a_step:
@@ -361,6 +655,11 @@ class Log:
       self.show("\r\x1b[K" + f"{'━'*(bar*step//a.steps):─<{bar}} {text}"[:width].strip(), end="")
     elif step % a.log_every == 0 or step in (1, a.steps): self.show(text)
 
+  def held_out(self) -> str:
+    "The last evaluation."
+    _, loss, metrics = self.evals[-1]
+    return f"{loss:.3f} {self.task.unit}" + "".join(f", {k} {v:.3f}" for k, v in metrics.items())
+
   def restart_clock(self) -> None: self.times = [time.perf_counter()]
 
   def write(self, out:Path, title:str) -> str:
@@ -369,13 +668,13 @@ class Log:
     except OSError as e: return f"not the log ({e.filename}: {e.strerror})"
 
   def write_files(self, out:Path, title:str) -> str:
-    held = dict(self.evals)
+    held, unit = {step: [loss, *metrics.values()] for step, loss, metrics in self.evals}, self.task.unit.replace(" ", "_")
     with open(out / "log.csv", "w", newline="") as f:
       w = csv.writer(f)
-      w.writerow(["step", "loss_nats", "bits_per_byte", "learning_rate", "held_out_bits_per_byte",
-                  "bigram_bits_per_byte"])
+      w.writerow(["step", "loss_nats", unit, "learning_rate", f"baseline_{unit}", f"held_out_{unit}",
+                  *(f"held_out_{k.replace(' ', '_')}" for k in (self.evals[-1][2] if self.evals else ()))])
       for step, loss, lr in self.rows:
-        w.writerow([step, loss, round(loss*self.bits, 5), lr, held.get(step, ""), round(self.baseline, 5)])
+        w.writerow([step, loss, round(loss*self.task.bits, 5), lr, round(self.task.baseline, 5), *held.get(step, ())])
     try: self.plot(out / "loss.png", title)
     except ImportError: return f"{out/'log.csv'} (pip install matplotlib, and the plot is drawn too)"
     return f"{out/'log.csv'}, {out/'loss.png'}"
@@ -384,18 +683,19 @@ class Log:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    x, y = np.array([r[0] for r in self.rows]), np.array([r[1] for r in self.rows]) * self.bits
+    x, y = np.array([r[0] for r in self.rows]), np.array([r[1] for r in self.rows]) * self.task.bits
     near = np.ones(min(len(y), 1 + 2*(len(y)//80)))
     smooth = np.convolve(y, near, "same") / np.convolve(np.ones_like(y), near, "same")   # the neighbours' mean
     fig, ax = plt.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
     ax.plot(x, y, color="#4c78a8", alpha=0.25, lw=0.8)
     ax.plot(x, smooth, color="#4c78a8", lw=1.8, label="training")
-    ax.axhline(self.baseline, color="#888888", ls="--", lw=1.2, label=f"byte bigrams, held out: {self.baseline:.2f}")
+    base, unit = self.task.baseline, self.task.unit
+    ax.axhline(base, color="#888888", ls="--", lw=1.2, label=f"{self.task.guess.split(' (')[0]}: {base:.2f}")
     if self.evals:
-      ex, ey = zip(*self.evals)
+      ex, ey, _ = zip(*self.evals)
       ax.plot(ex, ey, "o-", color="#e45756", ms=5, lw=1, label=f"held out: {ey[-1]:.2f} at the end")
-    low = min([y.min(), self.baseline, *(e[1] for e in self.evals)])
-    ax.set(xlabel="step", ylabel="bits per byte", xlim=(0, x[-1]*1.01), ylim=(low-0.2, max(y.max(), self.baseline)+0.2))
+    low = min([y.min(), base, *(e[1] for e in self.evals)])
+    ax.set(xlabel="step", ylabel=unit, xlim=(0, x[-1]*1.01), ylim=(low-0.2, max(y.max(), base)+0.2))
     ax.set_title(title, fontsize=10.5, loc="left")
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
@@ -406,9 +706,10 @@ class Log:
 # ---- the loop -------------------------------------------------------------------------------------
 
 def cross_entropy(logits:Tensor, targets:Tensor) -> Tensor:
-  "Mean loss in nats: logits (B,L,V), targets (B,L)."
+  "Mean loss in nats over the targets that are not negative: logits (B,L,V), targets (B,L)."
   picked = (targets.unsqueeze(-1) == Tensor.arange(logits.shape[-1])).where(logits, 0).sum(-1)
-  return (logits.logsumexp(-1) - picked).mean()
+  asked = (targets >= 0).float()
+  return ((logits.logsumexp(-1) - picked) * asked).sum() / asked.sum()
 
 class Interrupt:
   "While training, the first Ctrl-C, SIGTERM or SIGHUP waits for the step to end; a second one doesn't."
@@ -424,31 +725,35 @@ class Interrupt:
     self.seen = signum
     print("\nfinishing the step, then saving; again to stop at once", file=sys.stderr, flush=True)
 
-def describe(c:H3Config) -> str:
+def describe(c:H3Config|BiGSConfig) -> str:
+  if isinstance(c, BiGSConfig):
+    name = dict(zip(BLOCKS, ("BiGS", "STACK/SSM", "gated attention", "BERT")))[c.block]
+    return f"{name}, {c.n_layer} layers of width {c.d_model}"
   kind = "h3" if not c.attn_layers else "transformer" if len(c.attn_layers) == c.n_layer else "hybrid"
   where = f", attention in {', '.join(map(str, c.attn_layers))}" if kind == "hybrid" else ""
   return f"{KINDS[kind]}, {c.n_layer} layers of width {c.d_model}{where}"
 
 def to_tensors(*arrays:np.ndarray) -> list[Tensor]: return [Tensor(np.ascontiguousarray(a)).realize() for a in arrays]
 
-def cut(batch:tuple[np.ndarray, np.ndarray], size:int) -> Iterator[list[Tensor]]:
+def cut(batch:Batch, size:int) -> Iterator[list[Tensor]]:
   "Inputs and targets (B,L) in pieces of `size` tokens, one after the other."
   return (to_tensors(*(a[:, i:i+size] for a in batch)) for i in range(0, batch[0].shape[1], size))
 
-def make_step(model:H3LM, params:dict[str, Tensor], opt:AdamW, truncate:int|None=None) -> Callable:
-  """One step of training: a batch (inputs, targets) and `opt.hyper` to the loss and the gradient's norm.
+def make_step(model:H3LM|BiGS, params:dict[str, Tensor], opt:AdamW, forward:Callable=Task.forward,
+              truncate:int|None=None) -> Callable:
+  """One step of training: a batch, as `Task.forward` takes it, and `opt.hyper` to the loss and the gradient's norm.
 
   truncate: the batch goes through in pieces of so many tokens. The state is handed on, no gradient comes back
   through it (truncated backpropagation through time); the pieces' gradients are added up for one update."""
   @capture
-  def whole(x:Tensor, y:Tensor, *hyper:Tensor) -> tuple[Tensor, Tensor]:
+  def whole(hyper:list[Tensor], *batch:Tensor) -> tuple[Tensor, Tensor]:
     with Context(TRAINING=1):
-      loss = cross_entropy(model(x), y)
+      loss = forward(model, *batch)[0]
       grads = loss.gradient(*params.values())
       Tensor.realize(loss, *grads)                                     # all of them before any weight changes
-      norm = opt.update(dict(zip(params, grads)), list(hyper))
+      norm = opt.update(dict(zip(params, grads)), hyper)
     return loss, norm
-  if truncate is None: return lambda batch, hyper: [t.item() for t in whole(*to_tensors(*batch), *hyper)]
+  if truncate is None: return lambda batch, hyper: [t.item() for t in whole(hyper, *to_tensors(*batch))]
 
   sums, state = [p.zeros_like().contiguous().realize() for p in params.values()], ()
   @capture
@@ -472,11 +777,12 @@ def make_step(model:H3LM, params:dict[str, Tensor], opt:AdamW, truncate:int|None
     return [float(np.mean(losses)), update(*to_tensors(np.float32([len(losses)])), *hyper).item()]
   return train_step
 
-def make_eval(model:H3LM, truncate:int|None=None) -> Callable[[tuple[np.ndarray, np.ndarray]], float]:
-  "A batch's mean loss in nats; truncate: read in pieces of so many tokens, as in training."
-  @capture
-  def whole(x:Tensor, y:Tensor) -> Tensor: return cross_entropy(model(x), y).realize()
-  if truncate is None: return lambda batch: whole(*to_tensors(*batch)).item()
+def make_eval(model:H3LM|BiGS, forward:Callable=Task.forward, truncate:int|None=None) -> Callable[[Batch], list[np.ndarray]]:
+  """What `forward` makes of a batch, the mean loss first; truncate: read in pieces of so many tokens, as in training.
+  Batches may be of several sizes, each of which is compiled."""
+  whole = functools.cache(lambda shape: capture(lambda *batch: [t.realize() for t in forward(model, *batch)]))
+  if truncate is None:
+    return lambda batch: [t.numpy() for t in whole(tuple(x.shape for x in batch))(*to_tensors(*batch))]
 
   state = ()
   @capture
@@ -485,38 +791,63 @@ def make_eval(model:H3LM, truncate:int|None=None) -> Callable[[tuple[np.ndarray,
     Tensor.realize(loss := cross_entropy(logits, y), *after)
     hand_on(state, after)
     return loss
-  def eval_step(batch:tuple[np.ndarray, np.ndarray]) -> float:
+  def eval_step(batch:Batch) -> list[np.ndarray]:
     nonlocal state
     state = state or model.init_state(len(batch[0]))[1:]
     hand_on(state, [t.zeros_like() for t in state])
-    return float(np.mean([piece(*xy).item() for xy in cut(batch, truncate)]))
+    return [np.mean([piece(*xy).item() for xy in cut(batch, truncate)])]
   return eval_step
 
 def hand_on(old:Iterable[Tensor], new:Iterable[Tensor]) -> None:
   Tensor.realize(*[o.assign(n.detach()) for o, n in zip(old, new)])
+
+def make_model(args:argparse.Namespace, task:Task, tensors:dict[str, Tensor]|None, meta:dict[str, str]|None,
+               source:str) -> H3LM|BiGS:
+  "A new one, or that of a checkpoint, fit for the task."
+  if tensors is None:
+    config = make_config(args, task.vocab_size)
+    if isinstance(config, H3Config): return H3LM(config, seed=args.seed)
+    if task.labels: config.n_labels = len(task.labels)
+    return BiGS(config, args.seed, (task.head,))
+  if args.model in KINDS: model = H3LM.from_checkpoint(tensors, meta, source)
+  else: model = BiGS.from_checkpoint(tensors, meta, source, task.head, "tanh", task.labels and len(task.labels))
+  if model.config.vocab_size != task.vocab_size:
+    raise UserError(f"the checkpoint's vocabulary is {model.config.vocab_size}, --tokenizer {args.tokenizer}'s "
+                    f"{task.vocab_size}: give the tokenizer it was trained with")
+  if isinstance(model, BiGS): model.lengthen(args.length)
+  else: model.config.max_length = max(model.config.max_length, 2*args.length)
+  return model
+
+def complete(args:argparse.Namespace) -> None:
+  "Options that follow from the number of steps."
+  if args.warmup is None: args.warmup = min(1000, args.steps//10)
+  if args.eval_every is None: args.eval_every = -(-args.steps//8)
+  if args.save_every is None: args.save_every = args.eval_every
+  if args.log_every is None: args.log_every = max(1, args.steps//20)
 
 def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dict[str, str]|None=None) -> int:
   "One run. tensors, meta: the checkpoint that --resume or --init names."
   out, path = Path(args.out), Path(args.out) / CHECKPOINT
   Tensor.manual_seed(args.seed)                        # dropout's; weights and batches are numpy's
   if args.embed_dropout or args.resid_dropout: Tensor.rand(1).realize()    # makes the counter that is saved
+  if args.task != "agreement" and (args.model in KINDS) != (args.task == "text"):
+    raise UserError(f"--task {args.task} is not for --model {args.model}: "
+                    f"give {' or '.join(KINDS if args.task == 'text' else BOTH_WAYS)}")
   task = TASKS[args.task](args)
-  if tensors is None: model = H3LM(make_config(args, task.tokenizer.vocab_size), seed=args.seed)
-  else:
-    model = H3LM.from_checkpoint(tensors, meta, str(path) if args.resume else args.init)
-    if model.config.vocab_size != task.tokenizer.vocab_size:
-      raise UserError(f"the checkpoint's vocabulary is {model.config.vocab_size}, --tokenizer {args.tokenizer}'s "
-                      f"{task.tokenizer.vocab_size}: give the tokenizer it was trained with")
-    model.config.max_length = max(model.config.max_length, 2*args.length)
+  if args.steps is None: args.steps = math.ceil(FINE_TUNING["epochs"] * task.epochs)
+  complete(args)
+  model = make_model(args, task, tensors, meta, str(path) if args.resume else args.init)
+  vocab = task.tokenizer.path.read_bytes() if task.tokenizer and args.tokenizer == "bert" else None
   params, log = get_state_dict(model), Log(args, task)
-  opt, first = AdamW(params), 0
+  opt, first = AdamW(params, **(MASKED if isinstance(model, BiGS) else {})), 0
   if args.resume:
     restore(tensors, opt, path)
-    first, log.rows, log.evals = int(meta["step"]), json.loads(meta["losses"]), json.loads(meta["held_out"])
+    first, log.rows = int(meta["step"]), json.loads(meta["losses"])
+    log.evals = [[*e, {}][:3] for e in json.loads(meta["held_out"])]
     if first >= args.steps:
       raise UserError(f"the run in {out} has done its {first} steps: give more with --steps, "
                       "or another --out to start afresh")
-  if args.truncate and model.config.attn_layers:
+  if args.truncate and (args.model not in KINDS or model.config.attn_layers):
     raise UserError("--truncate hands on the state of H3 layers, attention has none: give --model h3 too")
   if args.truncate and args.length % args.truncate:
     raise UserError(f"--truncate {args.truncate} does not divide --length {args.length}: give one that does")
@@ -529,22 +860,23 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
         + (f", the gradient within {args.truncate}" if args.truncate else "")
         + (f", going on after step {first}" if args.resume else ""), flush=True)
 
-  train_step, eval_step = make_step(model, params, opt, args.truncate), make_eval(model, args.truncate)
+  train_step = make_step(model, params, opt, task.forward, args.truncate)
+  eval_step = make_eval(model, task.forward, args.truncate)
   def finite(step:int, *values:float) -> None:
     if not all(map(math.isfinite, values)):
       raise UserError(f"the loss or the gradient is not finite at step {step}: take a smaller --lr "
                       "(checkpoints stay as they were)")
-  def held_out(batches:list) -> float: return float(np.mean([*map(eval_step, batches)]))
   def evaluate(step:int) -> None:
-    finite(step, nats := held_out(task.held_out))
-    log.evals.append([step, round(nats*task.held_out_bits, 5)])
-    log.line(f"step {step}: held out {log.evals[-1][1]:.3f} bits per byte")
+    outputs = [*map(eval_step, task.held_out)]
+    finite(step, mean := float(np.average([o[0] for o in outputs], weights=[len(b[0]) for b in task.held_out])))
+    log.evals.append([step, round(mean*task.held_out_bits, 5), {k: round(v, 5) for k, v in task.metrics(outputs).items()}])
+    log.line(f"step {step}: held out {log.held_out()}")
     log.restart_clock()
 
   with Interrupt() as interrupt:
     log.begun, saved = len(log.rows), False
     for step in range(first, args.steps):
-      lr = learning_rate(step, args.steps, args.lr, args.warmup)
+      lr = learning_rate(step, args.steps, args.lr, args.warmup, args.task == "classify")
       hyper = opt.hyper(step, lr, args.weight_decay, args.clip, min(1e-3, args.lr) / args.lr)
       loss, norm = train_step(task.batch(step), hyper)
       if step == first: log.line(f"first step after {time.perf_counter()-START:.1f} s")
@@ -554,11 +886,12 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
       last = step+1 == args.steps
       saving = interrupt.seen or (step+1) % args.save_every == 0 or last
       if last or (step+1) % args.eval_every == 0: evaluate(step+1)
-      elif saving: finite(step+1, held_out(task.held_out[:1]))         # never weights that have blown up
+      elif saving: finite(step+1, float(eval_step(task.held_out[0])[0]))      # never weights that have blown up
       if saving:
         if not saved and not args.resume and path.exists():
           log.line(f"the checkpoint that was in {out} is now {set_aside(path).name}")
         save(path, model, opt, args, step+1, log)
+        if vocab: (out / "vocab.txt").write_bytes(vocab)
         saved = True
       if interrupt.seen and not last:
         log.write(out, title)
@@ -567,15 +900,16 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
         return 128 + interrupt.seen
 
   files = log.write(out, title)
-  if args.sample:
-    prompt = "def " if not args.data and args.tokenizer == "bytes" else ""
+  if args.sample and task.sample:
     print("\n--- a sample ---")
-    try: write(model, task.tokenizer, [prompt], args.sample, temperature=0.7, seed=args.seed, max_length=args.sample+8)
+    try: task.sample(model)
     except KeyboardInterrupt: print()
     print("---")
-  print(f"\nheld out: {log.evals[-1][1]:.3f} bits per byte; a byte-bigram model: {task.baseline:.3f}")
+  print(f"\nheld out: {log.held_out()}; {task.guess}: {task.baseline:.3f}")
   print(f"wrote {path}, {files}; {duration(time.perf_counter()-START)} in all")
-  print("more text: python generate.py" + ("" if args.out == OUT else f" --model {out}"))
+  where = "" if args.out == OUT else f" --model {out}"
+  if args.task == "text": print(f"more text: python generate.py{where}")
+  if args.task == "mlm": print(f'more of it: python generate.py{where} --fill "what is {MASK} here?"')
   return 0
 
 # ---- benchmark ------------------------------------------------------------------------------------
@@ -595,6 +929,8 @@ def bench_one(what:str, who:str) -> None:
   unit = 1e6 if sys.platform == "darwin" else 1e3
   def peak() -> float: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
   args = parser().parse_args(BENCH[what].split())
+  for k, v in DEFAULTS["text"].items():
+    if getattr(args, k) is None: setattr(args, k, v)
   config = make_config(args, TOKENIZERS[args.tokenizer].vocab_size)
   rng, decode = np.random.default_rng(0), what.startswith("decode")
   tokens = rng.integers(0, config.vocab_size, (args.batch, args.length + 1)).astype(np.int32)
@@ -692,32 +1028,36 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
   if args.resume and args.init: raise UserError("--resume goes on with a run, --init starts one: give one of them")
   if args.resume or args.init:
     path = Path(args.out) / CHECKPOINT if args.resume else Path(args.init)
-    if not path.is_file():
-      raise UserError(f"no checkpoint at {path}: "
-                      + ("leave --resume out to start a run" if args.resume else "--init takes a file"))
-    tensors, meta = read_checkpoint(str(path))
-    if meta.get("model") != "h3" or not {"config", "args", "step"} <= meta.keys():
+    if not path.exists() or args.resume and not path.is_file():
+      raise UserError(f"no checkpoint at {path}: " + ("leave --resume out to start a run" if args.resume else
+                                                      "--init takes a file, or an official BiGS model's folder"))
+    tensors, meta = read_weights(path := find(str(path)))
+    official = not meta and "bigs.embeddings.word_embeddings.weight" in tensors
+    if not official and (meta.get("model") not in ("h3", "bigs") or not {"config", "args", "step"} <= meta.keys()):
       raise CheckpointError(f"{path} is not a checkpoint of train.py")
     try:
-      config = json.loads(meta["config"])
-      old = NEWER | json.loads(meta["args"]) | {k: config[k] for k in SHAPE}
+      if official: old = dict.fromkeys(SHAPE) | dict(head_dim=1, embed_dropout=0.0, resid_dropout=0.0, d_state=64,
+                                                     model="bigs", size="small", tokenizer="bert")
+      else:
+        config = json.loads(meta["config"])
+        old = NEWER | json.loads(meta["args"]) | {k: config[k] for k in SHAPE if k in config}
       if args.resume:
         int(meta["step"])
-        if not all(len(row) == n for name, n in (("losses", 3), ("held_out", 2)) for row in json.loads(meta[name])) \
-           or not vars(args).keys() <= old.keys(): raise ValueError
+        if not all(len(row) in n for name, n in (("losses", (3,)), ("held_out", (2, 3)))
+                   for row in json.loads(meta[name])) or not vars(args).keys() <= old.keys(): raise ValueError
+      keep = set(vars(args)) if args.resume else {*SHAPE, "model", "size", "tokenizer"}
+      for k in keep:
+        if k not in now: setattr(args, k, old[k])
+        elif now[k] != old[k] and k in (FIXED if args.resume else (*SHAPE, "model", "size")):
+          raise UserError(f"--{k.replace('_', '-')} {now[k]} differs from the checkpoint's"
+                          f"{'' if old[k] is None else f' {old[k]}'}: leave it out, or start afresh")
     except (KeyError, TypeError, ValueError): raise CheckpointError(f"{path}: its metadata are damaged") from None
-    keep = set(vars(args)) if args.resume else {*SHAPE, "model", "size", "tokenizer"}
-    for k in keep:
-      if k not in now: setattr(args, k, old[k])
-      elif now[k] != old[k] and k in (FIXED if args.resume else (*SHAPE, "model", "size")):
-        raise UserError(f"--{k.replace('_', '-')} {now[k]} differs from the checkpoint's {old[k]}: "
-                        "leave it out, or start afresh")
-    args.resume, args.out, args.init = "resume" in now, now.get("out", OUT), now.get("init")
-  if args.lr is None: args.lr = SIZES[args.size]["lr"]
-  if args.warmup is None: args.warmup = min(1000, args.steps//10)
-  if args.eval_every is None: args.eval_every = -(-args.steps//8)
-  if args.save_every is None: args.save_every = args.eval_every
-  if args.log_every is None: args.log_every = max(1, args.steps//20)
+    args.resume, args.out, args.init = "resume" in now, now.get("out", OUT), str(path) if args.init else None
+  for k, v in DEFAULTS[args.task].items():
+    if getattr(args, k) is None: setattr(args, k, v)
+  if args.lr is None: args.lr = FINE_TUNING["lr"] if args.task == "classify" and args.init else SIZES[args.size]["lr"]
+  if args.steps is None and args.task != "classify": args.steps = STEPS
+  if args.steps: complete(args)
   return args, tensors, meta
 
 def main(argv:list[str]|None=None) -> int:
