@@ -723,7 +723,8 @@ def _plain_product(x:Tensor, w:Tensor) -> Tensor:
   return y.contiguous_backward().reshape(*x.shape[:-1], -1)
 
 def matmul(x:Tensor, w:Tensor, transposed:bool=False, bias:Tensor|None=None) -> Tensor:
-  """x @ w + bias -> (…,M,N): x (…,M,K); w (K,N), or (…,K,N) with x's leading dimensions, or any if x is (M,K); bias (N,).
+  """x @ w + bias -> (…,M,N): x (…,M,K); w (K,N), or (…,K,N) with x's leading dimensions, or any
+  if x is (M,K); bias (N,).
 
   transposed=True is x @ w^T, for w stored as (…,N,K), the way checkpoints keep it. Differentiable
   in all three. A kernel of our own on the CPU, from SMALL multiplications on; else tinygrad's.
@@ -1689,7 +1690,8 @@ def main(argv:list[str]|None=None) -> int:
   ap.add_argument("--lengths", type=int, nargs="+", metavar="L",
                   help="default 256 512 1024 2048 4096 8192; of --render 2048")
   ap.add_argument("--long", type=int, nargs="*", metavar="L",
-                  help="time state passing alone, at these lengths; default 16384 65536; at a quarter of the channels 16384 1048576")
+                  help="time state passing alone, at these lengths; default 16384 65536; at a quarter of the channels "
+                  "16384 1048576")
   ap.add_argument("--batch", type=int, default=8)
   ap.add_argument("--channels", type=int, default=256)
   ap.add_argument("--plain", type=int, default=1024, metavar="L",

@@ -88,12 +88,14 @@ class BertTokenizer(Tokenizer):
       raise UserError(f"--tokenizer bert needs its vocabulary: no {vocab or 'vocab.txt'}; put that of the model, or "
                       "bert-large-uncased's, beside the checkpoint, or in train.py name it with --vocab")
     try: from tokenizers import BertWordPieceTokenizer
-    except ImportError: raise UserError("--tokenizer bert needs the library tokenizers: pip install tokenizers") from None
+    except ImportError:
+      raise UserError("--tokenizer bert needs the library tokenizers: pip install tokenizers") from None
     self.words, self.path = vocab.read_text("utf-8").split("\n"), vocab
     while self.words and not self.words[-1]: self.words.pop()
     self.vocab_size = self.masked_size = len(self.words)
     try: self.cls, self.sep, self.mask, self.pad = map(self.words.index, ("[CLS]", "[SEP]", "[MASK]", "[PAD]"))
-    except ValueError: raise UserError(f"{vocab} is not BERT's vocabulary: it lacks [CLS], [SEP], [MASK] or [PAD]") from None
+    except ValueError:
+      raise UserError(f"{vocab} is not BERT's vocabulary: it lacks [CLS], [SEP], [MASK] or [PAD]") from None
     self.eot, self.pieces = self.sep, BertWordPieceTokenizer(str(vocab), lowercase=True)
   def encode(self, text:str) -> np.ndarray:
     return np.array(self.pieces.encode(text, add_special_tokens=False).ids, np.uint16)
@@ -180,7 +182,7 @@ def generate(model:H3LM, prompts:np.ndarray|list[np.ndarray], n:int, temperature
 
 # ---- masked models --------------------------------------------------------------------------------
 
-MASK, LONGEST = "[MASK]", 12               # bytes of a word that a model of bytes may put in one place
+MASK, RUN, AROUND = "[MASK]", 8, 8         # RUN: bytes that a model of bytes learns to fill in one place, by default
 
 def masked_row(tokenizer:Tokenizer, text:str, run:int, length:int) -> np.ndarray:
   "[CLS] text [SEP], each [MASK] in it as `run` mask tokens, padded to `length`."
@@ -188,22 +190,25 @@ def masked_row(tokenizer:Tokenizer, text:str, run:int, length:int) -> np.ndarray
   row = [tokenizer.cls, *parts[0], *(t for p in parts[1:] for t in (*[tokenizer.mask]*run, *p)), tokenizer.sep]
   return np.array(row + [tokenizer.pad]*(length - len(row)), np.int32)
 
-def fill(model:BiGS, tokenizer:Tokenizer, text:str, pad:int=0) -> list[list[tuple[str, float]]]:
+def fill(model:BiGS, tokenizer:Tokenizer, text:str, run:int=RUN, pad:int=0) -> list[list[tuple[str, float]]]:
   """For each [MASK] of a text, from left to right, what could stand there, the best first, with its probability.
 
-  A mask is a token, given those to its left filled in. For a model of bytes it is a word: of each length up to LONGEST
-  the likeliest bytes are settled one by one, the surest first, and the words compared by their mean probability a byte.
+  A mask is a token, given those to its left filled in. For a model of bytes it is a word, without white space: of each
+  length up to `run`, what it was trained with, the likeliest bytes are settled one by one, the surest first. Words are
+  then compared by the pseudo-likelihood of where they stand: the mean probability, given all others, of their own bytes
+  and those up to AROUND from them. (By that of the first pass alone "the old _ sat" gets "og" before "dog".)
   pad: the row's length, filled up with [PAD] (default: the next multiple of 64)."""
-  runs, found = (range(1, LONGEST+1) if tokenizer.name == "bytes" else [1]), []
+  runs, found = (range(1, run+1) if tokenizer.name == "bytes" else [1]), []
   need, most = max(len(masked_row(tokenizer, text, run, 0)) for run in runs), model.config.max_length
   if need > most: raise UserError(f"the text takes {need} tokens, the model has positions for {most}: give less of it")
   if text.count(MASK) == 0: raise UserError("--fill wants a text with [MASK] where something is to be found")
   length = pad or min(most, -(-need//64)*64)
   logits = capture(lambda t: model.mlm(t).realize())
-  def ask(rows:list[np.ndarray]) -> np.ndarray:
-    "Log-probabilities (rows,L,V); the tokens that only masked models have are left out."
+  def ask(rows:list[np.ndarray], what:str="word") -> np.ndarray:
+    "Log-probabilities (rows,L,V), without the tokens that only masked models have; in a word, without white space."
     x = logits(Tensor(np.stack(rows).astype(np.int32)).realize()).numpy().astype(np.float64)
     x[..., [tokenizer.cls, tokenizer.sep, tokenizer.mask, tokenizer.pad]] = -np.inf
+    if tokenizer.name == "bytes" and what == "word": x[..., [*b" \t\n\r\f\v", tokenizer.eot]] = -np.inf
     return x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) - x.max(-1, keepdims=True)
   while text.count(MASK):
     rows = [masked_row(tokenizer, text, run, length) for run in runs]
@@ -213,23 +218,25 @@ def fill(model:BiGS, tokenizer:Tokenizer, text:str, pad:int=0) -> list[list[tupl
       best = [(tokenizer.decode([i]).decode("utf-8", "replace"), float(np.exp(p[i]))) for i in np.argsort(-p)[:5]]
     else:
       places, scores = [first + np.arange(run) for run in runs], [[] for _ in runs]
-      for _ in range(LONGEST):
-        p = ask(rows)
-        for row, at, score, q in zip(rows, places, scores, p):
+      for _ in runs:
+        for row, at, p in zip(rows, places, ask(rows)):
           if not len(at := at[row[at] == tokenizer.mask]): continue
-          surest = at[q[at].max(-1).argmax()]
-          row[surest] = q[surest].argmax()
-          score.append(q[surest].max())
-      words = [(tokenizer.decode(row[at]).decode("utf-8", "replace"), float(np.exp(np.mean(s))))
-               for row, at, s in zip(rows, places, scores)]
+          surest = at[p[at].max(-1).argmax()]
+          row[surest] = p[surest].argmax()
+      for at in range(max(1, first - AROUND), min(length, first + runs[-1] + AROUND)):
+        one = [np.where(np.arange(length) == at, tokenizer.mask, row) for row in rows]
+        for row, score, run, p in zip(rows, scores, runs, ask(one, "any")):
+          if at < first + run + AROUND and row[at] < tokenizer.vocab_size: score.append(p[at, row[at]])
+      words = [(tokenizer.decode(row[at]).decode("utf-8", "replace"), float(np.exp(np.mean(score))))
+               for row, at, score in zip(rows, places, scores)]
       best = sorted(words, key=lambda w: -w[1])[:5]
     found.append(best)
     text = text.replace(MASK, best[0][0].strip() if tokenizer.name == "bert" else best[0][0], 1)
   return found
 
-def show_fill(model:BiGS, tokenizer:Tokenizer, text:str, pad:int=0) -> None:
+def show_fill(model:BiGS, tokenizer:Tokenizer, text:str, run:int=RUN, pad:int=0) -> None:
   "Prints the text filled in, and for each [MASK] what else came to mind."
-  found = fill(model, tokenizer, text, pad)
+  found = fill(model, tokenizer, text, run, pad)
   for best in found: text = text.replace(MASK, best[0][0].strip() if tokenizer.name == "bert" else best[0][0], 1)
   print(text)
   for best in found: print("  " + "   ".join(f"{word.strip()!r} {p:.3g}" for word, p in best), flush=True)
@@ -311,7 +318,8 @@ def bench(size:str) -> None:
   models = {kind: H3LM(dataclasses.replace(shape, attn_layers=layers)) for kind, layers in kinds.items()}
   print(f"{size}: {shape.n_layer} layers of width {shape.d_model}, random weights, float32, on {Device.DEFAULT}, "
         f"{os.cpu_count()} cores; ratio to the Transformer, in brackets the paper's for 1.3B on an A100 (unverified)\n"
-        f"{'batch':>5} {'prompt':>6}  {'model':11} {'read':>11} {'written':>11} {'ratio':>5} {'':7} {'a step':>8} {'state':>11}",
+        f"{'batch':>5} {'prompt':>6}  {'model':11} {'read':>11} {'written':>11} {'ratio':>5} {'':7} {'a step':>8} "
+        f"{'state':>11}",
         flush=True)
   for batch in BATCHES:
     piece = max(1, min(PIECE, 32*PIECE//batch))
@@ -392,13 +400,14 @@ def run(args:argparse.Namespace) -> None:
     raise UserError(f"{path} is no masked model: train.py --task mlm makes one" if fills else
                     f"{path} is a masked model: ask it with --fill")
   tokenizer = make_tokenizer(name, path.with_name("vocab.txt"))
+  try: trained_on = (options := json.loads(meta.get("args", "{}"))).get("data")
+  except (ValueError, AttributeError): raise CheckpointError(f"{path}: its metadata are damaged") from None
   if fills:
     model = BiGS.from_checkpoint(tensors, meta, str(path), "mlm")
     # the official ones have been trained, and are run, on rows of one length
-    return show_fill(model, tokenizer, args.fill, 0 if meta else model.config.max_length)
+    length = 0 if meta else model.config.max_length
+    return show_fill(model, tokenizer, args.fill, options.get("mask_run") or RUN, length)
   model = H3LM.from_checkpoint(tensors, meta, str(path))
-  try: trained_on = json.loads(meta.get("args", "{}")).get("data")
-  except (ValueError, AttributeError): raise CheckpointError(f"{path}: its metadata are damaged") from None
   prompts = read_prompts(args, "def " if not trained_on and tokenizer.name == "bytes" else "")
   prompts = [p for p in prompts for _ in range(args.batch)]
   asked, count, speed = write(model, tokenizer, prompts, args.tokens, getattr(args, "stop", None), seed=args.seed,

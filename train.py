@@ -8,8 +8,8 @@
   python train.py --help                             every option
 
 From top to bottom: options, data, tasks, optimiser, checkpoints, what is shown, the loop. The models are in h3tiny.py
-and bigs_tiny.py, sampling in generate.py. A run leaves in --out: checkpoint.safetensors (weights under the official names, the
-optimiser's moments, all settings), log.csv and, with matplotlib, loss.png.
+and bigs_tiny.py, sampling in generate.py. A run leaves in --out: checkpoint.safetensors (weights under the official
+names, the optimiser's moments, all settings), log.csv and, with matplotlib, loss.png.
 
 Not here: mixed precision, gradient accumulation, several devices.
 """
@@ -26,8 +26,8 @@ from tinygrad.nn.state import get_state_dict
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 from bigs_tiny import BLOCKS, BiGS, BiGSConfig, find, read_weights
 from flashconv import FLASH, capture, check_kernels, embedding, setup_device
-from generate import (CHECKPOINT, MASK, OUT, TOKENIZERS, Parser, Session, Tokenizer, UserError, make_tokenizer, number,
-                      show_fill, write)
+from generate import (CHECKPOINT, MASK, OUT, RUN, TOKENIZERS, Parser, Session, Tokenizer, UserError,
+                      make_tokenizer, number, show_fill, write)
 from h3tiny import CheckpointError, H3Config, H3LM, read_checkpoint, save_checkpoint
 
 # ---- options --------------------------------------------------------------------------------------
@@ -41,14 +41,13 @@ SIZES = {"tiny": dict(d_model=64, n_layer=2, n_heads=2, lr=3e-3),
          "1.3B": dict(d_model=2048, n_layer=24, n_heads=16, lr=2e-4),
          "2.7B": dict(d_model=2560, n_layer=32, n_heads=20, lr=1.6e-4)}
 
-STEPS = 600                                     # of the default run
 KINDS = {"h3": "H3", "hybrid": "hybrid H3", "transformer": "Transformer"}
 BOTH_WAYS = {"bigs": "gated", "stack": "stack", "gated-attention": "gated-attention", "bert": "attention"}     # blocks
 # what a task sets where the command line does not
-DEFAULTS = {"text": dict(model="hybrid", batch=8, length=256, weight_decay=0.1),
-            "mlm": dict(model="bigs", batch=16, length=128, weight_decay=0.05),
-            "classify": dict(model="bigs", batch=16, length=128, weight_decay=0.01),
-            "agreement": dict(model="bigs", batch=64, length=32, weight_decay=0.05)}
+DEFAULTS = {"text": dict(model="hybrid", batch=8, length=256, weight_decay=0.1, steps=600),
+            "mlm": dict(model="bigs", batch=16, length=128, weight_decay=0.05, steps=4000),
+            "classify": dict(model="bigs", batch=16, length=128, weight_decay=0.01, steps=None),
+            "agreement": dict(model="bigs", batch=64, length=32, weight_decay=0.05, steps=1000)}
 FINE_TUNING = dict(lr=2e-5, epochs=3)            # of classify with --init: GLUE's recipe
 
 def layer_list(text:str) -> list[int]:
@@ -94,7 +93,7 @@ def parser() -> Parser:
   add(g, "--resid-dropout", fraction, 0.0, "dropout in the blocks", metavar="X")
 
   g = p.add_argument_group("training")
-  add(g, "--steps", positive, None, "steps in all", f"{STEPS}; of classify 3 epochs", metavar="N")
+  add(g, "--steps", positive, None, "steps in all", "600; mlm 4000, agreement 1000, classify 3 epochs", metavar="N")
   add(g, "--batch", positive, None, "sequences a step", "by --task", metavar="N")
   add(g, "--length", positive, None, "tokens a sequence; of any length with --model h3", "by --task", metavar="N")
   add(g, "--truncate", positive, None, "take a sequence in pieces of N tokens, in the memory that one needs: the state "
@@ -104,8 +103,8 @@ def parser() -> Parser:
       metavar="X")
   add(g, "--warmup", number(int, 0), None, "steps up to it; a cosine then falls to a tenth; of classify a line to 0",
       "a tenth of --steps, at most 1000", metavar="N")
-  add(g, "--weight-decay", number(float, 0), None, "of matrices and of the SSMs' C and D; in models that see both sides "
-      "of embeddings and all of an SSM, too", "by --task", metavar="X")
+  add(g, "--weight-decay", number(float, 0), None, "of matrices and of the SSMs' C and D; in models that see "
+      "both sides of embeddings and all of an SSM, too", "by --task", metavar="X")
   add(g, "--clip", number(float, above=0), 1.0, "largest norm of the whole gradient", metavar="X")
   add(g, "--seed", number(int, 0), 0, "of weights, batches and the sample", metavar="N")
 
@@ -141,7 +140,8 @@ def make_config(args:argparse.Namespace, vocab_size:int) -> H3Config|BiGSConfig:
   attn, rotary = args.attn_layers, args.rotary_dim
   if args.model in BOTH_WAYS:
     for k, default in (("attn_layers", None), ("rotary_dim", None), ("head_dim", 1), ("resid_dropout", 0)):
-      if getattr(args, k) != default: raise UserError(f"--{k.replace('_', '-')} is for {', '.join(KINDS)}, not {args.model}")
+      if getattr(args, k) != default:
+        raise UserError(f"--{k.replace('_', '-')} is for {', '.join(KINDS)}, not {args.model}")
     block = BOTH_WAYS[args.model]
     if args.n_layer is None and block.startswith("gated"): n_layer -= n_layer // 24       # 13 D^2 to the others' 12
     try: return BiGSConfig(vocab_size, d_model, n_layer, block, (args.mlp_mult or 0)*d_model, n_heads, args.d_state,
@@ -242,8 +242,8 @@ class Windows:
         raise UserError(f"the text is too short: its {name} part has {len(part)} tokens and a window "
                         f"takes {self.size}: give more text or a smaller --length")
     name = ", ".join(args.data) if args.data else "Python's standard library"
-    self.about = (f"{name}: {len(texts):,} file{'s'*(len(texts) != 1)}, {len(self.train)/1e6:.2f} M tokens to train on, "
-                  f"{len(self.held)/1e6:.3f} M held out ({args.tokenizer})")
+    self.about = (f"{name}: {len(texts):,} file{'s'*(len(texts) != 1)}, {len(self.train)/1e6:.2f} M tokens to train "
+                  f"on, {len(self.held)/1e6:.3f} M held out ({args.tokenizer})")
   def evenly(self) -> np.ndarray:
     "Windows (n,B,size) evenly over the held-out part, 128 at most, in batches."
     n = min(128, (len(self.held)-1) // (self.size-1))
@@ -296,7 +296,7 @@ def mask_out(rng:np.random.Generator, rows:np.ndarray, lengths:np.ndarray, run:i
   (B, L), n = rows.shape, max(1, round(SHARE * (rows.shape[1]-2)))
   size = rng.integers(1, run+1, (B, 1))
   group = (np.arange(L) + rng.integers(0, size)) // size
-  order = np.take_along_axis(rng.random((B, L)), group, 1) + np.arange(L)*1e-9        # neighbours of a group stay together
+  order = np.take_along_axis(rng.random((B, L)), group, 1) + np.arange(L)*1e-9        # a group stays together
   order[(np.arange(L) < 1) | (np.arange(L) > lengths[:, None])] = np.inf              # text is from 1 to its length
   at = np.argsort(order, 1)[:, :n]
   asked = np.arange(n) < np.maximum(1, np.round(SHARE*lengths))[:, None]
@@ -309,7 +309,8 @@ def mask_out(rng:np.random.Generator, rows:np.ndarray, lengths:np.ndarray, run:i
 def mlm_task(args:argparse.Namespace) -> Task:
   "Masked tokens of [CLS] text [SEP]; some rows are cut short and filled up with [PAD], so that it has been seen."
   if args.length < 4: raise UserError("--task mlm wants a --length of at least 4")
-  text, run = Windows(args, args.length - 2), args.mask_run or (8 if args.tokenizer == "bytes" else 1)
+  text = Windows(args, args.length - 2)
+  run = args.mask_run = args.mask_run or (RUN if args.tokenizer == "bytes" else 1)
   tok = text.tok
   def rows(w:np.ndarray, rng:np.random.Generator) -> Batch:
     lengths = np.where(rng.random(len(w)) < SHORT, rng.integers(1, w.shape[1]+1, len(w)), w.shape[1])
@@ -328,12 +329,17 @@ def mlm_task(args:argparse.Namespace) -> Task:
     _, hits, asked = np.sum([[float(x) for x in o] for o in outputs], axis=0)
     return {"accuracy": hits / asked}
   def sample(model:BiGS) -> None:
-    show_fill(model, tok, f"for i in {MASK}(10):" if not args.data else tok.decode(text.held[:24]).decode("utf-8", "replace")
-              + f" {MASK} " + tok.decode(text.held[28:48]).decode("utf-8", "replace"))
-  return Task(text.about, tok, tok.masked_size, lambda step: rows(text.draw(r := np.random.default_rng([args.seed, 0, step])), r),
-              held, bits, f"tokens by their frequency (the commonest is right at {right:.3f})",
+    of = lambda i, j: tok.decode(text.held[i:j]).decode("utf-8", "replace")
+    n = min(24, args.length//2 - run)
+    line = f"    def __init__({MASK}, name):" if not args.data else f"{of(0, n)}{MASK}{of(n+3, 2*n)}"
+    show_fill(model, tok, line, run)
+  def batch(step:int) -> Batch:
+    rng = np.random.default_rng([args.seed, 0, step])
+    return rows(text.draw(rng), rng)
+  return Task(text.about, tok, tok.masked_size, batch, held, bits,
+              f"tokens by their frequency (the commonest is right at {right:.3f})",
               unit=f"bits per masked {'byte' if tok.name == 'bytes' else 'token'}",
-              forward=forward, metrics=metrics, head="mlm", sample=sample)
+              forward=forward, metrics=metrics, head="mlm", sample=sample if args.length >= 32 + run else None)
 
 # ---- fine-tuning ----------------------------------------------------------------------------------
 
@@ -363,7 +369,8 @@ def agreement_of(truth:np.ndarray, said:np.ndarray) -> dict[str, float]:
   t, p, n, hits = C.sum(1), C.sum(0), C.sum(), np.trace(C)
   f1 = 2*np.diag(C) / np.maximum(1, t + p)
   spread = math.sqrt((n*n - p @ p) * (n*n - t @ t))
-  return {"accuracy": hits/n, "F1": float(f1[1] if K == 2 else f1.mean()), "MCC": (hits*n - t @ p)/spread if spread else 0.0}
+  return {"accuracy": hits/n, "F1": float(f1[1] if K == 2 else f1.mean()),
+          "MCC": (hits*n - t @ p)/spread if spread else 0.0}
 
 def correlation(truth:np.ndarray, said:np.ndarray) -> dict[str, float]:
   "Pearson's and Spearman's; ties share the mean of their ranks."
@@ -383,7 +390,8 @@ def classify_task(args:argparse.Namespace) -> Task:
   values = [real(l) for l in labels]
   regression = None not in values and any(v != int(v) for v in values)
   names = None if regression else sorted(set(labels), key=lambda l: (real(l) is None, real(l) or 0, l))
-  if names and len(names) < 2: raise UserError(f"{args.data[0]}: every line has the label {names[0]!r}: nothing to learn")
+  if names and len(names) < 2:
+    raise UserError(f"{args.data[0]}: every line has the label {names[0]!r}: nothing to learn")
   def table(labels:list[str], texts:list[list[str]], lines:list[int], path:str) -> list[Batch]:
     rows = []
     for label, text, line in zip(labels, texts, lines):
@@ -393,7 +401,8 @@ def classify_task(args:argparse.Namespace) -> Task:
       parts = [list(tok.encode(t)) for t in text]
       while sum(map(len, parts)) + len(parts) + 1 > L: max(parts, key=len).pop()      # of the longer text, from the end
       row = [tok.cls] + [t for p in parts for t in (*p, tok.sep)]
-      rows.append((np.array(row + [tok.pad]*(L-len(row)), np.int32), np.array([1]*len(row) + [0]*(L-len(row)), np.int32),
+      fill = L - len(row)
+      rows.append((np.array(row + [tok.pad]*fill, np.int32), np.array([1]*len(row) + [0]*fill, np.int32),
                    np.float32(label) if regression else np.int32(names.index(label))))
     return rows
   rows = table(labels, texts, lines, args.data[0])
@@ -424,8 +433,8 @@ def classify_task(args:argparse.Namespace) -> Task:
     baseline = float(-np.log2(counts/counts.sum())[truth].mean())
   return Task(f"{args.data[0]}: {len(rows):,} lines to train on, {len(held):,} held out, "
               + ("real values" if regression else f"labels {', '.join(names)}") + f" ({args.tokenizer})",
-              tok, tok.masked_size, batch, [stack(held[i:i+args.batch]) for i in range(0, len(held), args.batch)], baseline,
-              guess, *([1.0, 1.0, "squared error"] if regression else [1/math.log(2)]*2 + ["bits per label"]),
+              tok, tok.masked_size, batch, [stack(held[i:i+args.batch]) for i in range(0, len(held), args.batch)],
+              baseline, guess, *([1.0, 1.0, "squared error"] if regression else [1/math.log(2)]*2 + ["bits per label"]),
               forward, metrics, "classify", [""] if regression else names, len(rows)/args.batch)
 
 # ---- agreement ------------------------------------------------------------------------------------
@@ -458,7 +467,7 @@ def sentence(rng:np.random.Generator, between:int, attract:bool) -> tuple[list[s
   return words + [verb[plural], *pick(ENDS), "."], len(words), verb[1-plural]
 
 def agreement_task(args:argparse.Namespace) -> Task:
-  "Which number the verb has: by masking it, or as the next word. Evaluated by how many nouns of the other number precede."
+  "The verb's number: by masking it, or as the next word. Evaluated by how many nouns of the other number precede it."
   index, L = {w: i+4 for i, w in enumerate(WORDS)}, args.length
   pad, cls, mask, sep = range(4)
   if L < 31: raise UserError("--task agreement has sentences of up to 31 words: give a --length of at least 31")
@@ -469,21 +478,25 @@ def agreement_task(args:argparse.Namespace) -> Task:
   def following(rows:np.ndarray) -> np.ndarray:
     "The targets of a model that reads on."
     return np.where(rows[:, 1:] == pad, -1, rows[:, 1:])
-  def batch(step:int) -> Batch:
-    rng = np.random.default_rng([args.seed, 0, step])
-    texts = [sentence(rng, rng.choice(len(FEW), p=FEW), False)[0] for _ in range(args.batch)]
-    rows = np.stack([row(t) for t in texts])
-    if reads_on: return rows[:, :-1], following(rows)
-    return mask_out(rng, rows, np.array([len(t) for t in texts]), 1, mask, len(index)+4)
-  def held(n:int) -> Batch:
-    "128 sentences with n attractors: as in training, and the wrong verb."
-    rng = np.random.default_rng([args.seed, 1, n])
-    some = [sentence(rng, n, True) for _ in range(128)]
+  def masked(some:list[tuple]) -> Batch:
+    "Sentences with their verb masked, its place, the verb, and its wrong form."
     rows, at = np.stack([row(s[0]) for s in some]), np.array([[s[1]+1] for s in some], np.int32)
     right, wrong = np.take_along_axis(rows, at, 1), np.array([[index[s[2]]] for s in some], np.int32)
-    if reads_on: return rows[:, :-1], np.where(np.arange(L-1) == at-1, following(rows), -1), at-1, right, wrong
     np.put_along_axis(rows, at, mask, 1)
-    return rows, at, right, right, wrong
+    return rows, at, right, wrong
+  def batch(step:int) -> Batch:
+    rng = np.random.default_rng([args.seed, 0, step])
+    some = [sentence(rng, rng.choice(len(FEW), p=FEW), False) for _ in range(args.batch)]
+    if not reads_on: return masked(some)[:3]
+    rows = np.stack([row(s[0]) for s in some])
+    return rows[:, :-1], following(rows)
+  def held(n:int) -> Batch:
+    "128 sentences with n attractors: as in training, but of the verb alone, and both its forms."
+    rng = np.random.default_rng([args.seed, 1, n])
+    rows, at, right, wrong = masked(some := [sentence(rng, n, True) for _ in range(128)])
+    if not reads_on: return rows, at, right, right, wrong
+    rows = np.stack([row(s[0]) for s in some])
+    return rows[:, :-1], np.where(np.arange(L-1) == at-1, rows[:, 1:], -1), at-1, right, wrong
 
   def prefers(logits:Tensor, right:Tensor, wrong:Tensor) -> Tensor:
     of = lambda word: (word.unsqueeze(-1) == Tensor.arange(logits.shape[-1])).where(logits, 0).sum(-1)
@@ -583,8 +596,9 @@ class AdamW:
 def save(path:Path, model:H3LM|BiGS, opt:AdamW, args:argparse.Namespace, step:int, log:"Log") -> None:
   tensors = get_state_dict(model) | {f"optim.{n}.{k}": t for n in "mv" for k, t in getattr(opt, n).items()}
   tensors |= {f"optim.rng.{d}": t for d, t in Tensor._device_rng_counters.items()}   # dropout's, if used
-  meta = dict(model="bigs" if isinstance(model, BiGS) else "h3", config=dataclasses.asdict(model.config), args=vars(args), step=step,
-              tokenizer=args.tokenizer, losses=log.rows, held_out=log.evals, baseline=log.task.baseline, labels=log.task.labels)
+  meta = dict(model="bigs" if isinstance(model, BiGS) else "h3", config=dataclasses.asdict(model.config),
+              args=vars(args), step=step, tokenizer=args.tokenizer, losses=log.rows, held_out=log.evals,
+              baseline=log.task.baseline, labels=log.task.labels)
   meta = {k: v if isinstance(v, str) else json.dumps(v) for k, v in meta.items()}
   try: save_checkpoint(str(path), tensors, meta)
   except OSError as e: raise UserError(f"can't write {path}: {e.strerror}") from None
@@ -644,7 +658,8 @@ class Log:
     self.times = (self.times + [time.perf_counter()])[-21:]
     recent = [r[1] for r in self.rows[-10:]]                   # a step's loss alone jumps about
     mean = sum(recent) / len(recent)
-    text = f"step {step:>{len(str(a.steps))}}/{a.steps}  loss {mean:.3f}  {mean*self.task.bits:.3f} {self.task.unit.replace(' per ', '/')}  lr {lr:.1e}"
+    text = (f"step {step:>{len(str(a.steps))}}/{a.steps}  loss {mean:.3f}  {mean*self.task.bits:.3f} "
+            f"{self.task.unit.replace(' per ', '/')}  lr {lr:.1e}")
     if len(self.rows) - self.begun > 2:                        # the first two compile and capture
       self.a_step = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
     if self.a_step:
@@ -668,7 +683,8 @@ class Log:
     except OSError as e: return f"not the log ({e.filename}: {e.strerror})"
 
   def write_files(self, out:Path, title:str) -> str:
-    held, unit = {step: [loss, *metrics.values()] for step, loss, metrics in self.evals}, self.task.unit.replace(" ", "_")
+    held = {step: [loss, *metrics.values()] for step, loss, metrics in self.evals}
+    unit = self.task.unit.replace(" ", "_")
     with open(out / "log.csv", "w", newline="") as f:
       w = csv.writer(f)
       w.writerow(["step", "loss_nats", unit, "learning_rate", f"baseline_{unit}", f"held_out_{unit}",
@@ -777,7 +793,8 @@ def make_step(model:H3LM|BiGS, params:dict[str, Tensor], opt:AdamW, forward:Call
     return [float(np.mean(losses)), update(*to_tensors(np.float32([len(losses)])), *hyper).item()]
   return train_step
 
-def make_eval(model:H3LM|BiGS, forward:Callable=Task.forward, truncate:int|None=None) -> Callable[[Batch], list[np.ndarray]]:
+def make_eval(model:H3LM|BiGS, forward:Callable=Task.forward,
+              truncate:int|None=None) -> Callable[[Batch], list[np.ndarray]]:
   """What `forward` makes of a batch, the mean loss first; truncate: read in pieces of so many tokens, as in training.
   Batches may be of several sizes, each of which is compiled."""
   whole = functools.cache(lambda shape: capture(lambda *batch: [t.realize() for t in forward(model, *batch)]))
@@ -869,12 +886,14 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
   def evaluate(step:int) -> None:
     outputs = [*map(eval_step, task.held_out)]
     finite(step, mean := float(np.average([o[0] for o in outputs], weights=[len(b[0]) for b in task.held_out])))
-    log.evals.append([step, round(mean*task.held_out_bits, 5), {k: round(v, 5) for k, v in task.metrics(outputs).items()}])
+    metrics = {k: round(v, 5) for k, v in task.metrics(outputs).items()}
+    log.evals.append([step, round(mean*task.held_out_bits, 5), metrics])
     log.line(f"step {step}: held out {log.held_out()}")
     log.restart_clock()
 
   with Interrupt() as interrupt:
     log.begun, saved = len(log.rows), False
+    if args.init: evaluate(0)                          # where it starts from
     for step in range(first, args.steps):
       lr = learning_rate(step, args.steps, args.lr, args.warmup, args.task == "classify")
       hyper = opt.hyper(step, lr, args.weight_decay, args.clip, min(1e-3, args.lr) / args.lr)
@@ -1056,7 +1075,6 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
   for k, v in DEFAULTS[args.task].items():
     if getattr(args, k) is None: setattr(args, k, v)
   if args.lr is None: args.lr = FINE_TUNING["lr"] if args.task == "classify" and args.init else SIZES[args.size]["lr"]
-  if args.steps is None and args.task != "classify": args.steps = STEPS
   if args.steps: complete(args)
   return args, tensors, meta
 
