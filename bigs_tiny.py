@@ -33,7 +33,8 @@ import numpy as np
 from tinygrad import GlobalCounters, Tensor
 from tinygrad.nn.state import get_state_dict
 from flashconv import Vandermonde, check_kernels, cmul, embedding, fftconv, matmul, setup_device
-from h3tiny import Attention, CheckpointError, LayerNorm, Linear, load_weights, param, read_checkpoint, read_torch
+from h3tiny import (MODELS, Attention, CheckpointError, LayerNorm, Linear, download, load_weights, param,
+                    read_checkpoint, read_torch)
 
 BLOCKS = ("gated", "stack", "gated-attention", "attention")
 HEADS = ("mlm", "classify", "choose", "span", "tag")
@@ -287,8 +288,9 @@ class BiGS:
 
   @staticmethod
   def from_pretrained(path_or_name:str, head:str|None=None, gelu:str|None=None, n_labels:int|None=None) -> BiGS:
-    """The model in a file, or a folder with one: pytorch_model.bin, model.safetensors or flax_model.msgpack with the
-    config.json beside it, or a checkpoint of train.py. Its shape is that of the tensors.
+    """A released one by name (BiGS_128, …), or the model in a file, or a folder with one: pytorch_model.bin,
+    model.safetensors or flax_model.msgpack with the config.json beside it, or a checkpoint of train.py. Its shape is
+    that of the tensors.
 
     head: keep this one only; what of it the file lacks starts untrained, and a line on stderr says so; by default all
     that are there. n_labels: of a new classifier. gelu: by default "erf" for PyTorch's files and "tanh" for flax's, to
@@ -340,8 +342,17 @@ def read_weights(path:Path) -> tuple[dict[str, Tensor], dict[str, str]]:
   tensors, meta = read_checkpoint(str(path))
   return tensors, meta if "config" in meta else {}
 
+RELEASED = ("BiGS_128", "BiGS_512", "BiGS_1024", "BiGS_4096")
+
 def find(name:str) -> Path:
+  "The file of a model: itself, in a folder, or a released one, which is downloaded once."
   path = Path(name)
+  if name in RELEASED and not path.exists():
+    path = MODELS / name
+    fetch = lambda file: download(f"https://huggingface.co/JunxiongWang/{name}/resolve/main/{file}", path/file)
+    fetch("config.json"), fetch("pytorch_model.bin")
+    try: fetch("vocab.txt")
+    except CheckpointError: pass                                    # only text needs it
   if path.is_dir():
     found = [f for f in ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack") if (path/f).is_file()]
     ours = sorted(path.glob("*.safetensors"), key=lambda f: f.stat().st_mtime)

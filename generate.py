@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Iterator
 import numpy as np
 from flashconv import capture, check_kernels, setup_device
-from bigs_tiny import BiGS, find, read_weights
+from bigs_tiny import RELEASED, BiGS, find, read_weights
 from h3tiny import CheckpointError, H3Config, H3LM
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.device import Buffer
@@ -392,7 +392,7 @@ def run(args:argparse.Namespace) -> None:
     try: return bench(args.bench)
     except ValueError as e: raise UserError(f"--bench: {e}") from None
   fills = hasattr(args, "fill")
-  path = find(args.model) if fills and Path(args.model).exists() else find_checkpoint(args.model)
+  path = find(args.model) if fills and (Path(args.model).exists() or args.model in RELEASED) else find_checkpoint(args.model)
   tensors, meta = read_weights(path)
   if (name := meta.get("tokenizer", "bert" if fills and not meta else "bytes")) not in TOKENIZERS:
     raise CheckpointError(f"{path}: its tokenizer, {name!r}, is none of {', '.join(TOKENIZERS)}")

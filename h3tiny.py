@@ -22,11 +22,13 @@ them), half precision, and the official releases' files (`H3LM.from_pretrained` 
 written by `save_checkpoint`).
 """
 from __future__ import annotations
-import collections, dataclasses, functools, io, json, math, os, pickle, sys, zipfile
+import collections, dataclasses, functools, http.client, io, json, math, os, pickle, sys, urllib.request, zipfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Iterator, NamedTuple
 import numpy as np
 from tinygrad import Tensor, dtypes
+from tinygrad.helpers import cache_dir, tqdm
 from tinygrad.nn.state import get_state_dict
 from flashconv import (Pair, Vandermonde, attend_step, causal_softmax, cmul, constant, embedding, fftconv, h3_step,
                        layernorm, matmul, softmax, ssm_conv, write)
@@ -554,6 +556,36 @@ def read_checkpoint(path:str) -> tuple[dict[str, Tensor], dict[str, str]]:
     need(size == n + 8 + end, f"{size - n - 8 - end} bytes too long for its header")
     return {k: Tensor(np.frombuffer(f.read(hi-lo), DTYPES[dt]).reshape(shape).copy()).realize()
             for (lo, hi), k, dt, shape in entries}, meta
+
+MODELS = Path(cache_dir) / "models"               # where released weights are kept
+
+def download(url:str, path:Path) -> Path:
+  """The file at `url`, kept at `path`, with a progress bar on stderr; a broken download goes on where it ended.
+
+  CheckpointError, one line that says where to put the file by hand, if it can't be had whole."""
+  if path.is_file(): return path
+  part, got, size = path.with_name(path.name + ".part"), 0, None
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    have = part.stat().st_size if part.exists() else 0
+    if have: have -= 1                                              # a server has nothing to say of a range of no bytes
+    ask = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "h3tiny"})
+    with urllib.request.urlopen(ask, timeout=30) as r, open(part, "r+b" if have and r.status == 206 else "wb") as f:
+      got = f.seek(have if r.status == 206 else 0)
+      if r.headers["Content-Length"]: size = got + int(r.headers["Content-Length"])
+      bar = tqdm(total=size, desc=f"{path.parent.name}/{path.name}", unit="B", unit_scale=True)
+      bar.update(got)
+      while chunk := r.read(1 << 20):
+        got += f.write(chunk)
+        bar.update(len(chunk))
+      bar.update(0, close=True)
+    if size is not None and got != size:
+      raise OSError(f"it broke off after {got:,} of {size:,} bytes; once more, and it goes on from there")
+  except (OSError, http.client.HTTPException, ValueError) as e:
+    if getattr(e, "code", None) == 416: part.unlink()               # more than there is: it was another file's
+    raise CheckpointError(f"can't download {url} ({e}). The file can be put by hand at {path}") from None
+  os.replace(part, path)
+  return path
 
 def read_torch(path:str) -> dict[str, Tensor]:
   """All tensors of a file of torch.save's (its zip form, from PyTorch 1.6 on), flat or under "state_dict".

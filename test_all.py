@@ -5,8 +5,8 @@ From top to bottom: the kernels against float64, the model against the official 
 (golden/) and against a float64 recurrence, its three ways of running against each other, the
 trainer and the generator, and every command of the README. `-k kernel` runs the kernels' alone.
 """
-import contextlib, dataclasses, importlib.util, io, json, math, os, pickle, re, shlex, shutil, signal
-import subprocess, sys, threading, zipfile
+import contextlib, dataclasses, http.server, importlib.util, io, json, math, os, pickle, re, shlex, shutil, signal
+import subprocess, sys, threading, urllib.error, urllib.request, zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable
@@ -1188,6 +1188,38 @@ def test_bigs_files_that_are_not_whole(tmp_path, monkeypatch):
   save_checkpoint(str(tmp_path/"model.safetensors"), weights, {})
   (tmp_path/"config.json").write_text('{"hidden_size": 64}')
   with pytest.raises(CheckpointError, match="hidden_size 64"): BiGS.from_pretrained(str(tmp_path/"model.safetensors"))
+
+class Server(http.server.BaseHTTPRequestHandler):
+  "Serves `data`, with ranges, and breaks off after `most` bytes."
+  data, most, asked = bytes(range(256))*4000, 1 << 30, []
+  def do_GET(self):
+    if self.path.endswith("missing"): return self.send_error(404)
+    start = int((self.headers["Range"] or "bytes=0-")[6:-1])
+    self.asked.append(start)
+    self.send_response(206)
+    self.send_header("Content-Length", str(len(self.data) - start))
+    self.end_headers()
+    self.wfile.write(self.data[start:start+self.most])
+  def log_message(self, *args): pass
+
+def test_download_goes_on_where_it_broke_off(tmp_path, monkeypatch, capsys):
+  server = http.server.HTTPServer(("127.0.0.1", 0), Server)
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  url, path = f"http://127.0.0.1:{server.server_port}/model.pt", tmp_path/"models"/"a"/"model.pt"
+  with monkeypatch.context() as m:
+    m.setattr(Server, "most", 300_000)
+    with pytest.raises(CheckpointError, match="300,000 of 1,024,000 bytes.*by hand at.*model.pt"): h3tiny.download(url, path)
+  assert not path.exists()
+  assert h3tiny.download(url, path).read_bytes() == Server.data and Server.asked == [0, 299_999]
+  assert "100%" in capsys.readouterr().err and os.listdir(path.parent) == ["model.pt"]
+  server.shutdown()
+  h3tiny.download(url, path)                                              # it is there: nobody is asked
+  monkeypatch.setattr(bigs_tiny, "MODELS", tmp_path)
+  def refuse(*args, **kw): raise urllib.error.URLError("no network")
+  monkeypatch.setattr(urllib.request, "urlopen", refuse)
+  with pytest.raises(SystemExit) as stop: gen.main(["--model", "BiGS_128", "--fill", "x [MASK]"])
+  err = capsys.readouterr().err
+  assert stop.value.code == 2 and err.count("\n") == 1 and str(tmp_path/"BiGS_128"/"config.json") in err
 
 # ================================================================ the trainer and the generator
 

@@ -24,7 +24,7 @@ from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.helpers import Context
 from tinygrad.nn.state import get_state_dict
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
-from bigs_tiny import BLOCKS, BiGS, BiGSConfig, find, read_weights
+from bigs_tiny import BLOCKS, RELEASED, BiGS, BiGSConfig, find, read_weights
 from flashconv import FLASH, capture, check_kernels, embedding, setup_device
 from generate import (CHECKPOINT, MASK, OUT, RUN, TOKENIZERS, Parser, Session, Tokenizer, UserError,
                       make_tokenizer, number, show_fill, write)
@@ -1047,7 +1047,7 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
   if args.resume and args.init: raise UserError("--resume goes on with a run, --init starts one: give one of them")
   if args.resume or args.init:
     path = Path(args.out) / CHECKPOINT if args.resume else Path(args.init)
-    if not path.exists() or args.resume and not path.is_file():
+    if not path.exists() and args.init not in RELEASED or args.resume and not path.is_file():
       raise UserError(f"no checkpoint at {path}: " + ("leave --resume out to start a run" if args.resume else
                                                       "--init takes a file, or an official BiGS model's folder"))
     tensors, meta = read_weights(path := find(str(path)))
