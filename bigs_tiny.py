@@ -73,6 +73,8 @@ class BiGSConfig:
     if self.gelu not in ("tanh", "erf"): raise ValueError(f"gelu must be 'tanh' or 'erf', not {self.gelu!r}.")
     if self.pooler not in ("non_padding_mean", "mean"):
       raise ValueError(f"pooler must be 'non_padding_mean' or 'mean', not {self.pooler!r}.")
+    if not isinstance(self.norm_eps, float) or self.norm_eps <= 0:
+      raise ValueError(f"norm_eps must be above 0, not {self.norm_eps!r}.")
     if not 0 <= self.embed_dropout < 1:
       raise ValueError(f"embed_dropout must be at least 0 and below 1, not {self.embed_dropout}.")
 
@@ -375,8 +377,8 @@ def official_config(weights:dict[str, Tensor], source:str, head:str|None, gelu:s
                 n_labels=weights["classifier.weight"].shape[0] if "classifier.weight" in weights else 2,
                 gelu=gelu or ("tanh" if source.endswith(".msgpack") else "erf"))
   file = Path(source).with_name("config.json")
-  try: given = json.loads(file.read_text()) if file.is_file() else {}
-  except ValueError: raise CheckpointError(f"{file} is not JSON.") from None
+  try: given = dict(json.loads(file.read_text())) if file.is_file() else {}
+  except (TypeError, ValueError): raise CheckpointError(f"{file} is not JSON of a configuration.") from None
   names = dict(vocab_size="vocab_size", d_model="hidden_size", n_layer="num_hidden_layers", d_inner="intermediate_size",
                d_state="num_ssm", max_length="max_position_embeddings", n_types="type_vocab_size")
   for ours, theirs in names.items():
@@ -396,17 +398,19 @@ def read_flax(path:str) -> dict[str, Tensor]:
   def walk(node:dict, at:tuple[str, ...]) -> None:
     for k, v in node.items():
       if isinstance(v, dict): walk(v, (*at, k))
-      elif not isinstance(v, np.ndarray): raise CheckpointError(f"{path}: {'/'.join((*at, k))} is not a tensor.")
+      elif not isinstance(v, np.ndarray): raise CheckpointError(f"{path}: {'/'.join((*at, str(k)))} is not a tensor.")
       else:
         where = ("bigs", *at[1:]) if at[:1] in (("s4_bert",), ("bigs",)) else at
         ssm = ("kernel",) if where[-1:] in (("fs4",), ("bs4",)) and k != "D" else ()
         name = {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(k, k)
         found[".".join((*where, *ssm, name))] = Tensor(np.ascontiguousarray(v.T if k == "kernel" else v)).realize()
-  try: tree, end = unpack(data := memoryview(Path(path).read_bytes()), 0)
-  except (IndexError, KeyError, ValueError, TypeError, RecursionError):
+  try:
+    tree, end = unpack(data := memoryview(Path(path).read_bytes()), 0)
+    if end != len(data): raise ValueError
+    walk(tree.get("params", tree), ())
+  except CheckpointError: raise
+  except (AttributeError, IndexError, KeyError, ValueError, TypeError, RecursionError):
     raise CheckpointError(f"{path}: not a flax msgpack file, or a damaged one.") from None
-  if not isinstance(tree, dict) or end != len(data): raise CheckpointError(f"{path}: not a flax msgpack file.")
-  walk(tree.get("params", tree), ())
   return found
 
 def unpack(b:memoryview, i:int) -> tuple[object, int]:
@@ -438,6 +442,7 @@ def unpack(b:memoryview, i:int) -> tuple[object, int]:
     n = number(1 << t-0xc7) if t <= 0xc9 else 1 << t-0xd4
     if number(1) != 1: raise ValueError
     (shape, dtype, raw), end = unpack(take(n), 0)
+    if dtype not in ("float32", "float16", "float64", "int32", "int64"): raise ValueError
     return np.frombuffer(raw, dtype).reshape(shape), i
   raise ValueError
 

@@ -90,7 +90,8 @@ class BertTokenizer(Tokenizer):
     try: from tokenizers import BertWordPieceTokenizer
     except ImportError:
       raise UserError("--tokenizer bert needs the library tokenizers: pip install tokenizers") from None
-    self.words, self.path = vocab.read_text("utf-8").split("\n"), vocab
+    try: self.words, self.path = vocab.read_text("utf-8").split("\n"), vocab
+    except UnicodeDecodeError: raise UserError(f"{vocab} is not a vocabulary: it is not text in UTF-8") from None
     while self.words and not self.words[-1]: self.words.pop()
     self.vocab_size = self.masked_size = len(self.words)
     try: self.cls, self.sep, self.mask, self.pad = map(self.words.index, ("[CLS]", "[SEP]", "[MASK]", "[PAD]"))
@@ -98,7 +99,8 @@ class BertTokenizer(Tokenizer):
       raise UserError(f"{vocab} is not BERT's vocabulary: it lacks [CLS], [SEP], [MASK] or [PAD]") from None
     self.eot, self.pieces = self.sep, BertWordPieceTokenizer(str(vocab), lowercase=True)
   def encode(self, text:str) -> np.ndarray:
-    return np.array(self.pieces.encode(text, add_special_tokens=False).ids, np.uint16)
+    text = text.encode("utf-8", "replace").decode()                 # a terminal's stray bytes
+    return np.array(self.pieces.encode(text, add_special_tokens=False).ids, np.int32)
   def decode(self, ids:np.ndarray) -> bytes:
     words = (self.words[i] for i in ids if i not in (self.cls, self.sep, self.pad))
     return "".join(w[2:] if w.startswith("##") else " " + w for w in words).encode()
@@ -184,24 +186,24 @@ def generate(model:H3LM, prompts:np.ndarray|list[np.ndarray], n:int, temperature
 
 MASK, RUN, AROUND = "[MASK]", 8, 8         # RUN: bytes that a model of bytes learns to fill in one place, by default
 
-def masked_row(tokenizer:Tokenizer, text:str, run:int, length:int) -> np.ndarray:
-  "[CLS] text [SEP], each [MASK] in it as `run` mask tokens, padded to `length`."
-  parts = [tokenizer.encode(p) if p else np.zeros(0, int) for p in text.split(MASK)]
+def masked_row(tokenizer:Tokenizer, parts:list[list[int]], run:int, length:int) -> np.ndarray:
+  "[CLS], the parts of a text with `run` mask tokens between each two, [SEP], padded to `length`."
   row = [tokenizer.cls, *parts[0], *(t for p in parts[1:] for t in (*[tokenizer.mask]*run, *p)), tokenizer.sep]
   return np.array(row + [tokenizer.pad]*(length - len(row)), np.int32)
 
-def fill(model:BiGS, tokenizer:Tokenizer, text:str, run:int=RUN, pad:int=0) -> list[list[tuple[str, float]]]:
-  """For each [MASK] of a text, from left to right, what could stand there, the best first, with its probability.
+def fill(model:BiGS, tokenizer:Tokenizer, text:str, run:int=RUN, pad:int=0) -> list[list[tuple[list[int], float]]]:
+  """For each [MASK] of a text, from left to right, tokens that could stand there, the best first, and a probability.
 
-  A mask is a token, given those to its left filled in. For a model of bytes it is a word, without white space: of each
+  A mask is one token, given those to its left filled in. For a model of bytes it is a word without white space: of each
   length up to `run`, what it was trained with, the likeliest bytes are settled one by one, the surest first. Words are
   then compared by the pseudo-likelihood of where they stand: the mean probability, given all others, of their own bytes
   and those up to AROUND from them. (By that of the first pass alone "the old _ sat" gets "og" before "dog".)
-  pad: the row's length, filled up with [PAD] (default: the next multiple of 64)."""
-  runs, found = (range(1, run+1) if tokenizer.name == "bytes" else [1]), []
-  need, most = max(len(masked_row(tokenizer, text, run, 0)) for run in runs), model.config.max_length
+  pad: the row's length, filled up with [PAD] (default: the next multiple of 64). UserError for a text too long."""
+  parts = [list(map(int, tokenizer.encode(p))) if p else [] for p in text.split(MASK)]
+  if len(parts) == 1: raise UserError("--fill wants a text with [MASK] where something is to be found")
+  runs, found, most = (range(1, run+1) if tokenizer.name == "bytes" else [1]), [], model.config.max_length
+  need = len(masked_row(tokenizer, parts, runs[-1], 0))
   if need > most: raise UserError(f"the text takes {need} tokens, the model has positions for {most}: give less of it")
-  if text.count(MASK) == 0: raise UserError("--fill wants a text with [MASK] where something is to be found")
   length = pad or min(most, -(-need//64)*64)
   logits = capture(lambda t: model.mlm(t).realize())
   def ask(rows:list[np.ndarray], what:str="word") -> np.ndarray:
@@ -210,12 +212,12 @@ def fill(model:BiGS, tokenizer:Tokenizer, text:str, run:int=RUN, pad:int=0) -> l
     x[..., [tokenizer.cls, tokenizer.sep, tokenizer.mask, tokenizer.pad]] = -np.inf
     if tokenizer.name == "bytes" and what == "word": x[..., [*b" \t\n\r\f\v", tokenizer.eot]] = -np.inf
     return x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) - x.max(-1, keepdims=True)
-  while text.count(MASK):
-    rows = [masked_row(tokenizer, text, run, length) for run in runs]
-    first = int(np.argmax(rows[0] == tokenizer.mask))
+  while len(parts) > 1:
+    rows = [masked_row(tokenizer, parts, run, length) for run in runs]
+    first = 1 + len(parts[0])
     if tokenizer.name != "bytes":
       p = ask(rows)[0, first]
-      best = [(tokenizer.decode([i]).decode("utf-8", "replace"), float(np.exp(p[i]))) for i in np.argsort(-p)[:5]]
+      best = [([int(i)], float(np.exp(p[i]))) for i in np.argsort(-p)]
     else:
       places, scores = [first + np.arange(run) for run in runs], [[] for _ in runs]
       for _ in runs:
@@ -227,16 +229,16 @@ def fill(model:BiGS, tokenizer:Tokenizer, text:str, run:int=RUN, pad:int=0) -> l
         one = [np.where(np.arange(length) == at, tokenizer.mask, row) for row in rows]
         for row, score, run, p in zip(rows, scores, runs, ask(one, "any")):
           if at < first + run + AROUND and row[at] < tokenizer.vocab_size: score.append(p[at, row[at]])
-      words = [(tokenizer.decode(row[at]).decode("utf-8", "replace"), float(np.exp(np.mean(score))))
-               for row, at, score in zip(rows, places, scores)]
-      best = sorted(words, key=lambda w: -w[1])[:5]
-    found.append(best)
-    text = text.replace(MASK, best[0][0].strip() if tokenizer.name == "bert" else best[0][0], 1)
+      words = [(row[at].tolist(), float(np.exp(np.mean(score)))) for row, at, score in zip(rows, places, scores)]
+      best = sorted(words, key=lambda w: -w[1])
+    found.append(best[:5])
+    parts[:2] = [parts[0] + best[0][0] + parts[1]]
   return found
 
 def show_fill(model:BiGS, tokenizer:Tokenizer, text:str, run:int=RUN, pad:int=0) -> None:
   "Prints the text filled in, and for each [MASK] what else came to mind."
-  found = fill(model, tokenizer, text, run, pad)
+  found = [[(tokenizer.decode(ids).decode("utf-8", "replace"), p) for ids, p in best]
+           for best in fill(model, tokenizer, text, run, pad)]
   for best in found: text = text.replace(MASK, best[0][0].strip() if tokenizer.name == "bert" else best[0][0], 1)
   print(text)
   for best in found: print("  " + "   ".join(f"{word.strip()!r} {p:.3g}" for word, p in best), flush=True)
@@ -392,17 +394,22 @@ def run(args:argparse.Namespace) -> None:
     try: return bench(args.bench)
     except ValueError as e: raise UserError(f"--bench: {e}") from None
   fills = hasattr(args, "fill")
-  path = find(args.model) if fills and (Path(args.model).exists() or args.model in RELEASED) else find_checkpoint(args.model)
+  named = fills and (Path(args.model).exists() or args.model in RELEASED)
+  path = find(args.model) if named else find_checkpoint(args.model)
   tensors, meta = read_weights(path)
+  try: trained_on = (options := json.loads(meta.get("args", "{}"))).get("data")
+  except (ValueError, AttributeError): raise CheckpointError(f"{path}: its metadata are damaged") from None
+  if options.get("task") == "agreement":
+    raise UserError(f"{path} knows the words of --task agreement only, which are no text: train.py shows what it says")
   if (name := meta.get("tokenizer", "bert" if fills and not meta else "bytes")) not in TOKENIZERS:
     raise CheckpointError(f"{path}: its tokenizer, {name!r}, is none of {', '.join(TOKENIZERS)}")
   if fills != (meta.get("model", "bigs" if fills else "h3") == "bigs"):
     raise UserError(f"{path} is no masked model: train.py --task mlm makes one" if fills else
                     f"{path} is a masked model: ask it with --fill")
   tokenizer = make_tokenizer(name, path.with_name("vocab.txt"))
-  try: trained_on = (options := json.loads(meta.get("args", "{}"))).get("data")
-  except (ValueError, AttributeError): raise CheckpointError(f"{path}: its metadata are damaged") from None
   if fills:
+    if not any(k.startswith("cls.") for k in tensors):
+      raise UserError(f"{path} has no head for masked tokens: --task mlm trains one, other tasks do not")
     model = BiGS.from_checkpoint(tensors, meta, str(path), "mlm")
     # the official ones have been trained, and are run, on rows of one length
     length = 0 if meta else model.config.max_length

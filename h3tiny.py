@@ -604,7 +604,8 @@ def read_torch(path:str) -> dict[str, Tensor]:
     def append(self, x): pass
     def extend(self, x): pass
   def tensor(storage, offset, size, stride, *_) -> np.ndarray:
-    if not isinstance(storage, np.ndarray) or len(size) != len(stride) or min((offset, *size, *stride), default=0) < 0 \
+    whole = all(type(n) is int and n >= 0 for n in (offset, *size, *stride))      # Python's own do not overflow
+    if not isinstance(storage, np.ndarray) or not whole or len(size) != len(stride) or math.prod(size) > len(storage) \
        or (0 not in size and offset + sum((n-1)*s for n, s in zip(size, stride)) >= len(storage)): raise ValueError
     return np.lib.stride_tricks.as_strided(storage[offset:], size, [s*storage.itemsize for s in stride])
   def bfloat16(raw:np.ndarray) -> np.ndarray: return (raw.astype(np.uint32) << 16).view(np.float32)

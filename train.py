@@ -257,9 +257,11 @@ class Windows:
     return self.train[at[:, None] + np.arange(self.size)].astype(np.int32)
 
 def tokenizer(args:argparse.Namespace) -> Tokenizer:
-  places = [args.vocab] if args.vocab else [Path(p).parent/"vocab.txt" if Path(p).is_file() else Path(p)/"vocab.txt"
-                                            for p in (args.init, args.out) if p]
-  return make_tokenizer(args.tokenizer, next((Path(p) for p in places if Path(p).is_file()), Path(places[0])))
+  "BERT's needs a file: that of --vocab, or beside --init's; a run keeps a copy beside its checkpoint."
+  beside = lambda p: (Path(p).parent if Path(p).is_file() else Path(p)) / "vocab.txt"
+  places = [Path(p) for p in (args.vocab,) if p] or [beside(args.init or args.out)]
+  if args.resume: places = [beside(args.out), *places]
+  return make_tokenizer(args.tokenizer, next((p for p in places if p.is_file()), places[-1]))
 
 def text_task(args:argparse.Namespace) -> Task:
   "The next token of text; with bits per byte, whatever the tokens."
@@ -330,12 +332,13 @@ def mlm_task(args:argparse.Namespace) -> Task:
     return {"accuracy": hits / asked}
   def sample(model:BiGS) -> None:
     of = lambda i, j: tok.decode(text.held[i:j]).decode("utf-8", "replace")
-    n = min(24, args.length//2 - run)
+    n = min(24, (args.length - run)//2 - 1)
     line = f"    def __init__({MASK}, name):" if not args.data else f"{of(0, n)}{MASK}{of(n+3, 2*n)}"
     show_fill(model, tok, line, run)
   def batch(step:int) -> Batch:
     rng = np.random.default_rng([args.seed, 0, step])
     return rows(text.draw(rng), rng)
+  if run > args.length - 2: raise UserError(f"--mask-run {run} is longer than a text of --length {args.length}")
   return Task(text.about, tok, tok.masked_size, batch, held, bits,
               f"tokens by their frequency (the commonest is right at {right:.3f})",
               unit=f"bits per masked {'byte' if tok.name == 'bytes' else 'token'}",
@@ -346,7 +349,7 @@ def mlm_task(args:argparse.Namespace) -> Task:
 def read_tsv(path:str, columns:int|None=None) -> tuple[list[str], list[list[str]], list[int]]:
   "Labels, texts (one or two each), and the numbers of their lines."
   labels, texts, lines = [], [], []
-  for i, line in enumerate(read_text(Path(path)).splitlines(), 1):
+  for i, line in enumerate(re.split(r"\r\n|\n|\r", read_text(Path(path)).removeprefix("\ufeff")), 1):
     if not line.strip(): continue
     label, *rest = line.split("\t")
     columns = columns or min(3, max(2, 1 + len(rest)))
@@ -362,14 +365,15 @@ def real(text:str) -> float|None:
   try: return x if math.isfinite(x := float(text)) else None
   except ValueError: return None
 
-def agreement_of(truth:np.ndarray, said:np.ndarray) -> dict[str, float]:
-  "Accuracy, F1 (of the second label of two, else the mean over labels) and Matthews' correlation, Gorodkin's for many."
-  K = int(max(truth.max(), said.max())) + 1
+def agreement_of(truth:np.ndarray, said:np.ndarray, K:int) -> dict[str, float]:
+  """Accuracy, F1 and Matthews' correlation (Gorodkin's for many) of labels 0 to K-1. F1 is that of the second label of
+  two, else the mean over the labels that occur, in the truth or in what was said."""
   C = np.bincount(truth*K + said, minlength=K*K).reshape(K, K).astype(float)
   t, p, n, hits = C.sum(1), C.sum(0), C.sum(), np.trace(C)
   f1 = 2*np.diag(C) / np.maximum(1, t + p)
+  mean = f1[1] if K == 2 else f1[t + p > 0].mean()
   spread = math.sqrt((n*n - p @ p) * (n*n - t @ t))
-  return {"accuracy": hits/n, "F1": float(f1[1] if K == 2 else f1.mean()),
+  return {"accuracy": hits/n, "F1": float(mean),
           "MCC": (hits*n - t @ p)/spread if spread else 0.0}
 
 def correlation(truth:np.ndarray, said:np.ndarray) -> dict[str, float]:
@@ -388,8 +392,13 @@ def classify_task(args:argparse.Namespace) -> Task:
   tok, L = tokenizer(args), args.length
   labels, texts, lines = read_tsv(args.data[0])
   values = [real(l) for l in labels]
-  regression = None not in values and any(v != int(v) for v in values)
+  regression = any(v is not None and v != int(v) for v in values)
+  if regression and None in values and values.count(None) < len(values)/2:
+    i = values.index(None)
+    raise UserError(f"{args.data[0]} line {lines[i]}: {labels[i]!r} is not a number, as other labels are")
+  regression = regression and None not in values
   names = None if regression else sorted(set(labels), key=lambda l: (real(l) is None, real(l) or 0, l))
+  if L < (need := 2 + 2*len(texts[0])): raise UserError(f"--length {L} is too short for texts: give at least {need}")
   if names and len(names) < 2:
     raise UserError(f"{args.data[0]}: every line has the label {names[0]!r}: nothing to learn")
   def table(labels:list[str], texts:list[list[str]], lines:list[int], path:str) -> list[Batch]:
@@ -424,7 +433,7 @@ def classify_task(args:argparse.Namespace) -> Task:
     return cross_entropy(x.unsqueeze(1), labels.unsqueeze(1)), x.argmax(-1)
   def metrics(outputs:list[Batch]) -> dict[str, float]:
     said = np.concatenate([o[1] for o in outputs])
-    return correlation(truth, said) if regression else agreement_of(truth[:len(said)], said.astype(int))
+    return correlation(truth, said) if regression else agreement_of(truth, said.astype(int), len(names))
   trained = np.array([r[2] for r in rows])
   if regression: guess, baseline = "the mean of all", float(((truth - trained.mean())**2).mean())
   else:
@@ -515,7 +524,8 @@ def agreement_task(args:argparse.Namespace) -> Task:
     return {f"{n} attractor{'s'*(n != 1)}": float(o[1].mean()) for n, o in enumerate(outputs)}
   return Task(f"sentences of {len(WORDS)} words, up to {len(FEW)-1} nouns between subject and verb", None, len(index)+4,
               batch, [held(n) for n in range(len(FEW))], math.log2(2*len(VERBS)), "the verbs' forms at random (0.500)",
-              unit="bits per verb", forward=forward_on if reads_on else forward, metrics=metrics, head="mlm")
+              unit="bits per word" if reads_on else "bits per verb",
+              forward=forward_on if reads_on else forward, metrics=metrics, head="mlm")
 
 TASKS = {"text": text_task, "mlm": mlm_task, "classify": classify_task, "agreement": agreement_task}
 
@@ -827,7 +837,12 @@ def make_model(args:argparse.Namespace, task:Task, tensors:dict[str, Tensor]|Non
     if task.labels: config.n_labels = len(task.labels)
     return BiGS(config, args.seed, (task.head,))
   if args.model in KINDS: model = H3LM.from_checkpoint(tensors, meta, source)
-  else: model = BiGS.from_checkpoint(tensors, meta, source, task.head, "tanh", task.labels and len(task.labels))
+  else:
+    labels = task.labels and len(task.labels)
+    old = tensors.get("classifier.weight")
+    if not args.resume and labels and old is not None and old.shape[0] != labels:      # as MRPC and RTE start from MNLI
+      tensors = {k: v for k, v in tensors.items() if not k.startswith("classifier.")}
+    model = BiGS.from_checkpoint(tensors, meta, source, task.head, "tanh", labels)
   if model.config.vocab_size != task.vocab_size:
     raise UserError(f"the checkpoint's vocabulary is {model.config.vocab_size}, --tokenizer {args.tokenizer}'s "
                     f"{task.vocab_size}: give the tokenizer it was trained with")
@@ -864,8 +879,8 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
     if first >= args.steps:
       raise UserError(f"the run in {out} has done its {first} steps: give more with --steps, "
                       "or another --out to start afresh")
-  if args.truncate and (args.model not in KINDS or model.config.attn_layers):
-    raise UserError("--truncate hands on the state of H3 layers, attention has none: give --model h3 too")
+  if args.truncate and (args.task != "text" or model.config.attn_layers):
+    raise UserError("--truncate hands on the state of H3 layers, attention has none: it is for --task text --model h3")
   if args.truncate and args.length % args.truncate:
     raise UserError(f"--truncate {args.truncate} does not divide --length {args.length}: give one that does")
   check_writable(out)
@@ -893,7 +908,7 @@ def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dic
 
   with Interrupt() as interrupt:
     log.begun, saved = len(log.rows), False
-    if args.init: evaluate(0)                          # where it starts from
+    if args.init and not args.resume: evaluate(0)      # where it starts from
     for step in range(first, args.steps):
       lr = learning_rate(step, args.steps, args.lr, args.warmup, args.task == "classify")
       hyper = opt.hyper(step, lr, args.weight_decay, args.clip, min(1e-3, args.lr) / args.lr)
@@ -1071,7 +1086,7 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
           raise UserError(f"--{k.replace('_', '-')} {now[k]} differs from the checkpoint's"
                           f"{'' if old[k] is None else f' {old[k]}'}: leave it out, or start afresh")
     except (KeyError, TypeError, ValueError): raise CheckpointError(f"{path}: its metadata are damaged") from None
-    args.resume, args.out, args.init = "resume" in now, now.get("out", OUT), str(path) if args.init else None
+    args.resume, args.out, args.init = "resume" in now, now.get("out", OUT), args.init if args.resume else str(path)
   for k, v in DEFAULTS[args.task].items():
     if getattr(args, k) is None: setattr(args, k, v)
   if args.lr is None: args.lr = FINE_TUNING["lr"] if args.task == "classify" and args.init else SIZES[args.size]["lr"]
