@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Iterator
 import numpy as np
 from flashconv import capture, check_kernels, setup_device
-from bigs_tiny import RELEASED, BiGS, find, read_weights
+import bigs_tiny, h3tiny
+from bigs_tiny import BiGS, read_weights
 from h3tiny import CheckpointError, H3Config, H3LM
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.device import Buffer
@@ -394,19 +395,24 @@ def run(args:argparse.Namespace) -> None:
     try: return bench(args.bench)
     except ValueError as e: raise UserError(f"--bench: {e}") from None
   fills = hasattr(args, "fill")
-  named = fills and (Path(args.model).exists() or args.model in RELEASED)
-  path = find(args.model) if named else find_checkpoint(args.model)
+  known = os.path.exists(args.model)
+  if fills and (known or args.model in bigs_tiny.RELEASED): path = bigs_tiny.find(args.model)
+  elif not known and args.model in h3tiny.RELEASED: path = Path(h3tiny.released(args.model))
+  else: path = find_checkpoint(args.model)
   tensors, meta = read_weights(path)
   try: trained_on = (options := json.loads(meta.get("args", "{}"))).get("data")
   except (ValueError, AttributeError): raise CheckpointError(f"{path}: its metadata are damaged") from None
   if options.get("task") == "agreement":
     raise UserError(f"{path} knows the words of --task agreement only, which are no text: train.py shows what it says")
-  if (name := meta.get("tokenizer", "bert" if fills and not meta else "bytes")) not in TOKENIZERS:
+  if (name := meta.get("tokenizer", "bytes" if meta else "bert" if fills else "gpt2")) not in TOKENIZERS:
     raise CheckpointError(f"{path}: its tokenizer, {name!r}, is none of {', '.join(TOKENIZERS)}")
   if fills != (meta.get("model", "bigs" if fills else "h3") == "bigs"):
     raise UserError(f"{path} is no masked model: train.py --task mlm makes one" if fills else
                     f"{path} is a masked model: ask it with --fill")
+  if not fills: model = H3LM.from_checkpoint(tensors, meta, str(path))
   tokenizer = make_tokenizer(name, path.with_name("vocab.txt"))
+  if not fills and model.config.vocab_size != tokenizer.vocab_size:
+    raise UserError(f"{path} has a vocabulary of {model.config.vocab_size}, not the {tokenizer.vocab_size} of {name}")
   if fills:
     if not any(k.startswith("cls.") for k in tensors):
       raise UserError(f"{path} has no head for masked tokens: --task mlm trains one, other tasks do not")
@@ -414,7 +420,6 @@ def run(args:argparse.Namespace) -> None:
     # the official ones have been trained, and are run, on rows of one length
     length = 0 if meta else model.config.max_length
     return show_fill(model, tokenizer, args.fill, options.get("mask_run") or RUN, length)
-  model = H3LM.from_checkpoint(tensors, meta, str(path))
   prompts = read_prompts(args, "def " if not trained_on and tokenizer.name == "bytes" else "")
   prompts = [p for p in prompts for _ in range(args.batch)]
   asked, count, speed = write(model, tokenizer, prompts, args.tokens, getattr(args, "stop", None), seed=args.seed,

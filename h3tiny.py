@@ -18,8 +18,7 @@ Glossary. B batch, L length, V vocabulary, and then
 A complex tensor is a pair (re, im): tinygrad has no complex dtype.
 
 Not here: ZOH discretisation and HiPPO measures other than diag-lin (no released model uses
-them), half precision, and the official releases' files (`H3LM.from_pretrained` reads checkpoints
-written by `save_checkpoint`).
+them), and half precision.
 """
 from __future__ import annotations
 import collections, dataclasses, functools, http.client, io, json, math, os, pickle, sys, urllib.request, zipfile
@@ -475,14 +474,30 @@ class H3LM:
 
   @staticmethod
   def from_pretrained(path:str, n_heads:int|None=None) -> H3LM:
-    "The model in a file that `save_checkpoint` wrote. CheckpointError if it is anything else."
-    return H3LM.from_checkpoint(*read_checkpoint(path), path, n_heads)
+    """A released model by name (see RELEASED), which is downloaded once; or the model in a file, or a folder with one:
+    a checkpoint of ours, or official weights, as .safetensors or of torch.save's, plain or from PyTorch Lightning,
+    under the names of today or the old ones.
+
+    The shape of official weights is read off the tensors; n_heads, which can't be, by default goes by the width, or is
+    what a config.json beside the file says. CheckpointError, one line, for anything else."""
+    if path in RELEASED and not os.path.exists(path): path = released(path)
+    if os.path.isdir(path):
+      found = sorted((f for f in Path(path).iterdir() if f.suffix in (".safetensors", ".pt", ".bin")),
+                     key=lambda f: f.stat().st_mtime)
+      if not found: raise CheckpointError(f"no model in the folder {path}.")
+      path = str(found[-1])
+    tensors, meta = (read_torch(path), {}) if path.endswith((".pt", ".pth", ".bin", ".ckpt")) else read_checkpoint(path)
+    return H3LM.from_checkpoint(tensors, meta, path, n_heads)
 
   @staticmethod
   def from_checkpoint(tensors:dict[str, Tensor], meta:dict[str, str], source:str,
                       n_heads:int|None=None) -> H3LM:
-    """The model of what `read_checkpoint` read: metadata model = "h3" and config = H3Config as JSON;
-    tensors named optim.… are passed over. CheckpointError, naming `source`, if that is not it."""
+    """The model of what `read_checkpoint` read: metadata model = "h3" and config = H3Config as JSON, tensors named
+    optim.… are passed over; or official weights, without metadata. CheckpointError, naming `source`, for the rest."""
+    if "model" not in meta and "backbone.layers.0.norm1.weight" in (weights := official_names(tensors)):
+      model = H3LM(official_config(weights, source, n_heads))
+      load_weights(model, weights, source)
+      return model
     if (kind := meta.get("model")) != "h3":
       raise CheckpointError(f"{source}: not a checkpoint of an H3 model (its metadata: {kind!r}).")
     heads = {} if n_heads is None else {"n_heads": n_heads}
@@ -492,6 +507,75 @@ class H3LM:
     model = H3LM(config)
     load_weights(model, {k: v for k, v in tensors.items() if not k.startswith("optim.")}, source)
     return model
+
+# ---------------------------------------------------------------- official weights
+
+RELEASED = {size: f"H3-{size.removesuffix('-rotary')}/resolve/main/{file}" for size, file in {
+  "125M": "model.pt", "355M": "model.pt", "1.3B": "model.pt", "2.7B": "model-3attn.pt",
+  "2.7B-rotary": "model-2attn-rotary.pt"}.items()}
+
+def released(name:str) -> str:
+  "Where the file of a released model is, downloaded if it must be."
+  return str(download(f"https://huggingface.co/danfu09/{RELEASED[name]}", MODELS/name/"model.pt"))
+
+def official_names(tensors:dict[str, Tensor]) -> dict[str, Tensor]:
+  """Lightning's prefix taken off (what has none is not the model's), and the names of today for the old ones.
+
+  The old ones count a LayerNorm with the sublayer before it, so all are shifted by one: src/models/ssm_seq.py:193-224.
+  """
+  if any(k.startswith(("model.backbone.", "model.s4seq.")) for k in tensors):
+    tensors = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+  def today(name:str) -> str:
+    for old, new in (("s4seq.encoder.", "backbone."), ("embedding.", "backbone.embeddings.word_embeddings."),
+                     ("backbone.norm.", "backbone.ln_0.")):
+      if name.startswith(old): name = new + name.removeprefix(old)
+    return name
+  tensors = {today(k): v for k, v in tensors.items()}
+  if "backbone.ln_0.weight" not in tensors: return tensors
+  n = 1 + max((int(k.split(".")[2]) for k in tensors if k.startswith("backbone.layers.")), default=-1)
+  shifted = {k: v for k, v in tensors.items() if ".norm" not in k and "ln_" not in k}
+  def move(old:str, new:str) -> None:
+    for part in ("weight", "bias"):
+      if (v := tensors.get(f"backbone.{old}.{part}")) is not None: shifted[f"backbone.{new}.{part}"] = v
+  move("ln_0", "layers.0.norm1")
+  for i in range(n):
+    move(f"layers.{i}.norm1", f"layers.{i}.norm2")
+    move(f"layers.{i}.norm2", f"layers.{i+1}.norm1" if i < n-1 else "ln_f")
+  return shifted
+
+HEADS = {768: 12, 1024: 16, 2048: 16, 2560: 20}  # of the released models, by width
+
+def official_config(tensors:dict[str, Tensor], source:str, n_heads:int|None=None) -> H3Config:
+  "The shape of official weights; how many attention heads there are only a config.json beside the file can say."
+  def shape(name:str) -> tuple[int, ...]:
+    if (name := f"backbone.{name}") not in tensors: raise CheckpointError(f"{source}: tensor {name} is missing.")
+    return tensors[name].shape
+  rows, D = shape("embeddings.word_embeddings.weight")
+  n = 1 + max(int(k.split(".")[2]) for k in tensors if k.startswith("backbone.layers."))
+  attn = tuple(i for i in range(n) if f"backbone.layers.{i}.mixer.Wqkv.weight" in tensors)
+  h3 = next((i for i in range(n) if i not in attn), None)
+  config = dict(vocab_size=50257 if rows == 50264 else rows, d_model=D, n_layer=n, attn_layers=attn,
+                mlp_mult=shape("layers.0.mlp.fc1.weight")[0] // D)
+  if h3 is not None:
+    config |= dict(d_state=shape(f"layers.{h3}.mixer.ssm_k_kernel.kernel.B")[1],
+                   head_dim=D // shape(f"layers.{h3}.mixer.D")[0])
+  file, given = Path(source).with_name("config.json"), {}
+  try: given = dict(json.loads(file.read_text())) if file.is_file() else {}
+  except (TypeError, ValueError): raise CheckpointError(f"{file} is not JSON of a configuration.") from None
+  stated = given.get("attn_cfg") or {}
+  config["n_heads"] = n_heads or stated.get("num_heads") or HEADS.get(D) or (1 if not attn else None)
+  if config["n_heads"] is None:
+    raise CheckpointError(f"{source}: of width {D}, the number of attention heads can't be told: give n_heads, or a "
+                          'config.json beside it with {"attn_cfg": {"num_heads": …}}.')
+  if attn and (inv := tensors.get(f"backbone.layers.{attn[0]}.mixer.rotary_emb.inv_freq")) is not None:
+    config["rotary_dim"] = 2*inv.shape[0]
+  if "vocab_size" in given: config["vocab_size"] = given["vocab_size"]
+  config["pad_vocab_multiple"] = math.gcd(8, rows)
+  try: made = H3Config(**config)
+  except (TypeError, ValueError) as e: raise CheckpointError(f"{source}: {e}") from None
+  if made.padded_vocab != rows:
+    raise CheckpointError(f"{file} says vocab_size {made.vocab_size}, the embedding of {source} has {rows} rows.")
+  return made
 
 # ---------------------------------------------------------------- checkpoints: safetensors
 
@@ -635,6 +719,36 @@ def read_torch(path:str) -> dict[str, Tensor]:
   tree = {k: v for k, v in tree.items() if isinstance(v, np.ndarray)} if isinstance(tree, dict) else {}
   if not tree: fail("no tensors in it")
   return {str(k): Tensor(np.array(v)).realize() for k, v in tree.items()}
+
+def save_torch(path:str, tensors:dict[str, Tensor], wrap:tuple[str, ...]=()) -> None:
+  """Writes float32 tensors as torch.save does a state_dict, so that the authors' code loads them; whole or not at all.
+
+  wrap: keys of dictionaries around it. The pickle is put together by hand: PyTorch's own classes are only named in it.
+  The tied lm_head.weight shares the embedding's storage, as it does there."""
+  word = lambda s: b"X" + len(s.encode()).to_bytes(4, "little") + s.encode()
+  def number(n:int) -> bytes: return b"\x8a\x08" + n.to_bytes(8, "little", signed=True)
+  def numbers(ns:tuple[int, ...]) -> bytes: return b"(" + b"".join(map(number, ns)) + b"t"
+  new = b"ccollections\nOrderedDict\n)R"                             # an empty OrderedDict
+  arrays, body = {k: np.ascontiguousarray(t.numpy(), np.float32) for k, t in tensors.items()}, new + b"("
+  keys = {k: str(i) for i, k in enumerate(arrays)}
+  words = "backbone.embeddings.word_embeddings.weight"
+  for k in [*arrays, *["lm_head.weight"] * (words in arrays)]:
+    a, key = arrays[k if k in arrays else words], keys[k if k in arrays else words]
+    storage = b"(" + word("storage") + b"ctorch\nFloatStorage\n" + word(key) + word("cpu") + number(a.size) + b"tQ"
+    layout = number(0) + numbers(a.shape) + numbers(tuple(s // 4 for s in a.strides))
+    body += word(k) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + layout + b"\x89" + new + b"tR"
+  body += b"u"
+  for k in reversed(wrap): body = b"}" + word(k) + body + b"s"
+  root, tmp = Path(path).stem, f"{path}.{os.getpid()}.tmp"
+  try:
+    with zipfile.ZipFile(tmp, "w") as z:
+      z.writestr(f"{root}/data.pkl", b"\x80\x02" + body + b".")
+      z.writestr(f"{root}/byteorder", "little")
+      for k, a in arrays.items(): z.writestr(f"{root}/data/{keys[k]}", a.tobytes())
+      z.writestr(f"{root}/version", "3\n")
+    os.replace(tmp, path)
+  finally:
+    if os.path.exists(tmp): os.remove(tmp)
 
 def load_weights(model:H3LM, weights:dict[str, Tensor], source:str="weights"):
   "Puts weights, by official name, into the model. CheckpointError unless names and shapes match."

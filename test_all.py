@@ -975,6 +975,54 @@ def test_checkpoint(tmp_path):
   refused("config", tensors=w, metadata=meta | {"config": '{"d_modle": 3}'})
   with pytest.raises(CheckpointError, match="no such file"): H3LM.from_pretrained(str(tmp_path / "none"))
 
+def old_names(tensors:dict) -> dict:
+  "Official weights as the first releases named them: each LayerNorm belongs to the sublayer before it."
+  n, out = 1 + max(int(k.split(".")[2]) for k in tensors if "layers." in k), {}
+  for k, v in tensors.items():
+    k = k.removeprefix("backbone.")
+    if m := re.fullmatch(r"layers\.(\d+)\.norm([12])\.(\w+)", k):
+      i, which, part = int(m[1]), m[2], m[3]
+      k = f"layers.{i}.norm1.{part}" if which == "2" else f"layers.{i-1}.norm2.{part}" if i else f"norm.{part}"
+    k = k.replace("ln_f.", f"layers.{n-1}.norm2.")
+    out["embedding.weight" if "word_embeddings" in k else f"s4seq.encoder.{k}"] = v
+  return out
+
+def test_official_weights(tiny, tmp_path):
+  "The golden model from each container under each naming, with what may lie beside it; what does not fit, in one line"
+  shutil.copy(f"{GOLDEN}/tiny_h3/config.json", tmp_path)
+  new, _ = read_checkpoint(f"{GOLDEN}/tiny_h3/model.safetensors")
+  new = {k: v for k, v in new.items() if k != "lm_head.weight"}
+  old, n = old_names(new), 0
+  assert "s4seq.encoder.norm.weight" in old and "s4seq.encoder.layers.2.norm2.weight" in old
+  for tensors in (new, old):
+    for name, wrap in (("a.pt", ()), ("b.pt", ("state_dict",)), ("c.safetensors", None)):
+      given = tensors
+      if wrap: given = {f"model.{k}": v for k, v in tensors.items()} | {"loss.weight": Tensor([1.0])}
+      if wrap is None: save_checkpoint(str(tmp_path/name), given, {"format": "pt"})
+      else: h3tiny.save_torch(str(tmp_path/name), given, wrap)
+      model = H3LM.from_pretrained(str(tmp_path/name))
+      assert model.config == dataclasses.replace(tiny.config, n_heads=4), name
+      for k, v in get_state_dict(model).items(): assert (v.numpy() == new[k].numpy()).all(), (name, k)
+      n += 1
+  assert n == 6
+  assert_close(model(toks(golden("tiny_h3/tokens_L7.npy"))), golden("tiny_h3/logits_L7.npy"), 5e-5)
+  def refused(why, tensors):
+    h3tiny.save_torch(str(tmp_path/"d.pt"), tensors)
+    with pytest.raises(CheckpointError, match=why) as e: H3LM.from_pretrained(str(tmp_path/"d.pt"))
+    assert "d.pt" in str(e.value) and "\n" not in str(e.value)
+  some = "backbone.layers.1.mixer.q_proj.weight"
+  refused(f"{some} is missing", {k: v for k, v in new.items() if k != some})
+  refused("odd.one does not belong", new | {"odd.one": Tensor([1.0])})
+  refused(f"{some} has shape", new | {some: Tensor([1.0])})
+  hybrid = shaken(H3Config(40, 16, 3, (1,), n_heads=2, d_state=8, rotary_dim=4, head_dim=2))
+  weights = get_state_dict(hybrid) | {"backbone.layers.1.mixer.rotary_emb.inv_freq": Tensor([1.0, 0.01])}
+  os.remove(tmp_path/"config.json")
+  h3tiny.save_torch(str(tmp_path/"e.pt"), weights)
+  assert H3LM.from_pretrained(str(tmp_path/"e.pt"), n_heads=2).config == hybrid.config
+  with pytest.raises(CheckpointError, match="give n_heads"): H3LM.from_pretrained(str(tmp_path/"e.pt"))
+  (tmp_path/"config.json").write_text('{"attn_cfg": {"num_heads": 2}}')
+  assert H3LM.from_pretrained(str(tmp_path/"e.pt")).config == hybrid.config
+
 # ================================================================ BiGS
 
 BIGS = HERE / "golden" / "bigs" / "tinyA"
@@ -1219,12 +1267,14 @@ def test_download_goes_on_where_it_broke_off(tmp_path, monkeypatch, capsys):
   assert "100%" in capsys.readouterr().err and os.listdir(path.parent) == ["model.pt"]
   server.shutdown()
   h3tiny.download(url, path)                                              # it is there: nobody is asked
-  monkeypatch.setattr(bigs_tiny, "MODELS", tmp_path)
+  for module in (bigs_tiny, h3tiny): monkeypatch.setattr(module, "MODELS", tmp_path)
   def refuse(*args, **kw): raise urllib.error.URLError("no network")
   monkeypatch.setattr(urllib.request, "urlopen", refuse)
-  with pytest.raises(SystemExit) as stop: gen.main(["--model", "BiGS_128", "--fill", "x [MASK]"])
-  err = capsys.readouterr().err
-  assert stop.value.code == 2 and err.count("\n") == 1 and str(tmp_path/"BiGS_128"/"config.json") in err
+  for args, file in ((["--model", "BiGS_128", "--fill", "x [MASK]"], tmp_path/"BiGS_128"/"config.json"),
+                     (["--model", "125M", "--prompt", "x"], tmp_path/"125M"/"model.pt")):
+    with pytest.raises(SystemExit) as stop: gen.main(args)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and str(file) in err
 
 # ================================================================ the trainer and the generator
 
