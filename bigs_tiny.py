@@ -33,8 +33,8 @@ import numpy as np
 from tinygrad import GlobalCounters, Tensor
 from tinygrad.nn.state import get_state_dict
 from flashconv import Vandermonde, check_kernels, cmul, embedding, fftconv, matmul, setup_device
-from h3tiny import (MODELS, Attention, CheckpointError, LayerNorm, Linear, download, load_weights, param,
-                    read_checkpoint, read_torch)
+from h3tiny import (MODELS, Attention, Blank, CheckpointError, LayerNorm, Linear, Stored, Weights, download,
+                    load_weights, param, read_checkpoint, read_torch)
 
 BLOCKS = ("gated", "stack", "gated-attention", "attention")
 HEADS = ("mlm", "classify", "choose", "span", "tag")
@@ -179,13 +179,15 @@ class Layer:
 # ---------------------------------------------------------------- the model
 
 class BiGS:
-  """The encoder and its heads. All parameters are float32 and drawn by numpy from `seed`; `get_state_dict(model)` gives
-  the official PyTorch names, where there are any. tokens (B,L) int; token_type like them, 0 where left out.
+  """The encoder and its heads. All parameters are float32 and drawn by numpy from `seed` (None: as in H3LM);
+  `get_state_dict(model)` gives the official PyTorch names, where there are any.
+  tokens (B,L) int; token_type like them, 0 where left out.
 
   heads: which to make, of "mlm", "classify", "choose", "span", "tag"; others are made, untrained, when first used.
   """
-  def __init__(self, config:BiGSConfig, seed:int=0, heads:tuple[str, ...]=("mlm",)):
-    self.config, self.rng, d = config, np.random.default_rng(seed), config.d_model
+  def __init__(self, config:BiGSConfig, seed:int|None=0, heads:tuple[str, ...]=("mlm",)):
+    self.config, d = config, config.d_model
+    self.rng = Blank() if seed is None else np.random.default_rng(seed)
     table = lambda rows: SimpleNamespace(weight=param(self.rng.normal(0, 0.02, (rows, d))))
     self.bigs = SimpleNamespace(
       embeddings=SimpleNamespace(word_embeddings=table(config.vocab_size), LayerNorm=LayerNorm(d, config.norm_eps),
@@ -301,7 +303,7 @@ class BiGS:
     return BiGS.from_checkpoint(*read_weights(path), str(path), head, gelu, n_labels)
 
   @staticmethod
-  def from_checkpoint(tensors:dict[str, Tensor], meta:dict[str, str], source:str, head:str|None=None,
+  def from_checkpoint(tensors:Weights, meta:dict[str, str], source:str, head:str|None=None,
                       gelu:str|None=None, n_labels:int|None=None) -> BiGS:
     "The model of named tensors and, of a checkpoint of ours, metadata. Those named optim.… are passed over."
     parts = {"mlm": ("cls.",), "classify": ("bigs.pooler.", "classifier."), "choose": ("bigs.pooler.", "classifier."),
@@ -322,9 +324,10 @@ class BiGS:
     elif n_labels not in (None, config.n_labels):
       raise CheckpointError(f"{source}: its classifier has {config.n_labels} labels, not {n_labels}.")
     have = lambda part: any(k.startswith(part) for k in weights)
-    model = BiGS(config, heads=tuple(h for h in ("mlm", "span", "tag") if have(parts[h][0])))
+    model = BiGS(config, None, tuple(h for h in ("mlm", "span", "tag") if have(parts[h][0])))
     if have("bigs.pooler."): model.bigs.pooler = SimpleNamespace(dense=Linear(*[config.d_model]*2, model.rng))
     load_weights(model, weights, source)
+    model.rng = np.random.default_rng(0)
     if head:
       before = get_state_dict(model).keys()
       model.add(head)
@@ -337,7 +340,7 @@ class BiGS:
 
 # ---------------------------------------------------------------- the official files
 
-def read_weights(path:Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_weights(path:Path) -> tuple[Weights, dict[str, str]]:
   "The tensors of a file of any of the formats, and the metadata of a checkpoint of ours, else none."
   if path.suffix in (".bin", ".pt", ".pth"): return read_torch(str(path)), {}
   if path.suffix == ".msgpack": return read_flax(str(path)), {}
@@ -363,7 +366,7 @@ def find(name:str) -> Path:
   if not path.is_file(): raise CheckpointError(f"no model at {path}.")
   return path
 
-def official_config(weights:dict[str, Tensor], source:str, head:str|None, gelu:str|None) -> tuple[BiGSConfig, str|None]:
+def official_config(weights:Weights, source:str, head:str|None, gelu:str|None) -> tuple[BiGSConfig, str|None]:
   "Shape from the tensors, the rest from config.json, which must not contradict them."
   def shape(name:str) -> tuple[int, ...]:
     if name not in weights: raise CheckpointError(f"{source}: tensor {name} is missing: not a BiGS model.")
@@ -392,7 +395,7 @@ def official_config(weights:dict[str, Tensor], source:str, head:str|None, gelu:s
   stated = [h for a in given.get("architectures") or [] for k, h in kinds.items() if a.endswith(k)]
   return BiGSConfig(**config), head or (stated[0] if stated else None)
 
-def read_flax(path:str) -> dict[str, Tensor]:
+def read_flax(path:str) -> Weights:
   "The tensors of a flax .msgpack under PyTorch's names and in its layout. CheckpointError if it is anything else."
   found = {}
   def walk(node:dict, at:tuple[str, ...]) -> None:
@@ -403,7 +406,7 @@ def read_flax(path:str) -> dict[str, Tensor]:
         where = ("bigs", *at[1:]) if at[:1] in (("s4_bert",), ("bigs",)) else at
         ssm = ("kernel",) if where[-1:] in (("fs4",), ("bs4",)) and k != "D" else ()
         name = {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(k, k)
-        found[".".join((*where, *ssm, name))] = Tensor(np.ascontiguousarray(v.T if k == "kernel" else v)).realize()
+        found[".".join((*where, *ssm, name))] = Stored(v.T if k == "kernel" else v)
   try:
     tree, end = unpack(data := memoryview(Path(path).read_bytes()), 0)
     if end != len(data): raise ValueError

@@ -460,10 +460,20 @@ def _twiddles(R:int, S:int, device:str) -> Tensor:
   w = np.exp(-2j*np.pi/(R*S) * np.outer(np.arange(R), np.arange(S)))
   return constant(np.stack([w.real, w.imag]), device)
 
-def _float_on_cpu(*tensors:Tensor|None) -> bool:
+# What a matrix of weights may be kept in; all else is float32. A bfloat16 is the upper half of a float32 and kept as a
+# uint16, as clang 14, for one, knows no such type on a PC.
+WEIGHTS = {"float32": dtypes.float, "float16": dtypes.half, "bfloat16": dtypes.ushort}
+
+def widened(x:Tensor|UOp) -> Tensor|UOp:
+  "Weights as float32."
+  return x if x.dtype == dtypes.float else x.cast(dtypes.float) if x.dtype == dtypes.half else \
+    (x.cast(dtypes.uint) << 16).bitcast(dtypes.float)
+
+def _float_on_cpu(*tensors:Tensor|None, weight:Tensor|None=None) -> bool:
   "Whether the CPU's matrix product and layer norm serve: float32, not empty, on one device without local memory."
-  device = tensors[0].device
+  device = (*tensors, weight)[0].device
   return bool(FLASH) and all(t is None or (t.dtype == dtypes.float and 0 not in t.shape) for t in tensors) \
+    and (weight is None or (weight.dtype in WEIGHTS.values() and 0 not in weight.shape)) \
     and isinstance(device, str) and not machine(device).gpu
 
 def _stored(x:Tensor) -> Tensor:
@@ -617,8 +627,8 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
   go, no, ko, mo = loop(gs), loop(-(-ps//nb)), loop(turns), loop(-(-ts//mb))
   g, summed = g0 + go, turns > 1
   ga, gb = (0 if x.shape[0] == 1 else ko//blocks if G == 1 else g for x in (A, B))
-  a = lambda r, k: A[ga, k, r] if ta else A[ga, r, k]
-  b = lambda k, c: B[gb, c, k] if tb else B[gb, k, c]
+  a = lambda r, k: widened((A[ga, k, r] if ta else A[ga, r, k]).load())
+  b = lambda k, c: widened((B[gb, c, k] if tb else B[gb, k, c]).load())
   # Sizes that the tile does not divide: the last panel starts early enough to end at column N, the last tile repeats
   # the last row. What was counted before must not be added again: such columns of B are zero, such tiles not
   # stored. The last block of K starts early too, and the rows of B that were counted before are zero.
@@ -634,7 +644,7 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
     x, seen = b(k0 + p, left(jp) + v), []
     if K % kb: seen.append(k0 + p < block*kb)
     if summed and (N % nt or ps % nb): seen.append((ko > 0) & (left(jp) + v < (panel + jp)*nt))
-    if seen: x = functools.reduce(operator.or_, seen).where(0.0, x.load())
+    if seen: x = functools.reduce(operator.or_, seen).where(0.0, x)
     pb = reg(0, nb, kb, nt)
     pb = pb.after(pb.after(ko, no, go, core)[jp, p, v].store(x).end(*((p, v) if tb else (v, p))).end(jp))
     need = pb,
@@ -680,11 +690,16 @@ def dots(C:UOp, A:UOp, B:UOp, *bias:UOp, m:Machine) -> UOp:
   each = list(itertools.product(range(M), range(R)))
   acc = acc.after(UOp.group(*[acc.after(j, g, core)[i, r, u, z].store(0.0) for i, r in each for u in range(U)]).end(z))
   s, at = acc.after(k), lambda u: (k*U + u)*V + v
-  acc = acc.after(UOp.group(*[s[i, r, u, v].store(s[i, r, u, v] + A[ga, i, at(u)]*B[gb, first + r, at(u)])
+  b = lambda r, u: widened(B[gb, first + r, at(u)].load())
+  acc = acc.after(UOp.group(*[s[i, r, u, v].store(s[i, r, u, v] + A[ga, i, at(u)]*b(r, u))
                               for i, r in each for u in range(U)]).end(v).end(k))
-  def total(x:list[UOp]) -> UOp:
-    return x[0] if len(x) == 1 else total([a + b for a, b in zip(x[::2], x[1::2])] + x[len(x)//2*2:])
-  sums = {(i, r): total([acc[i, r, u, l] for l in range(V) for u in range(U)]) for i, r in each}
+  # halves are added to halves, as vectors: a sum written out is one long chain of additions to the compiler
+  halves = [(V, 1, 0)] * (U > 1) + [(n, 0, n) for n in (V >> i for i in range(1, V.bit_length()))]
+  for axis, (n, u, shift) in enumerate(halves, 6):
+    o = UOp.range(n, axis)
+    new = [acc[i, r, 0, o].store(acc[i, r, 0, o] + acc[i, r, u, o + shift]) for i, r in each]
+    acc = acc.after(UOp.group(*new).end(o))
+  sums = {(i, r): acc[i, r, 0, 0] for i, r in each}
   out = [C[g, i, first + r].store(s + bias[0][first + r] if bias else s) for (i, r), s in sums.items()]
   return UOp.group(*out).end(j, g, core).sink(arg=KernelInfo(name=f"dots_{G}x{M}x{K}x{N}", opts_to_apply=()))
 
@@ -727,14 +742,16 @@ def matmul(x:Tensor, w:Tensor, transposed:bool=False, bias:Tensor|None=None) -> 
   if x is (M,K); bias (N,).
 
   transposed=True is x @ w^T, for w stored as (…,N,K), the way checkpoints keep it. Differentiable
-  in all three. A kernel of our own on the CPU, from SMALL multiplications on; else tinygrad's.
+  in all three. w may be in half precision (WEIGHTS), which is widened as it is read: all sums are float32.
+  A kernel of our own on the CPU, from SMALL multiplications on; else tinygrad's.
   """
   K, N = w.shape[-2:][::-1 if transposed else 1] if w.ndim > 1 else (0, 0)
-  fits = _float_on_cpu(x, w, bias) and all_int(x.shape + w.shape) and x.shape[-1] == K
+  fits = _float_on_cpu(x, bias, weight=w) and all_int(x.shape + w.shape) and x.shape[-1] == K
   fits = fits and (w.ndim == 2 or (x.shape[:-2] in ((), w.shape[:-2]) and bias is None))
   # a small product costs less where tinygrad can fuse it with what stands around it
   if not fits or prod(x.shape)*N*(prod(w.shape[:-2]) if x.ndim == 2 else 1) < SMALL:
     w = w.transpose(-1, -2) if transposed else w
+    if x.dtype == dtypes.float: w = widened(w)
     gpu = FLASH and isinstance(x.device, str) and machine(x.device).gpu and all_int(x.shape)
     y = _plain_product(x, w) if gpu else x @ w
     return y if bias is None else y + bias
@@ -1218,7 +1235,7 @@ def _embed(y:UOp, w:UOp, tokens:UOp, m:Machine) -> UOp:
   (T, D), (core, me), n = y.shape, _cores(m.cores, 0), -(-y.shape[0]//m.cores)
   i, c = UOp.range(n, 1), UOp.range(D, 2)
   t = (me*n + i).minimum(T - 1)
-  done = y[t, c].store(w[tokens[t].load()*D + c]).end(c, i, core)
+  done = y[t, c].store(widened(w[tokens[t].load()*D + c].load())).end(c, i, core)
   return done.sink(arg=KernelInfo(name=f"embed_{T}x{D}", opts_to_apply=()))
 
 def _embed_grad(dw:UOp, dy:UOp, tokens:UOp, m:Machine) -> UOp:
@@ -1232,11 +1249,11 @@ def _embed_grad(dw:UOp, dy:UOp, tokens:UOp, m:Machine) -> UOp:
   return done.sink(arg=KernelInfo(name=f"embed_grad_{T}x{D}", opts_to_apply=()))
 
 def embedding(tokens:Tensor, w:Tensor) -> Tensor:
-  "w[tokens]: tokens (…) int from 0 to V-1, w (V,D) -> (…,D). Differentiable once in w."
-  if not _float_on_cpu(w) or 0 in tokens.shape:
+  "w[tokens]: tokens (…) int from 0 to V-1, w (V,D) of any of WEIGHTS -> (…,D) float32. Differentiable once in w."
+  if not _float_on_cpu(weight=w) or 0 in tokens.shape:
     onehot = tokens.unsqueeze(-1) == Tensor.arange(w.shape[0])
     if w.shape[0] <= 1024: return matmul(onehot.float(), w)        # for the sake of its gradient
-    return onehot.unsqueeze(-1).where(w, 0).sum(-2)                # tinygrad makes this a look-up
+    return widened(onehot.unsqueeze(-1).where(w, 0).sum(-2, dtype=w.dtype))      # tinygrad makes this a look-up
   m, empty = machine(w.device), functools.partial(Tensor.empty, dtype=dtypes.float, device=w.device)
   def grad(dy:UOp, call:UOp) -> tuple:
     kernel, tokens = functools.partial(_embed_grad, m=m), Tensor(call.src[3])

@@ -4,6 +4,10 @@
   python generate.py --prompt "class Stack:" --tokens 500 --temperature 0.7
   python generate.py --prompt "import os" "def main(" --batch 2          several side by side, of any lengths
   echo "import os" | python generate.py --model out/checkpoint.safetensors
+  python generate.py --model 1.3B --dtype bfloat16    a released one, downloaded once, in half the memory
+  python generate.py --perplexity book.txt            how well a model foresees a text
+  python generate.py --score questions.jsonl          multiple choice by likelihood
+  python generate.py --export h3/model.pt             the model as the authors' code reads it
   python generate.py --fill "for i in [MASK](10):"    what a masked model (train.py --task mlm) puts there
   python generate.py --bench                          how fast H3, hybrid and Transformer read and write
 
@@ -14,16 +18,17 @@ step: constant time and memory in the H3 layers, a key-value cache in the attent
 
 Not here: beam search, repetition penalties.
 """
-import argparse, codecs, dataclasses, json, os, stat, sys, time
+import argparse, codecs, collections, dataclasses, functools, json, math, os, stat, sys, time
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 import numpy as np
-from flashconv import capture, check_kernels, setup_device
+from flashconv import WEIGHTS, capture, check_kernels, setup_device
 import bigs_tiny, h3tiny
 from bigs_tiny import BiGS, read_weights
 from h3tiny import CheckpointError, H3Config, H3LM
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.device import Buffer
+from tinygrad.helpers import tqdm
 
 OUT = "out"                                # train.py's default folder
 CHECKPOINT = "checkpoint.safetensors"      # and the file it writes there
@@ -49,6 +54,12 @@ def number(kind:type, low:float|None=None, high:float|None=None, above:float|Non
       raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return x
   return parse
+
+def peak_memory() -> float:
+  "Of this process so far, in bytes; nan where the system does not say."
+  try: import resource
+  except ImportError: return math.nan
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # ---- tokenizers: encode(str) -> ids, decode(ids) -> bytes, vocab_size, eot ------------------------
 
@@ -182,6 +193,119 @@ def generate(model:H3LM, prompts:np.ndarray|list[np.ndarray], n:int, temperature
   for i in range(n):
     yield (token := sample(logits, rng, temperature, top_k, top_p))
     if i < n-1: logits = session(token)
+
+# ---- likelihood -----------------------------------------------------------------------------------
+
+def surprisal(logits:Tensor, targets:Tensor) -> Tensor:
+  "-log p in nats of the targets (…), given logits (…,V); the log of the sum of all alone for a negative target."
+  picked = (targets.unsqueeze(-1) == Tensor.arange(logits.shape[-1])).where(logits, 0).sum(-1)
+  return logits.logsumexp(-1) - picked
+
+def surprisals(model:H3LM) -> Callable[[np.ndarray], np.ndarray]:
+  "A function of rows of tokens (B,L+1) to -log p, in nats, of each but the first, given those before it: (B,L)."
+  graph = functools.cache(lambda shape: capture(lambda x, y: surprisal(model(x), y).realize()))
+  def ask(rows:np.ndarray) -> np.ndarray:
+    x, y = (Tensor(np.ascontiguousarray(r, np.int32)).realize() for r in (rows[:, :-1], rows[:, 1:]))
+    return graph(x.shape)(x, y).numpy()
+  return ask
+
+AT_ONCE = 4096                             # tokens that go through a model side by side
+
+def document(model:H3LM, ids:np.ndarray, window:int, stride:int) -> tuple[np.ndarray, int]:
+  """-log p in nats of each token of a document but the first, (len(ids)-1,), and how many windows that took.
+
+  A window sees `window` tokens before its last one; each begins `stride` after the one before and adds what that did
+  not reach, so that from the second window on a token is given at least window - stride others."""
+  n, ask = len(ids) - 1, surprisals(model)
+  if n <= window:                          # rows of lengths that others may have too
+    row = np.zeros((1, 1 + min(window, -(-n//64)*64)), np.int32)
+    row[0, :n+1] = ids
+    return ask(row)[0, :n], 1
+  at, out = np.minimum(np.arange(0, n - window + stride, stride), n - window), np.empty(n)
+  fresh, B = np.diff(at, prepend=at[0] - window), min(len(at), max(1, AT_ONCE // window))
+  for i in tqdm(range(0, len(at), B), desc="windows", disable=len(at) <= B):
+    some = np.minimum(np.arange(i, i + B), len(at) - 1)             # what fills the last batch up is the last window
+    for k, row in zip(some, ask(ids[at[some][:, None] + np.arange(window+1)])):
+      out[at[k] + window - fresh[k]:at[k] + window] = row[window - fresh[k]:]
+  return out, len(at)
+
+def perplexity(model:H3LM, tokenizer:Tokenizer, path:str, window:int, stride:int) -> None:
+  "Prints that of a text, per token and per byte. The text is read as one document, from <|endoftext|> on."
+  text = read_text(path)
+  if not text: raise UserError(f"{path} is empty: there is nothing to foresee")
+  ids, size = tokenizer.encode(text), len(text.encode())
+  nats, windows = document(model, np.concatenate([[tokenizer.eot], ids]), window, stride)
+  total = float(nats.sum())
+  each = f", each {stride:,} after the one before" if windows > 1 else ""
+  print(f"{path}: {len(ids):,} tokens, {size:,} bytes; "
+        f"{windows:,} window{'s'*(windows > 1)} of {window:,} tokens{each}\n"
+        f"per token: perplexity {math.exp(total/len(ids)):.4g}, {total/len(ids):.4f} nats\n"
+        f"per byte:  perplexity {math.exp(total/size):.4g}, {total/size/math.log(2):.4f} bits", flush=True)
+
+@dataclasses.dataclass
+class Question:
+  "A line of --score's file; answer: the place of the right choice, from 0."
+  context: str
+  choices: list[str]
+  answer: int
+
+def read_questions(path:str) -> list[Question]:
+  "The lines of a JSONL file. UserError, with the line's number, for anything but questions."
+  questions = []
+  for i, line in enumerate(read_text(path).splitlines(), 1):
+    if not line.strip(): continue
+    try: q = json.loads(line)
+    except (ValueError, RecursionError): raise UserError(f"{path} line {i} is not JSON") from None
+    fields = isinstance(q, dict) and [q.get(k) for k in ("context", "choices", "answer")]
+    if not fields or not isinstance(fields[0], str) or not isinstance(fields[1], list) or not fields[1] or \
+       not all(isinstance(c, str) and c for c in fields[1]) or type(fields[2]) is not int or \
+       not 0 <= fields[2] < len(fields[1]):
+      raise UserError(f'{path} line {i}: a line is {{"context": "…", "choices": ["…", …], "answer": the number of the '
+                      "right one, from 0}")
+    questions.append(Question(*fields))
+  if not questions: raise UserError(f"{path} has no lines")
+  return questions
+
+def joined(context:str, choice:str) -> tuple[str, str]:
+  "Both as they are read: a space goes between them if there is none, and belongs to the choice, as in byte pairs."
+  bare = context.rstrip(" ")
+  gap = context[len(bare):] or ("" if not context or context[-1].isspace() or choice[0].isspace() else " ")
+  return bare, gap + choice
+
+def choose(model:H3LM, tokenizer:Tokenizer, questions:list[Question], shots:list[Question]=[], window:int=2048
+           ) -> list[np.ndarray]:
+  """Of each question, for each choice, log p of its tokens after the context, in nats, and their number: (choices,2).
+
+  shots: answered questions that every context begins with. What does not fit the window is cut from the left. Rows of
+  many lengths are filled up to powers of two, and go side by side."""
+  shown = "".join("".join(joined(q.context, q.choices[q.answer])) + "\n\n" for q in shots)
+  rows, ask = collections.defaultdict(list), surprisals(model)
+  for i, q in enumerate(questions):
+    for j, (context, choice) in enumerate(joined(shown + q.context, c) for c in q.choices):
+      before, ids = (tokenizer.encode(t).astype(np.int32) if t else np.array([], np.int32) for t in (context, choice))
+      if len(ids) > window: raise UserError(f"choice {j} of question {i+1} has {len(ids)} tokens, the window {window}")
+      row = np.concatenate([[tokenizer.eot], before, ids])[-window-1:]
+      rows[min(window, max(64, 1 << (len(row)-2).bit_length()))].append((i, j, row, len(ids)))
+  out = [np.zeros((len(q.choices), 2)) for q in questions]
+  for L, some in tqdm(rows.items(), desc="lengths", disable=len(rows) < 2):
+    B = min(len(some), max(1, AT_ONCE // L))
+    for at in range(0, len(some), B):
+      batch = (some[at:at+B] * B)[:B]
+      nats = ask(np.stack([np.pad(row, (0, L + 1 - len(row))) for _, _, row, _ in batch]))
+      for (i, j, row, n), x in zip(batch, nats): out[i][j] = -x[len(row)-1-n:len(row)-1].sum(dtype=np.float64), n
+  return out
+
+def score(model:H3LM, tokenizer:Tokenizer, path:str, shots:int, window:int) -> None:
+  "Prints how often the right choice of a question is the likeliest; the first `shots` questions are shown, not asked."
+  questions = read_questions(path)
+  if shots >= len(questions): raise UserError(f"--shots {shots} leaves none of {path}'s {len(questions)} lines to ask")
+  shown, asked = questions[:shots], questions[shots:]
+  found = choose(model, tokenizer, asked, shown, window)
+  right = lambda best: np.mean([best(x) == q.answer for x, q in zip(found, asked)])
+  chance = np.mean([1/len(q.choices) for q in asked])
+  print(f"{path}: {len(asked):,} questions, {shots} answered before each\n"
+        f"accuracy {right(lambda x: (x[:, 0]/x[:, 1]).argmax()):.4f} by log-likelihood per token, "
+        f"{right(lambda x: x[:, 0].argmax()):.4f} by that of the whole choice; chance {chance:.4f}", flush=True)
 
 # ---- masked models --------------------------------------------------------------------------------
 
@@ -368,6 +492,23 @@ def parser() -> Parser:
   p.add_argument("--stop", metavar="TEXT", default=argparse.SUPPRESS, help="end where this text would come")
   p.add_argument("--max-length", metavar="N", type=number(int, 1), default=argparse.SUPPRESS,
                  help="room for prompt and continuation in the attention layers' caches; default: the model's")
+  p.add_argument("--dtype", choices=list(WEIGHTS), default="float32",
+                 help="what the matrices of weights are kept in; the SSMs, states and sums stay float32")
+  p.add_argument("--tokenizer", choices=["bytes", "gpt2"], default=argparse.SUPPRESS,
+                 help="default: what the model was trained with, gpt2 for official weights")
+  p.add_argument("--perplexity", metavar="FILE", default=argparse.SUPPRESS,
+                 help="print that of a text, per token and per byte, and stop")
+  p.add_argument("--score", metavar="FILE", default=argparse.SUPPRESS,
+                 help='print how often the right choice is the likeliest one, and stop; a line of the file is '
+                 '{"context": "…", "choices": ["…", …], "answer": the number of the right one, from 0}')
+  p.add_argument("--shots", metavar="K", type=number(int, 0), default=0,
+                 help="of --score: begin every context with the first K questions and their answers")
+  p.add_argument("--window", metavar="N", type=number(int, 1), default=argparse.SUPPRESS,
+                 help="of --perplexity and --score: the tokens that are seen at once; default: as in training")
+  p.add_argument("--stride", metavar="N", type=number(int, 1), default=argparse.SUPPRESS,
+                 help="of --perplexity: how far a window is from the next; default: half of --window")
+  p.add_argument("--export", metavar="FILE", default=argparse.SUPPRESS,
+                 help="write the model in the official format, .pt or .safetensors, a config.json beside it, and stop")
   p.add_argument("--fill", metavar="TEXT", default=argparse.SUPPRESS,
                  help="of a masked model: what could stand at each [MASK] of a text, a word where it reads bytes")
   p.add_argument("--bench", metavar="SIZE", nargs="?", const="125M", default=argparse.SUPPRESS,
@@ -375,14 +516,17 @@ def parser() -> Parser:
                  "(125M if no other is named; 15 minutes on two cores), and stop")
   return p
 
+def read_text(path:str) -> str:
+  try: return Path(path).read_bytes().decode("utf-8")
+  except UnicodeDecodeError: raise UserError(f"{path} is not UTF-8 text") from None
+  except OSError as e: raise UserError(f"can't read {path}: {e.strerror}") from None
+
 def read_prompts(args:argparse.Namespace, default:str) -> list[str]:
   if hasattr(args, "prompt") and hasattr(args, "prompt_file"):
     raise UserError("give --prompt or --prompt-file, not both")
   if hasattr(args, "prompt"): return args.prompt
   if hasattr(args, "prompt_file"):
-    try: return [Path(args.prompt_file).read_text("utf-8")]
-    except UnicodeDecodeError: raise UserError(f"{args.prompt_file} is not UTF-8 text") from None
-    except OSError as e: raise UserError(f"can't read {args.prompt_file}: {e.strerror}") from None
+    return [read_text(args.prompt_file)]
   if sys.stdin is not None and not sys.stdin.closed:
     try: mode = os.fstat(sys.stdin.fileno()).st_mode
     except (OSError, ValueError): mode = 0
@@ -390,10 +534,16 @@ def read_prompts(args:argparse.Namespace, default:str) -> list[str]:
     if stat.S_ISFIFO(mode) or stat.S_ISREG(mode): return [sys.stdin.buffer.read().decode("utf-8", "replace") or default]
   return [default]
 
+ACTIONS = ("fill", "perplexity", "score", "export")    # in place of writing text
+
 def run(args:argparse.Namespace) -> None:
   if hasattr(args, "bench"):
     try: return bench(args.bench)
     except ValueError as e: raise UserError(f"--bench: {e}") from None
+  if len(actions := [a for a in ACTIONS if hasattr(args, a)]) > 1:
+    raise UserError(f"give one of --{', --'.join(actions)}")
+  if WEIGHTS[args.dtype] not in Device[Device.DEFAULT].renderer.supported_dtypes():
+    raise UserError(f"--dtype {args.dtype}: the device {Device.DEFAULT} knows no such numbers: take bfloat16")
   fills = hasattr(args, "fill")
   known = os.path.exists(args.model)
   if fills and (known or args.model in bigs_tiny.RELEASED): path = bigs_tiny.find(args.model)
@@ -404,27 +554,48 @@ def run(args:argparse.Namespace) -> None:
   except (ValueError, AttributeError): raise CheckpointError(f"{path}: its metadata are damaged") from None
   if options.get("task") == "agreement":
     raise UserError(f"{path} knows the words of --task agreement only, which are no text: train.py shows what it says")
-  if (name := meta.get("tokenizer", "bytes" if meta else "bert" if fills else "gpt2")) not in TOKENIZERS:
+  name = meta.get("tokenizer", "bytes" if meta else "bert" if fills else "gpt2")
+  if (name := getattr(args, "tokenizer", name)) not in TOKENIZERS:
     raise CheckpointError(f"{path}: its tokenizer, {name!r}, is none of {', '.join(TOKENIZERS)}")
   if fills != (meta.get("model", "bigs" if fills else "h3") == "bigs"):
     raise UserError(f"{path} is no masked model: train.py --task mlm makes one" if fills else
                     f"{path} is a masked model: ask it with --fill")
-  if not fills: model = H3LM.from_checkpoint(tensors, meta, str(path))
-  tokenizer = make_tokenizer(name, path.with_name("vocab.txt"))
-  if not fills and model.config.vocab_size != tokenizer.vocab_size:
-    raise UserError(f"{path} has a vocabulary of {model.config.vocab_size}, not the {tokenizer.vocab_size} of {name}")
   if fills:
+    if args.dtype != "float32": raise UserError("--dtype is for models that read on, not for --fill")
     if not any(k.startswith("cls.") for k in tensors):
       raise UserError(f"{path} has no head for masked tokens: --task mlm trains one, other tasks do not")
+    tokenizer = make_tokenizer(name, path.with_name("vocab.txt"))
     model = BiGS.from_checkpoint(tensors, meta, str(path), "mlm")
     # the official ones have been trained, and are run, on rows of one length
     length = 0 if meta else model.config.max_length
     return show_fill(model, tokenizer, args.fill, options.get("mask_run") or RUN, length)
+  tokenizer = None if hasattr(args, "export") else make_tokenizer(name)
+  model = H3LM.from_checkpoint(tensors, meta, str(path), dtype=args.dtype)
+  if hasattr(args, "export"): return export(model, args.export)
+  if model.config.vocab_size != tokenizer.vocab_size:
+    raise UserError(f"{path} has a vocabulary of {model.config.vocab_size}, not the {tokenizer.vocab_size} of {name}"
+                    + ("" if meta else ": give another --tokenizer"))
+  window = getattr(args, "window", options.get("length") or model.config.max_length)
+  if hasattr(args, "perplexity"):
+    if (stride := getattr(args, "stride", -(-window//2))) > window:
+      raise UserError(f"--stride {stride} is longer than a window of {window}: tokens would be left out")
+    return perplexity(model, tokenizer, args.perplexity, window, stride)
+  if hasattr(args, "score"): return score(model, tokenizer, args.score, args.shots, window)
   prompts = read_prompts(args, "def " if not trained_on and tokenizer.name == "bytes" else "")
   prompts = [p for p in prompts for _ in range(args.batch)]
   asked, count, speed = write(model, tokenizer, prompts, args.tokens, getattr(args, "stop", None), seed=args.seed,
     temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, max_length=getattr(args, "max_length", None))
-  print(f"[{path}: {asked} tokens of prompt, {count} generated, {speed:.0f} tokens/s]", file=sys.stderr)
+  print(f"[{path}: {asked} tokens of prompt, {count} generated, {speed:.0f} tokens/s, {peak_memory()/1e9:.2f} GB of "
+        "memory at the peak]", file=sys.stderr)
+
+def export(model:H3LM, path:str) -> None:
+  "Writes the model in the official format, and says so; nothing is written over."
+  if Path(path).suffix not in (".pt", ".safetensors"):
+    raise UserError(f"--export {path}: the official formats are .pt and .safetensors: name such a file")
+  if Path(path).exists(): raise UserError(f"{path} is there already: name another file with --export")
+  Path(path).parent.mkdir(parents=True, exist_ok=True)
+  h3tiny.save_official(path, model)
+  print(f"wrote {path} and {Path(path).with_name('config.json')}, the arguments of the authors' SSMLMHeadModel")
 
 def main(argv:list[str]|None=None) -> int:
   p = parser()

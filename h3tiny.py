@@ -17,20 +17,22 @@ Glossary. B batch, L length, V vocabulary, and then
   S           (D,N)         filter of the shift SSM, S[i] = sum_m B[m] C[m+i]
 A complex tensor is a pair (re, im): tinygrad has no complex dtype.
 
-Not here: ZOH discretisation and HiPPO measures other than diag-lin (no released model uses
-them), and half precision.
+Not here: ZOH discretisation and HiPPO measures other than diag-lin: no released model uses them.
 """
 from __future__ import annotations
-import collections, dataclasses, functools, http.client, io, json, math, os, pickle, sys, urllib.request, zipfile
+import collections, dataclasses, functools, http.client, io, json, math, mmap, os, pickle, re, sys, urllib.request
+import zipfile, zlib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 import numpy as np
 from tinygrad import Tensor, dtypes
+from tinygrad.device import Buffer
+from tinygrad.dtype import DType
 from tinygrad.helpers import cache_dir, tqdm
 from tinygrad.nn.state import get_state_dict
-from flashconv import (Pair, Vandermonde, attend_step, causal_softmax, cmul, constant, embedding, fftconv, h3_step,
-                       layernorm, matmul, softmax, ssm_conv, write)
+from flashconv import (WEIGHTS, Pair, Vandermonde, attend_step, causal_softmax, cmul, constant, embedding, fftconv,
+                       h3_step, layernorm, matmul, softmax, ssm_conv, write)
 
 BY_FFT = 2048     # sequences up to this length go through the FFT in training, longer ones by state passing (README)
 State = tuple[Tensor, ...]  # of a mixer: () where there is none. Of the model: see H3LM.init_state
@@ -101,7 +103,15 @@ class H3Config:
 
 # ---------------------------------------------------------------- pieces
 
-def param(x:np.ndarray) -> Tensor: return Tensor(np.asarray(x, dtype=np.float32)).realize()
+def param(x:np.ndarray) -> Tensor:
+  "A parameter of these values; of none, without memory, if they are a Blank's."
+  x = np.asarray(x, dtype=np.float32)
+  return Tensor.empty(*x.shape) if x.size > 1 and not any(x.strides) else Tensor(x).realize()
+
+class Blank:
+  "In place of a random generator: for parameters whose values are in a file."
+  def normal(self, _, __, size) -> np.ndarray: return np.broadcast_to(np.float32(0), size)
+  uniform = normal
 
 class Linear:
   "x (…,in) -> (…,out). weight (out,in), bias (out,)."
@@ -360,10 +370,12 @@ class H3LM:
 
   V below is `config.padded_vocab`. `nn.state.get_state_dict(model)` gives the official names and
   shapes without lm_head.weight, which is the word embedding itself, and the constant
-  rotary_emb.inv_freq. Parameters are float32, drawn by numpy from `seed`.
+  rotary_emb.inv_freq. Parameters are float32, drawn by numpy from `seed`; None: the matrices are without values, for
+  `load_weights`.
   """
-  def __init__(self, config:H3Config, seed:int=0):
-    self.config, rng, d = config, np.random.default_rng(seed), config.d_model
+  def __init__(self, config:H3Config, seed:int|None=0):
+    self.config, d = config, config.d_model
+    rng = Blank() if seed is None else np.random.default_rng(seed)
     words = SimpleNamespace(weight=param(rng.normal(0, 0.02, (config.padded_vocab, d))))
     self.backbone = SimpleNamespace(
       embeddings=SimpleNamespace(word_embeddings=words),
@@ -473,13 +485,15 @@ class H3LM:
     return None if i is None else state[1 + 3*i].shape[2]
 
   @staticmethod
-  def from_pretrained(path:str, n_heads:int|None=None) -> H3LM:
+  def from_pretrained(path:str, n_heads:int|None=None, dtype:str="float32") -> H3LM:
     """A released model by name (see RELEASED), which is downloaded once; or the model in a file, or a folder with one:
     a checkpoint of ours, or official weights, as .safetensors or of torch.save's, plain or from PyTorch Lightning,
     under the names of today or the old ones.
 
     The shape of official weights is read off the tensors; n_heads, which can't be, by default goes by the width, or is
-    what a config.json beside the file says. CheckpointError, one line, for anything else."""
+    what a config.json beside the file says. dtype: what the matrices are kept in, see `flashconv.WEIGHTS`; in anything
+    but float32 a model can't be trained. The file is mapped, and converted tensor by tensor. CheckpointError, one line,
+    for anything else."""
     if path in RELEASED and not os.path.exists(path): path = released(path)
     if os.path.isdir(path):
       found = sorted((f for f in Path(path).iterdir() if f.suffix in (".safetensors", ".pt", ".bin")),
@@ -487,25 +501,27 @@ class H3LM:
       if not found: raise CheckpointError(f"no model in the folder {path}.")
       path = str(found[-1])
     tensors, meta = (read_torch(path), {}) if path.endswith((".pt", ".pth", ".bin", ".ckpt")) else read_checkpoint(path)
-    return H3LM.from_checkpoint(tensors, meta, path, n_heads)
+    return H3LM.from_checkpoint(tensors, meta, path, n_heads, dtype)
 
   @staticmethod
-  def from_checkpoint(tensors:dict[str, Tensor], meta:dict[str, str], source:str,
-                      n_heads:int|None=None) -> H3LM:
+  def from_checkpoint(tensors:Weights, meta:dict[str, str], source:str, n_heads:int|None=None,
+                      dtype:str="float32") -> H3LM:
     """The model of what `read_checkpoint` read: metadata model = "h3" and config = H3Config as JSON, tensors named
     optim.… are passed over; or official weights, without metadata. CheckpointError, naming `source`, for the rest."""
-    if "model" not in meta and "backbone.layers.0.norm1.weight" in (weights := official_names(tensors)):
-      model = H3LM(official_config(weights, source, n_heads))
-      load_weights(model, weights, source)
-      return model
-    if (kind := meta.get("model")) != "h3":
-      raise CheckpointError(f"{source}: not a checkpoint of an H3 model (its metadata: {kind!r}).")
-    heads = {} if n_heads is None else {"n_heads": n_heads}
-    try: config = H3Config(**json.loads(meta["config"]) | heads)
-    except (KeyError, TypeError, ValueError) as e:
-      raise CheckpointError(f"{source}: its config is unusable: {e}") from None
-    model = H3LM(config)
-    load_weights(model, {k: v for k, v in tensors.items() if not k.startswith("optim.")}, source)
+    weights = {} if "model" in meta else official_names(tensors)
+    if any(k.startswith("backbone.") for k in weights):
+      config = official_config(weights, source, n_heads)
+      weights = tiled(weights, config)
+    else:
+      if (kind := meta.get("model")) != "h3":
+        raise CheckpointError(f"{source}: not a checkpoint of an H3 model (its metadata: {kind!r}).")
+      heads = {} if n_heads is None else {"n_heads": n_heads}
+      try: config = H3Config(**json.loads(meta["config"]) | heads)
+      except (KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{source}: its config is unusable: {e}") from None
+      weights = {k: v for k, v in tensors.items() if not k.startswith("optim.")}
+    model = H3LM(config, seed=None)
+    load_weights(model, weights, source, dtype)
     return model
 
 # ---------------------------------------------------------------- official weights
@@ -518,7 +534,11 @@ def released(name:str) -> str:
   "Where the file of a released model is, downloaded if it must be."
   return str(download(f"https://huggingface.co/danfu09/{RELEASED[name]}", MODELS/name/"model.pt"))
 
-def official_names(tensors:dict[str, Tensor]) -> dict[str, Tensor]:
+def layers_of(tensors:Weights) -> int:
+  "One more than the largest number of a layer."
+  return 1 + max((int(m[1]) for k in tensors if (m := re.match(r"backbone\.layers\.(\d{1,9})\.", k))), default=-1)
+
+def official_names(tensors:Weights) -> Weights:
   """Lightning's prefix taken off (what has none is not the model's), and the names of today for the old ones.
 
   The old ones count a LayerNorm with the sublayer before it, so all are shifted by one: src/models/ssm_seq.py:193-224.
@@ -532,7 +552,7 @@ def official_names(tensors:dict[str, Tensor]) -> dict[str, Tensor]:
     return name
   tensors = {today(k): v for k, v in tensors.items()}
   if "backbone.ln_0.weight" not in tensors: return tensors
-  n = 1 + max((int(k.split(".")[2]) for k in tensors if k.startswith("backbone.layers.")), default=-1)
+  n = min(layers_of(tensors), len(tensors))
   shifted = {k: v for k, v in tensors.items() if ".norm" not in k and "ln_" not in k}
   def move(old:str, new:str) -> None:
     for part in ("weight", "bias"):
@@ -545,37 +565,84 @@ def official_names(tensors:dict[str, Tensor]) -> dict[str, Tensor]:
 
 HEADS = {768: 12, 1024: 16, 2048: 16, 2560: 20}  # of the released models, by width
 
-def official_config(tensors:dict[str, Tensor], source:str, n_heads:int|None=None) -> H3Config:
-  "The shape of official weights; how many attention heads there are only a config.json beside the file can say."
-  def shape(name:str) -> tuple[int, ...]:
+def official_config(tensors:Weights, source:str, n_heads:int|None=None) -> H3Config:
+  """The shape of official weights. How many attention heads there are, and what a norm adds to the variance, only a
+  config.json beside the file can say, with the arguments of the authors' SSMLMHeadModel; it must not contradict."""
+  def shape(name:str, ndim:int) -> tuple[int, ...]:
     if (name := f"backbone.{name}") not in tensors: raise CheckpointError(f"{source}: tensor {name} is missing.")
-    return tensors[name].shape
-  rows, D = shape("embeddings.word_embeddings.weight")
-  n = 1 + max(int(k.split(".")[2]) for k in tensors if k.startswith("backbone.layers."))
-  attn = tuple(i for i in range(n) if f"backbone.layers.{i}.mixer.Wqkv.weight" in tensors)
+    if len(found := tensors[name].shape) != ndim or 0 in found:
+      raise CheckpointError(f"{source}: tensor {name} has shape {found}, where {ndim} dimensions are wanted.")
+    return found
+  rows, D = shape("embeddings.word_embeddings.weight", 2)
+  if (n := layers_of(tensors)) > len(tensors):
+    raise CheckpointError(f"{source}: its layers are not all there: the last has number {n-1}.")
+  attn = tuple(i for i in range(n) for k in ("Wqkv", "out_proj") if f"backbone.layers.{i}.mixer.{k}.weight" in tensors)
   h3 = next((i for i in range(n) if i not in attn), None)
   config = dict(vocab_size=50257 if rows == 50264 else rows, d_model=D, n_layer=n, attn_layers=attn,
-                mlp_mult=shape("layers.0.mlp.fc1.weight")[0] // D)
+                mlp_mult=shape("layers.0.mlp.fc1.weight", 2)[0] // D)
   if h3 is not None:
-    config |= dict(d_state=shape(f"layers.{h3}.mixer.ssm_k_kernel.kernel.B")[1],
-                   head_dim=D // shape(f"layers.{h3}.mixer.D")[0])
+    config |= dict(d_state=shape(f"layers.{h3}.mixer.ssm_k_kernel.kernel.B", 2)[1],
+                   head_dim=D // shape(f"layers.{h3}.mixer.D", 1)[0])
   file, given = Path(source).with_name("config.json"), {}
   try: given = dict(json.loads(file.read_text())) if file.is_file() else {}
-  except (TypeError, ValueError): raise CheckpointError(f"{file} is not JSON of a configuration.") from None
+  except (TypeError, ValueError, OSError): raise CheckpointError(f"{file} is not JSON of a configuration.") from None
   stated = given.get("attn_cfg") or {}
-  config["n_heads"] = n_heads or stated.get("num_heads") or HEADS.get(D) or (1 if not attn else None)
+  try: config["n_heads"] = n_heads or stated.get("num_heads") or HEADS.get(D) or (1 if not attn else None)
+  except AttributeError: raise CheckpointError(f"{file}: its attn_cfg is no object.") from None
   if config["n_heads"] is None:
     raise CheckpointError(f"{source}: of width {D}, the number of attention heads can't be told: give n_heads, or a "
                           'config.json beside it with {"attn_cfg": {"num_heads": …}}.')
   if attn and (inv := tensors.get(f"backbone.layers.{attn[0]}.mixer.rotary_emb.inv_freq")) is not None:
-    config["rotary_dim"] = 2*inv.shape[0]
-  if "vocab_size" in given: config["vocab_size"] = given["vocab_size"]
+    config["rotary_dim"] = 2*inv.shape[0] if len(inv.shape) == 1 else -1
+  for ours, theirs in (("vocab_size", "vocab_size"), ("norm_eps", "layer_norm_epsilon"),
+                       ("embed_dropout", "embed_dropout"), ("resid_dropout", "resid_dropout")):
+    if theirs in given: config[ours] = given[theirs]
   config["pad_vocab_multiple"] = math.gcd(8, rows)
-  try: made = H3Config(**config)
+  try:
+    made = H3Config(**config)
+    wrong = [k for k, v in (("d_model", D), ("n_layer", n)) if given.get(k, v) != v]
   except (TypeError, ValueError) as e: raise CheckpointError(f"{source}: {e}") from None
+  if wrong: raise CheckpointError(f"{file} says {wrong[0]} {given[wrong[0]]}, the tensors of {source} say otherwise.")
   if made.padded_vocab != rows:
     raise CheckpointError(f"{file} says vocab_size {made.vocab_size}, the embedding of {source} has {rows} rows.")
   return made
+
+def tiled(tensors:Weights, config:H3Config) -> Weights:
+  "Where channels share S < H rows of A and B (n_ssm), each its own: h has row h mod S (ss_kernel_diag.py:134,146)."
+  H, out = config.d_model // config.head_dim, dict(tensors)
+  for k, v in tensors.items():
+    if re.search(r"\.mixer\.kernel\.kernel\.(B|inv_A_real|A_imag)$", k) and v.shape and 0 < v.shape[0] < H \
+       and H % v.shape[0] == 0:
+      x = v.numpy()
+      out[k] = Stored(np.tile(x, (H // len(x), *[1]*(x.ndim-1))))
+  return out
+
+def save_official(path:str, model:H3LM) -> None:
+  """Writes a model as the authors' code reads it: .safetensors, else as torch.save would; with a config.json beside it
+  that holds the arguments of their SSMLMHeadModel. Their slow path's order of channels is made that of the output.
+  CheckpointError if another config.json is there; OSError."""
+  c, weights = model.config, {k: v.numpy() for k, v in get_state_dict(model).items()}
+  for i, layer in enumerate(model.backbone.layers):
+    if i in c.attn_layers and c.rotary_dim:
+      inv_freq = 10000.0 ** (-np.arange(0, c.rotary_dim, 2) / c.rotary_dim)
+      weights[f"backbone.layers.{i}.mixer.rotary_emb.inv_freq"] = inv_freq.astype(np.float32)
+    if i not in c.attn_layers and c.head_order == "hd2":            # column h*p + d2 becomes d2*H + h
+      name = f"backbone.layers.{i}.mixer.output_linear.weight"
+      weights[name] = weights[name].reshape(c.d_model, -1, c.head_dim).swapaxes(1, 2).reshape(c.d_model, -1)
+  config = dict(d_model=c.d_model, n_layer=c.n_layer, d_inner=c.mlp_mult*c.d_model, vocab_size=c.vocab_size,
+                ssm_cfg=dict(mode="diag", measure="diag-lin", d_state=c.d_state, head_dim=c.head_dim),
+                attn_layer_idx=list(c.attn_layers), attn_cfg=dict(num_heads=c.n_heads, rotary_emb_dim=c.rotary_dim),
+                resid_dropout=c.resid_dropout, embed_dropout=c.embed_dropout, layer_norm_epsilon=c.norm_eps,
+                pad_vocab_size_multiple=c.pad_vocab_multiple)
+  text, beside = json.dumps(config, indent=1) + "\n", Path(path).with_name("config.json")
+  if beside.exists() and beside.read_text() != text:
+    raise CheckpointError(f"{beside} is there and says something else: name a file in a folder of its own")
+  stored = {k: Stored(v) for k, v in weights.items()}
+  if str(path).endswith(".safetensors"):
+    tied = {"lm_head.weight": stored["backbone.embeddings.word_embeddings.weight"]}
+    save_checkpoint(str(path), stored | tied, {"format": "pt"})
+  else: save_torch(str(path), stored)
+  beside.write_text(text)
 
 # ---------------------------------------------------------------- checkpoints: safetensors
 
@@ -584,15 +651,36 @@ class CheckpointError(ValueError):
 
 DTYPES = {k: np.dtype(v) for k, v in dict(
   F64="f8", F32="f4", F16="f2", I64="i8", I32="i4", I16="i2", I8="i1", U64="u8", U32="u4",
-  U16="u2", U8="u1", BOOL="?").items()}
+  U16="u2", U8="u1", BOOL="?", BF16="u2").items()}
 
-def save_checkpoint(path:str, tensors:dict[str, Tensor], metadata:dict[str, str]):
+@dataclasses.dataclass
+class Stored:
+  "A tensor of a file, which is mapped: its bytes are read when `numpy` is called."
+  array: np.ndarray
+  bfloat16: bool = False           # array: the upper halves of float32s
+  file: mmap.mmap|None = None
+  check: Callable[[], None] = lambda: None      # raises CheckpointError where the bytes are not what was written
+  @property
+  def shape(self) -> tuple[int, ...]: return self.array.shape
+  def numpy(self) -> np.ndarray:
+    self.check()
+    return (self.array.astype(np.uint32) << 16).view(np.float32) if self.bfloat16 else self.array
+  def let_go(self) -> None:
+    "Of the pages read so far: they count as the process's memory until then."
+    if self.file is not None and hasattr(mmap, "MADV_DONTNEED"): self.file.madvise(mmap.MADV_DONTNEED)
+
+Weights = dict[str, Stored]
+
+def mapped(path:str) -> mmap.mmap:
+  with open(path, "rb") as f: return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+
+def save_checkpoint(path:str, tensors:dict[str, Tensor|Stored], metadata:dict[str, str]):
   """Writes a safetensors file, whole or not at all: beside `path` first, then renamed over it.
 
   OSError if it can't be written; what was at `path` before is then untouched."""
   arrays = {k: np.ascontiguousarray(v.numpy()) for k, v in tensors.items()}
   ends = np.cumsum([0] + [a.nbytes for a in arrays.values()]).tolist()
-  name = {v: k for k, v in DTYPES.items()}
+  name = {v: k for k, v in DTYPES.items() if k != "BF16"}
   header = {"__metadata__": metadata} | {
     k: {"dtype": name[a.dtype], "shape": list(tensors[k].shape), "data_offsets": ends[i:i+2]}
     for i, (k, a) in enumerate(arrays.items())}
@@ -608,7 +696,7 @@ def save_checkpoint(path:str, tensors:dict[str, Tensor], metadata:dict[str, str]
   finally:
     if os.path.exists(tmp): os.remove(tmp)
 
-def read_checkpoint(path:str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_checkpoint(path:str) -> tuple[Weights, dict[str, str]]:
   """All tensors of a safetensors file, and its metadata.
 
   The whole layout is checked before anything is loaded: CheckpointError if it is off."""
@@ -622,24 +710,25 @@ def read_checkpoint(path:str) -> tuple[dict[str, Tensor], dict[str, str]]:
     need(n + 8 <= size, f"truncated inside its header ({size} bytes)")
     try: header = json.loads(f.read(n))
     except (ValueError, RecursionError): header = None
-    need(isinstance(header, dict), "not a safetensors file (its header is not JSON)")
-    meta, end = header.pop("__metadata__", {}), 0
-    need(isinstance(meta, dict) and all(isinstance(v, str) for v in meta.values()), "its metadata are malformed")
-    try:
-      entries = sorted((v["data_offsets"], k, v["dtype"], v["shape"]) for k, v in header.items())
-      for (lo, hi), k, dt, shape in entries:
-        if not all(type(n) is int for n in (lo, hi, *shape)): raise TypeError
-        need(dt in DTYPES, f"tensor {k} has dtype {dt}, which is not supported")
-        need(lo == end and hi - lo == math.prod(shape) * DTYPES[dt].itemsize
-             and min(shape, default=0) >= 0, f"its header is damaged at tensor {k}")
-        end = hi
-    except (KeyError, TypeError, ValueError) as e:
-      if isinstance(e, CheckpointError): raise
-      raise CheckpointError(f"{path}: its header is malformed.") from None
-    need(size >= n + 8 + end, f"truncated: {size} bytes where its header promises {n + 8 + end}")
-    need(size == n + 8 + end, f"{size - n - 8 - end} bytes too long for its header")
-    return {k: Tensor(np.frombuffer(f.read(hi-lo), DTYPES[dt]).reshape(shape).copy()).realize()
-            for (lo, hi), k, dt, shape in entries}, meta
+  need(isinstance(header, dict), "not a safetensors file (its header is not JSON)")
+  meta, end = header.pop("__metadata__", {}), 0
+  need(isinstance(meta, dict) and all(isinstance(v, str) for v in meta.values()), "its metadata are malformed")
+  try:
+    entries = sorted((v["data_offsets"], k, v["dtype"], v["shape"]) for k, v in header.items())
+    for (lo, hi), k, dt, shape in entries:
+      if not all(type(n) is int for n in (lo, hi, *shape)): raise TypeError
+      need(dt in DTYPES, f"tensor {k} has dtype {dt}, which is not supported")
+      need(lo == end and hi - lo == math.prod(shape) * DTYPES[dt].itemsize
+           and min(shape, default=0) >= 0, f"its header is damaged at tensor {k}")
+      end = hi
+  except (KeyError, TypeError, ValueError) as e:
+    if isinstance(e, CheckpointError): raise
+    raise CheckpointError(f"{path}: its header is malformed.") from None
+  need(size >= n + 8 + end, f"truncated: {size} bytes where its header promises {n + 8 + end}")
+  need(size == n + 8 + end, f"{size - n - 8 - end} bytes too long for its header")
+  file = mapped(path)
+  return {k: Stored(np.frombuffer(file, DTYPES[dt], math.prod(shape), n + 8 + lo).reshape(shape), dt == "BF16", file)
+          for (lo, _), k, dt, shape in entries}, meta
 
 MODELS = Path(cache_dir) / "models"               # where released weights are kept
 
@@ -671,7 +760,7 @@ def download(url:str, path:Path) -> Path:
   os.replace(part, path)
   return path
 
-def read_torch(path:str) -> dict[str, Tensor]:
+def read_torch(path:str) -> Weights:
   """All tensors of a file of torch.save's (its zip form, from PyTorch 1.6 on), flat or under "state_dict".
 
   Its pickle is read by an interpreter that knows dictionaries, tensors and nothing else: what it names of other
@@ -687,12 +776,13 @@ def read_torch(path:str) -> dict[str, Tensor]:
     def __setitem__(self, k, v): pass
     def append(self, x): pass
     def extend(self, x): pass
-  def tensor(storage, offset, size, stride, *_) -> np.ndarray:
+  def tensor(storage, offset, size, stride, *_) -> Stored:
     whole = all(type(n) is int and n >= 0 for n in (offset, *size, *stride))      # Python's own do not overflow
-    if not isinstance(storage, np.ndarray) or not whole or len(size) != len(stride) or math.prod(size) > len(storage) \
-       or (0 not in size and offset + sum((n-1)*s for n, s in zip(size, stride)) >= len(storage)): raise ValueError
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, [s*storage.itemsize for s in stride])
-  def bfloat16(raw:np.ndarray) -> np.ndarray: return (raw.astype(np.uint32) << 16).view(np.float32)
+    if not isinstance(storage, Stored) or not whole or len(size) != len(stride) or \
+       math.prod(size) > (n := len(raw := storage.array)) or \
+       (0 not in size and offset + sum((n-1)*s for n, s in zip(size, stride)) >= n): raise ValueError
+    view = np.lib.stride_tricks.as_strided(raw[offset:], size, [s*raw.itemsize for s in stride], writeable=False)
+    return dataclasses.replace(storage, array=view)
   storages = {"Float": "f4", "Double": "f8", "Half": "f2", "BFloat16": "u2", "Long": "i8", "Int": "i4", "Short": "i2",
               "Char": "i1", "Byte": "u1", "Bool": "?"}
   known = {("collections", "OrderedDict"): collections.OrderedDict, ("torch._utils", "_rebuild_tensor_v2"): tensor,
@@ -706,21 +796,30 @@ def read_torch(path:str) -> dict[str, Tensor]:
       return Foreign
     def persistent_load(self, pid):
       _, kind, key, _, n = pid
-      raw = np.frombuffer(file.read(f"{root}/data/{key}"), storages[kind])
-      if len(raw) != n: raise ValueError
-      return bfloat16(raw) if kind == "BFloat16" else raw
+      entry = file.getinfo(f"{root}/data/{key}")
+      head = whole[entry.header_offset:entry.header_offset+30]      # then come the name and a field of no use
+      start = entry.header_offset + 30 + sum(int.from_bytes(head[i:i+2], "little") for i in (26, 28))
+      dtype = np.dtype(storages[kind])
+      if entry.compress_type or entry.file_size != n*dtype.itemsize or type(n) is not int: raise ValueError
+      @functools.cache
+      def check():
+        if zlib.crc32(memoryview(whole)[start:start+entry.file_size]) != entry.CRC:
+          fail(f"damaged in its part {entry.filename}")
+      return Stored(np.frombuffer(whole, dtype, n, start), kind == "BFloat16", whole, check)
   try:
     with zipfile.ZipFile(path) as file:
-      root = next(n for n in file.namelist() if n.endswith("/data.pkl")).removesuffix("/data.pkl")
-      tree = Reader(io.BytesIO(file.read(f"{root}/data.pkl"))).load()
+      pickled = next(i for i in file.infolist() if i.filename.endswith("/data.pkl"))
+      root, whole = pickled.filename.removesuffix("/data.pkl"), mapped(path)
+      if pickled.file_size > 1 << 28: raise ValueError
+      tree = Reader(io.BytesIO(file.read(pickled))).load()
   except CheckpointError: raise
   except Exception as e: fail(f"damaged, or not of torch.save's ({type(e).__name__})")     # pickle raises anything
   if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict): tree = tree["state_dict"]
-  tree = {k: v for k, v in tree.items() if isinstance(v, np.ndarray)} if isinstance(tree, dict) else {}
+  tree = {str(k): v for k, v in tree.items() if isinstance(v, Stored)} if isinstance(tree, dict) else {}
   if not tree: fail("no tensors in it")
-  return {str(k): Tensor(np.array(v)).realize() for k, v in tree.items()}
+  return tree
 
-def save_torch(path:str, tensors:dict[str, Tensor], wrap:tuple[str, ...]=()) -> None:
+def save_torch(path:str, tensors:dict[str, Tensor|Stored], wrap:tuple[str, ...]=()) -> None:
   """Writes float32 tensors as torch.save does a state_dict, so that the authors' code loads them; whole or not at all.
 
   wrap: keys of dictionaries around it. The pickle is put together by hand: PyTorch's own classes are only named in it.
@@ -729,13 +828,13 @@ def save_torch(path:str, tensors:dict[str, Tensor], wrap:tuple[str, ...]=()) -> 
   def number(n:int) -> bytes: return b"\x8a\x08" + n.to_bytes(8, "little", signed=True)
   def numbers(ns:tuple[int, ...]) -> bytes: return b"(" + b"".join(map(number, ns)) + b"t"
   new = b"ccollections\nOrderedDict\n)R"                             # an empty OrderedDict
-  arrays, body = {k: np.ascontiguousarray(t.numpy(), np.float32) for k, t in tensors.items()}, new + b"("
-  keys = {k: str(i) for i, k in enumerate(arrays)}
+  body, keys = new + b"(", {k: str(i) for i, k in enumerate(tensors)}
   words = "backbone.embeddings.word_embeddings.weight"
-  for k in [*arrays, *["lm_head.weight"] * (words in arrays)]:
-    a, key = arrays[k if k in arrays else words], keys[k if k in arrays else words]
-    storage = b"(" + word("storage") + b"ctorch\nFloatStorage\n" + word(key) + word("cpu") + number(a.size) + b"tQ"
-    layout = number(0) + numbers(a.shape) + numbers(tuple(s // 4 for s in a.strides))
+  for k in [*tensors, *["lm_head.weight"] * (words in tensors)]:
+    key, shape = keys[own := k if k in tensors else words], tensors[own].shape
+    size = number(math.prod(shape))
+    storage = b"(" + word("storage") + b"ctorch\nFloatStorage\n" + word(key) + word("cpu") + size + b"tQ"
+    layout = number(0) + numbers(shape) + numbers(tuple(math.prod(shape[i+1:]) for i in range(len(shape))))
     body += word(k) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + layout + b"\x89" + new + b"tR"
   body += b"u"
   for k in reversed(wrap): body = b"}" + word(k) + body + b"s"
@@ -744,14 +843,32 @@ def save_torch(path:str, tensors:dict[str, Tensor], wrap:tuple[str, ...]=()) -> 
     with zipfile.ZipFile(tmp, "w") as z:
       z.writestr(f"{root}/data.pkl", b"\x80\x02" + body + b".")
       z.writestr(f"{root}/byteorder", "little")
-      for k, a in arrays.items(): z.writestr(f"{root}/data/{keys[k]}", a.tobytes())
+      for k, t in tensors.items():
+        with z.open(f"{root}/data/{keys[k]}", "w", force_zip64=True) as f:
+          f.write(np.ascontiguousarray(t.numpy(), np.float32).data)
       z.writestr(f"{root}/version", "3\n")
     os.replace(tmp, path)
   finally:
     if os.path.exists(tmp): os.remove(tmp)
 
-def load_weights(model:H3LM, weights:dict[str, Tensor], source:str="weights"):
-  "Puts weights, by official name, into the model. CheckpointError unless names and shapes match."
+def narrowed(x:np.ndarray, dtype:str) -> np.ndarray:
+  "float32 as one of WEIGHTS: to the nearest, and of two as near to the even one."
+  if dtype != "bfloat16": return np.ascontiguousarray(x, np.float16 if dtype == "float16" else np.float32)
+  x, out = np.ascontiguousarray(x, np.float32).reshape(-1).view(np.uint32), np.empty(x.shape, np.uint16)
+  for at in range(0, len(x), 1 << 20):
+    piece = x[at:at + (1 << 20)]
+    out.reshape(-1)[at:at + (1 << 20)] = (piece + (0x7fff + (piece >> 16 & 1))) >> 16
+  return out
+
+def filled(x:np.ndarray, dtype:DType=dtypes.float, device:str|None=None) -> Tensor:
+  "A Tensor of an array of this type, in one copy: Tensor(x) would hold two for a while."
+  new = Tensor.empty(*x.shape, dtype=dtype, device=device)
+  new._buffer().ensure_allocated().copy_from(Buffer("NPY", x.size, dtype, opaque=np.ascontiguousarray(x)))
+  return new
+
+def load_weights(model:H3LM, weights:dict[str, Tensor|Stored], source:str="weights", dtype:str="float32"):
+  """Puts weights, by official name, into the model, tensor by tensor; matrices as `dtype`, of flashconv.WEIGHTS.
+  CheckpointError unless names and shapes match, and what is checked about the file's bytes is right."""
   have = get_state_dict(model)
   for name in have:
     if name not in weights: raise CheckpointError(f"{source}: tensor {name} is missing.")
@@ -761,4 +878,9 @@ def load_weights(model:H3LM, weights:dict[str, Tensor], source:str="weights"):
     if name not in have and name != "lm_head.weight" and not name.endswith(".rotary_emb.inv_freq"):
       raise CheckpointError(f"{source}: tensor {name} does not belong to this model.")
   for name, p in have.items():
-    p.replace(weights[name].to(p.device).cast(dtypes.float32).clone().realize())
+    kind, w = dtype if p.ndim == 2 and name.endswith(".weight") else "float32", weights[name]
+    with np.errstate(over="ignore"): x = narrowed(w.numpy(), kind)
+    if kind == "float16" and np.isinf(x).any():
+      raise CheckpointError(f"{source}: tensor {name} has values past what float16 holds: take bfloat16.")
+    p.replace(filled(x, WEIGHTS[kind], p.device))
+    if isinstance(w, Stored): w.let_go()

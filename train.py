@@ -27,8 +27,8 @@ from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 from bigs_tiny import BLOCKS, RELEASED, BiGS, BiGSConfig, find, read_weights
 from flashconv import FLASH, capture, check_kernels, embedding, setup_device
 from generate import (CHECKPOINT, MASK, OUT, RUN, TOKENIZERS, Parser, Session, Tokenizer, UserError,
-                      make_tokenizer, number, show_fill, write)
-from h3tiny import CheckpointError, H3Config, H3LM, read_checkpoint, save_checkpoint
+                      make_tokenizer, number, peak_memory, show_fill, surprisal, write)
+from h3tiny import CheckpointError, H3Config, H3LM, Weights, filled, save_checkpoint
 
 # ---- options --------------------------------------------------------------------------------------
 
@@ -622,15 +622,15 @@ def set_aside(path:Path) -> Path:
     os.replace(path, aside)
     return aside
 
-def restore(tensors:dict[str, Tensor], opt:AdamW, source:Path) -> None:
+def restore(tensors:Weights, opt:AdamW, source:Path) -> None:
   for n in "mv":
     for k, t in getattr(opt, n).items():
       if (name := f"optim.{n}.{k}") not in tensors or tensors[name].shape != t.shape:
         raise CheckpointError(f"{source} lacks the optimiser's state ({name}): --init takes its weights alone")
-      t.replace(tensors[name])
+      t.replace(filled(tensors[name].numpy().astype(np.float32, copy=False)))
   for name, t in tensors.items():
     if (counter := Tensor._device_rng_counters.get(name.removeprefix("optim.rng."))) is not None:
-      counter.assign(t.cast(counter.dtype)).realize()
+      counter.assign(Tensor(t.numpy()).cast(counter.dtype)).realize()
 
 def check_writable(out:Path) -> None:
   try:
@@ -733,9 +733,8 @@ class Log:
 
 def cross_entropy(logits:Tensor, targets:Tensor) -> Tensor:
   "Mean loss in nats over the targets that are not negative: logits (B,L,V), targets (B,L)."
-  picked = (targets.unsqueeze(-1) == Tensor.arange(logits.shape[-1])).where(logits, 0).sum(-1)
   asked = (targets >= 0).float()
-  return ((logits.logsumexp(-1) - picked) * asked).sum() / asked.sum()
+  return (surprisal(logits, targets) * asked).sum() / asked.sum()
 
 class Interrupt:
   "While training, the first Ctrl-C, SIGTERM or SIGHUP waits for the step to end; a second one doesn't."
@@ -828,7 +827,7 @@ def make_eval(model:H3LM|BiGS, forward:Callable=Task.forward,
 def hand_on(old:Iterable[Tensor], new:Iterable[Tensor]) -> None:
   Tensor.realize(*[o.assign(n.detach()) for o, n in zip(old, new)])
 
-def make_model(args:argparse.Namespace, task:Task, tensors:dict[str, Tensor]|None, meta:dict[str, str]|None,
+def make_model(args:argparse.Namespace, task:Task, tensors:Weights|None, meta:dict[str, str]|None,
                source:str) -> H3LM|BiGS:
   "A new one, or that of a checkpoint, fit for the task."
   if tensors is None:
@@ -857,7 +856,7 @@ def complete(args:argparse.Namespace) -> None:
   if args.save_every is None: args.save_every = args.eval_every
   if args.log_every is None: args.log_every = max(1, args.steps//20)
 
-def train(args:argparse.Namespace, tensors:dict[str, Tensor]|None=None, meta:dict[str, str]|None=None) -> int:
+def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str]|None=None) -> int:
   "One run. tensors, meta: the checkpoint that --resume or --init names."
   out, path = Path(args.out), Path(args.out) / CHECKPOINT
   Tensor.manual_seed(args.seed)                        # dropout's; weights and batches are numpy's
@@ -959,9 +958,7 @@ ROOM = 128                                       # of the KV cache in decoding
 
 def bench_one(what:str, who:str) -> None:
   "Prints the seconds of a step, of the first one, and MB, as JSON. who: ours, plain (FLASH=0), torch."
-  import resource
-  unit = 1e6 if sys.platform == "darwin" else 1e3
-  def peak() -> float: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+  def peak() -> float: return peak_memory() / 1e6
   args = parser().parse_args(BENCH[what].split())
   for k, v in DEFAULTS["text"].items():
     if getattr(args, k) is None: setattr(args, k, v)
