@@ -569,9 +569,9 @@ def run(args:argparse.Namespace) -> None:
     # the official ones have been trained, and are run, on rows of one length
     length = 0 if meta else model.config.max_length
     return show_fill(model, tokenizer, args.fill, options.get("mask_run") or RUN, length)
-  tokenizer = None if hasattr(args, "export") else make_tokenizer(name)
   model = H3LM.from_checkpoint(tensors, meta, str(path), dtype=args.dtype)
   if hasattr(args, "export"): return export(model, args.export)
+  tokenizer = make_tokenizer(name)
   if model.config.vocab_size != tokenizer.vocab_size:
     raise UserError(f"{path} has a vocabulary of {model.config.vocab_size}, not the {tokenizer.vocab_size} of {name}"
                     + ("" if meta else ": give another --tokenizer"))

@@ -445,6 +445,31 @@ def test_kernel_embedding(flash):
   assert (y.numpy() == w[t]).all()
   assert_close(dW, want, 1e-5)
 
+SMALL_TYPES = [name for name, dtype in flashconv.WEIGHTS.items()
+               if dtype in Device[Device.DEFAULT].renderer.supported_dtypes()]
+
+@pytest.mark.parametrize("dtype", SMALL_TYPES)
+@pytest.mark.parametrize("M,K,N", [(1, 96, 70), (3, 40, 128), (33, 300, 400), (150, 530, 75)])
+def test_kernel_matmul_of_small_weights(M, K, N, dtype, flash, always):
+  "as exact as with float32s of the same values, one row, a few, and many; and the look-up"
+  x, w = normal(M, K), normal(N, K)
+  W = h3tiny.filled(h3tiny.narrowed(w, dtype), flashconv.WEIGHTS[dtype])
+  exact = flashconv.widened(W).numpy()
+  close(matmul(Tensor(x), W, transposed=True), x, exact.T)
+  t = rng.integers(0, N, 5).astype(np.int32)
+  assert (flashconv.embedding(Tensor(t).realize(), W).numpy() == exact[t]).all()
+
+def test_rounding_to_bfloat16():
+  "to the nearest; of two as near to the one that ends in 0; both zeros, infinities and the smallest numbers stay"
+  x = np.concatenate([normal(1 << 20), np.float32([0, -0.0, np.inf, -np.inf, 1e-45, 1 + 2**-8, 1 + 3*2**-8])])
+  bits = h3tiny.narrowed(x, "bfloat16").astype(np.uint32)
+  up, down = ((x.view(np.uint32) >> 16) + i << 16 for i in (1, 0))
+  with np.errstate(invalid="ignore"):
+    far = [np.abs(b.view(np.float32).astype(np.float64) - x) for b in (up, down)]
+    took = np.abs((bits << 16).view(np.float32).astype(np.float64) - x)
+    assert (took[:-5] == np.minimum(*far)[:-5]).all()
+  assert bits[-7:].tolist() == [0, 0x8000, 0x7f80, 0xff80, 0, 0x3f80, 0x3f82]
+
 # ---------------------------------------------------------------- how kernels are run
 
 def np_ssm_conv(u, v, q, A, B, C, D, x, dy, dx):
@@ -855,8 +880,9 @@ def test_against_torch():
 
 # ---------------------------------------------------------------- one model, three ways to run it
 
-def test_forward_equals_steps_equals_prefill_in_pieces():
-  model, t = shaken(HYBRIDS[0]), np.random.default_rng(0).integers(0, 19, (2, 7))
+@pytest.mark.parametrize("config", HYBRIDS[:2], ids=["hybrid, hd2", "h3, d2h"])
+def test_forward_equals_steps_equals_prefill_in_pieces(config):
+  model, t = shaken(config), np.random.default_rng(0).integers(0, 19, (2, 7))
   want, state = model(toks(t)).numpy(), model.init_state(2)
   for i in range(7):
     before = [s.numpy() for s in state]
@@ -872,6 +898,7 @@ def test_forward_equals_steps_equals_prefill_in_pieces():
   logits, s = model.prefill(toks(t[:, :3]))
   for i in range(3, 7): logits, s = model.step(toks(t[:, i]), s)
   same((logits, s))
+  if not config.attn_layers: return
   with pytest.raises(ValueError, match="14 tokens do not fit the attention cache of 12"): model.prefill(toks(t), s)
   with pytest.raises(ValueError, match="empty"): model.prefill(toks(t[:, :0]))
 
@@ -1022,6 +1049,106 @@ def test_official_weights(tiny, tmp_path):
   with pytest.raises(CheckpointError, match="give n_heads"): H3LM.from_pretrained(str(tmp_path/"e.pt"))
   (tmp_path/"config.json").write_text('{"attn_cfg": {"num_heads": 2}}')
   assert H3LM.from_pretrained(str(tmp_path/"e.pt")).config == hybrid.config
+
+def test_hybrid_and_rotary_from_official_files(tmp_path):
+  """Against float64, as loaded from what `save_official` writes, which PyTorch reads; in the authors' channel order;
+  with rows of A and B that channels share."""
+  def same(model:H3LM, name:str) -> None:
+    h3tiny.save_official(str(tmp_path/name), model)
+    again, t = H3LM.from_pretrained(str(tmp_path/name)), np.random.default_rng(0).integers(0, 19, (2, 11))
+    assert again.config == dataclasses.replace(model.config, head_order="d2h", max_length=2048)
+    assert_close(again(toks(t)), np_lm(model, t), 2e-5, name)
+    if importlib.util.find_spec("torch"):
+      import torch
+      assert name.endswith(".safetensors") or "lm_head.weight" in torch.load(tmp_path/name, weights_only=True)
+  for config in (HYBRIDS[0], dataclasses.replace(HYBRIDS[2], attn_layers=(1,), pad_vocab_multiple=1)):
+    for name in ("model.pt", "model.safetensors"):
+      same(shaken(config), name)
+    with pytest.raises(CheckpointError, match="config.json is there"):
+      h3tiny.save_official(str(tmp_path/"other.pt"), H3LM(H3Config(19, 8, 1)))
+    assert not (tmp_path/"other.pt").exists()
+    os.remove(tmp_path/"config.json")
+  model = shaken(H3Config(16, 12, 1, d_state=4))
+  weights = {k: h3tiny.Stored(v.numpy()) for k, v in get_state_dict(model).items()}
+  for part in ("B", "inv_A_real", "A_imag"):
+    name = f"backbone.layers.0.mixer.kernel.kernel.{part}"
+    few = weights[name].numpy()[:4]
+    weights[name] = h3tiny.Stored(few)
+    get_state_dict(model)[name].replace(Tensor(np.concatenate([few]*3)))            # SSM h has row h mod 4
+  h3tiny.save_torch(str(tmp_path/"shared.pt"), weights)
+  t = np.random.default_rng(0).integers(0, 16, (1, 9))
+  assert_close(H3LM.from_pretrained(str(tmp_path/"shared.pt"))(toks(t)), np_lm(model, t), 2e-5)
+
+def test_damaged_official_files(tiny, tmp_path, monkeypatch):
+  "One line that names the file, and the tensor if it is one; nothing is run, nothing loaded. Flipped bits are seen."
+  monkeypatch.chdir(tmp_path)
+  new = get_state_dict(tiny)
+  h3tiny.save_torch("m.pt", new)
+  whole = Path("m.pt").read_bytes()
+  def refused(data:bytes, why:str) -> None:
+    Path("bad.pt").write_bytes(data)
+    with pytest.raises(CheckpointError, match=why) as e: H3LM.from_pretrained("bad.pt", n_heads=4)
+    assert "bad.pt" in str(e.value) and "\n" not in str(e.value)
+  for n in (0, 1, 100, len(whole)//3, len(whole)//2, len(whole)-1000, len(whole)-1):
+    refused(whole[:n], "not a file of torch.save's|damaged")
+  refused(b"<!DOCTYPE html><html><body>404: Not Found</body></html>", "not a file of torch.save's")
+  def archive(tree) -> bytes:
+    with zipfile.ZipFile(out := io.BytesIO(), "w") as z: z.writestr("m/data.pkl", pickle.dumps(tree))
+    return out.getvalue()
+  for tree in (Evil(), {"w": Evil()}, {"state_dict": {"model.backbone.ln_f.weight": Evil()}, "extra": Evil()}):
+    refused(archive(tree), "refused")
+  assert not Path("evil").exists()
+  for i in (5, 10**8):                                            # a layer number far from the others
+    h3tiny.save_torch("bad.pt", new | {f"backbone.layers.{i}.norm1.weight": Tensor([1.0])})
+    with pytest.raises(CheckpointError, match="bad.pt: .*(is missing|not all there)"): H3LM.from_pretrained("bad.pt")
+  some, seen = np.random.default_rng(0), 0
+  for at in [*some.integers(0, len(whole), 80), *range(0, 60, 3)]:
+    data = bytearray(whole)
+    data[at] ^= 1 << int(some.integers(8))
+    Path("bad.pt").write_bytes(data)
+    try: got = H3LM.from_pretrained("bad.pt", n_heads=4)
+    except CheckpointError: seen += 1
+    else: assert all((v.numpy() == new[k].numpy()).all() for k, v in get_state_dict(got).items()), at
+  assert seen >= 80                  # most of the bytes are tensors'; a zip's dates, for one, do not matter
+
+def test_loading_takes_the_model_and_one_tensor(tmp_path):
+  "The peak of a process's memory while it loads, float32 and bfloat16; the file is float32"
+  model = H3LM(H3Config(50257, 256, 4, (1,)), seed=None)
+  weights = {k: h3tiny.Stored(normal(*p.shape)) for k, p in get_state_dict(model).items()}
+  h3tiny.save_torch(str(tmp_path/"m.pt"), weights)
+  sizes = [p.numel() for p in get_state_dict(model).values()]
+  code = ("import sys, numpy; from generate import peak_memory; from h3tiny import H3LM; import flashconv;"
+          "flashconv.setup_device(); H3LM(__import__('h3tiny').H3Config(8, 8, 1)); before = peak_memory();"
+          "model = H3LM.from_pretrained(sys.argv[1], 4, sys.argv[2]); print(peak_memory() - before)")
+  for dtype, a_weight in (("float32", 4), ("bfloat16", 2)):
+    grown = float(subprocess.run([sys.executable, "-c", code, str(tmp_path/"m.pt"), dtype], cwd=HERE, check=True,
+                                 capture_output=True, text=True, env=os.environ | {"DEV": "CPU"}).stdout)
+    # one tensor: as it lies in the file, and what it becomes
+    assert grown <= a_weight*sum(sizes) + (4 + a_weight)*max(sizes) + 16e6, (dtype, grown/1e6)
+
+@pytest.mark.parametrize("dtype", SMALL_TYPES[1:])
+def test_small_weights_in_every_mode(dtype, tmp_path):
+  "convolution, prefill, step: what float32s of the same values give; matrices alone are small"
+  model, t = shaken(HYBRIDS[0]), np.random.default_rng(0).integers(0, 19, (2, 7))
+  h3tiny.save_official(str(tmp_path/"m.pt"), model)
+  small = H3LM.from_pretrained(str(tmp_path/"m.pt"), dtype=dtype)
+  params, kept = get_state_dict(small), H3LM.from_pretrained(str(tmp_path/"m.pt"))
+  kinds = {k: p.dtype for k, p in params.items()}
+  assert {k for k, d in kinds.items() if d != dtypes.float} == {k for k, p in params.items() if k.endswith(".weight")
+                                                               and p.ndim == 2}
+  for k, p in get_state_dict(kept).items(): p.replace(flashconv.widened(params[k]).contiguous().realize())
+  want = kept(toks(t)).numpy()
+  assert_close(small(toks(t)), want, 2e-5)
+  logits, state = small.prefill(toks(t[:, :4]))
+  for i in range(4, 7): logits, state = small.step(toks(t[:, i]), state)
+  assert_close(logits, want[:, -1], 2e-5)
+  # rounding moves a weight by at most half of its last bit, and the logits, sums of many, by little more
+  assert np.abs(want - np_lm(model, t)).max() <= {"float16": 2e-2, "bfloat16": 0.16}[dtype]*np.abs(want).max()
+  if dtype == "float16":
+    h3tiny.save_torch(str(tmp_path/"n.pt"), get_state_dict(model) | {k: Tensor(v.numpy()*1e6) for k, v in
+                                                                    get_state_dict(model).items() if "fc1.weight" in k})
+    with pytest.raises(CheckpointError, match="fc1.weight has values past what float16 holds"):
+      H3LM.from_pretrained(str(tmp_path/"n.pt"), 2, dtype)
 
 # ================================================================ BiGS
 
@@ -1310,6 +1437,10 @@ def bad(tmp:Path, run8:Path) -> dict[str, tuple]:
   tensors, meta = read_checkpoint(str(run8/"out"/gen.CHECKPOINT))
   (tmp/"meta").mkdir()
   save_checkpoint(str(tmp/"meta"/gen.CHECKPOINT), tensors, meta | {"args": "[1]"})
+  question = '{"context": "a", "choices": ["bcd"], "answer": 0}\n'
+  (tmp/"q1.jsonl").write_text(question + '{"context": "a", "choices": ["b"], "answer": 1}\n')
+  (tmp/"q2.jsonl").write_text(question)
+  (tmp/"there.pt").write_text("<html>404</html>")
   data, out = ["--data", str(tmp/"text.txt")], ["--out", str(tmp/"out")]
   ok = [*TINY, *data, *out]
   t = lambda *a: [*TINY, *out, *a]
@@ -1370,6 +1501,21 @@ def bad(tmp:Path, run8:Path) -> dict[str, tuple]:
     "more than the cache": (gen, [*ckpt, *prompt, "--tokens", "3000"], "--max-length 3003"),
     "--bench of no shape": (gen, ["--bench", "9B"], "no model is called '9B'"),
     "top-p above 1": (gen, [*ckpt, *prompt, "--top-p", "2"], "at most 1"),
+    "no text to foresee": (gen, [*ckpt, "--perplexity", str(tmp/"empty.txt")], "is empty"),
+    "binary text": (gen, [*ckpt, "--perplexity", str(tmp/"x.bin")], "not UTF-8"),
+    "a stride past the window": (gen, [*ckpt, "--perplexity", str(tmp/"text.txt"), "--window", "8", "--stride", "9"],
+                                 "left out"),
+    "two things at once": (gen, [*ckpt, "--score", "a", "--perplexity", "b"], "give one of"),
+    "questions that are text": (gen, [*ckpt, "--score", str(tmp/"text.txt")], "line 1 is not JSON"),
+    "a question without answer": (gen, [*ckpt, "--score", str(tmp/"q1.jsonl")], "q1.jsonl line 2: a line is"),
+    "all questions shown": (gen, [*ckpt, "--score", str(tmp/"q2.jsonl"), "--shots", "1"], "leaves none"),
+    "a long choice": (gen, [*ckpt, "--score", str(tmp/"q2.jsonl"), "--window", "2"], "choice 0 of question 1"),
+    "no such dtype": (gen, [*ckpt, "--dtype", "int4"], "invalid choice: 'int4'"),
+    "another tokenizer": (gen, [*prompt, "--model", f"{GOLDEN}/tiny_h3/model.safetensors", "--tokenizer", "bytes"],
+                          "vocabulary of 101, not the 257 of bytes: give another"),
+    "export of no format": (gen, [*ckpt, "--export", str(tmp/"out"/"m.onnx")], "official formats"),
+    "export over a file": (gen, [*ckpt, "--export", str(tmp/"there.pt")], "is there already"),
+    "a web page": (gen, [*prompt, "--model", str(tmp/"there.pt")], "there.pt: not a file of torch.save's"),
     "negative temperature": (gen, [*ckpt, *prompt, "--temperature", "-1"], "at least 0"),
   }
 
@@ -1625,6 +1771,66 @@ def test_generation(run8, monkeypatch, capfd):
   gen.main(["--model", str(path), "--temperature", "0", "--tokens", "12"])
   assert capfd.readouterr().out == "def f" + said + "\n"
 
+# -- likelihood
+
+def test_perplexity(run8, tmp_path, capsys):
+  """Of one window: what the whole document gives. Of several: what each token has in its window, no more, no less.
+  Of five, within 0.5 % of the whole."""
+  path, text = str(run8[0]/"out"), TEXT[:192]
+  (tmp_path/"doc.txt").write_text(text)
+  model = H3LM.from_pretrained(path)
+  ids = np.concatenate([[256], np.frombuffer(text.encode(), np.uint8)]).astype(np.int32)
+  def plain(ids:np.ndarray) -> np.ndarray:
+    x = model(toks(ids[None, :-1])).numpy()[0].astype(np.float64)
+    return np.log(np.exp(x).sum(-1)) - x[np.arange(len(x)), ids[1:]]
+  whole = plain(ids)
+  assert_close(gen.document(model, ids, 256, 128)[0], whole, 1e-5)
+  assert_close(gen.document(model, ids, 192, 1)[0], whole, 1e-5)
+  strided, windows = gen.document(model, ids, 64, 32)
+  assert windows == 5 and abs(strided.mean() / whole.mean() - 1) < 0.005
+  assert abs(math.exp(strided.mean() - whole.mean()) - 1) < 0.005
+  odd, windows = gen.document(model, ids, 70, 60)                          # 0, 60, 120, 122: the last one ends the text
+  want = np.concatenate([plain(ids[:71]), plain(ids[60:131])[10:], plain(ids[120:191])[10:], plain(ids[122:])[-2:]])
+  assert windows == 4
+  assert_close(odd, want, 1e-5)
+  capsys.readouterr()
+  assert gen.main(["--model", path, "--perplexity", str(tmp_path/"doc.txt"), "--window", "192"]) == 0
+  said = capsys.readouterr().out
+  figures = [float(x) for x in re.findall(r"perplexity ([\d.]+), ([\d.]+)", said) for x in x]
+  assert "192 tokens, 192 bytes; 1 window" in said
+  np.testing.assert_allclose(figures, [math.exp(whole.mean()), whole.mean()]*1 + [math.exp(whole.mean()),
+                             whole.mean()/math.log(2)], rtol=1e-3)
+
+def test_score(run8, tmp_path, capsys):
+  "Of each choice, log p given the context, question by question; batched, cut from the left, with examples before."
+  model, tok = H3LM.from_pretrained(str(run8[0]/"out")), gen.ByteTokenizer()
+  def plain(context:str, choice:str) -> tuple[float, int]:
+    ids = [256, *(context + choice).encode()]
+    x = model(toks(np.array([ids[:-1]]))).numpy()[0].astype(np.float64)
+    nats = np.log(np.exp(x).sum(-1)) - x[np.arange(len(x)), ids[1:]]
+    return -nats[-(n := len(choice.encode())):].sum(), n
+  some = [gen.Question("def f1", ["(x): return", "zz"], 0), gen.Question("x * ", ["9", "longer one", "é"], 1),
+          gen.Question("", ["a"], 0), gen.Question(TEXT[:90], [" + 1"], 0)]
+  got = gen.choose(model, tok, some)
+  for q, x in zip(some, got):
+    bare = q.context.rstrip(" ")
+    gap = q.context[len(bare):] or (" " if q.context and not q.choices[0].startswith(" ") else "")
+    for c, y in zip(q.choices, x): np.testing.assert_allclose(y, plain(bare, gap + c), rtol=1e-5)
+  shown = gen.choose(model, tok, some[:1], some[1:2])
+  np.testing.assert_allclose(shown[0][1], plain("x * longer one\n\ndef f1", " zz"), rtol=1e-5)
+  cut = gen.choose(model, tok, [gen.Question(TEXT[:90], [" + 1"], 0)], window=20)
+  ids = (TEXT[:90] + " + 1").encode()[-21:]
+  x = model(toks(np.frombuffer(ids[:-1], np.uint8)[None].astype(np.int32))).numpy()[0].astype(np.float64)
+  want = -(np.log(np.exp(x).sum(-1)) - x[np.arange(20), np.frombuffer(ids[1:], np.uint8)])[-4:].sum()
+  np.testing.assert_allclose(cut[0][0], [want, 4], rtol=1e-5)
+  lines = [json.dumps(dict(context=q.context, choices=q.choices, answer=int(np.argmax(x[:, 0])))) for q, x in
+           zip(some, got)]
+  (tmp_path/"q.jsonl").write_text("\n".join(lines) + "\n\n")
+  capsys.readouterr()
+  assert gen.main(["--model", str(run8[0]/"out"), "--score", str(tmp_path/"q.jsonl"), "--window", "128"]) == 0
+  said = capsys.readouterr().out
+  assert "4 questions" in said and "1.0000 by that of the whole choice; chance 0.7083" in said
+
 # -- the tasks of models that see both sides
 
 def test_masking():
@@ -1824,6 +2030,16 @@ def test_readme_commands(section, tmp_path, monkeypatch, capfd):
   for f in ("train.tsv", "dev.tsv"): tsv(tmp_path/f, [("ab"[i % 2], f"text {i}") for i in range(9)])
   project, seen = (HERE/"pyproject.toml").read_text(), 0
   monkeypatch.setattr(flashconv, "selfcheck", lambda *a: 0.0)             # has a test of its own
+  if any("--score" in c for c in readme_commands()[section]):
+    (tmp_path/"BoolQ").mkdir()
+    (tmp_path/"BoolQ"/"val.jsonl").write_text('{"question": "is it", "passage": "It is.", "label": true}\n'*7)
+    exec(re.search(r"```python\n(.*?)```", (HERE/"README.md").read_text(), re.S)[1])
+    model = H3LM(H3Config(257, 12, 2, (1,), 2))
+    meta = {"model": "h3", "config": json.dumps(dataclasses.asdict(model.config))}
+    for folder in ("released", "out"): (tmp_path/folder).mkdir()
+    h3tiny.save_official(str(tmp_path/"released"/"model.pt"), model)
+    save_checkpoint(str(tmp_path/"out"/gen.CHECKPOINT), get_state_dict(model), meta)
+    monkeypatch.setattr(h3tiny, "released", lambda name: str(tmp_path/"released"/"model.pt"))
   for command in readme_commands()[section]:
     for part in re.split(r" && | \| ", command):
       words = [w.removeprefix(".venv/bin/") for w in shlex.split(part) if not re.fullmatch(r"[A-Z_]+=\S*", w)]
@@ -1875,7 +2091,9 @@ def test_readme_commands(section, tmp_path, monkeypatch, capfd):
         sizes = ["--lengths", *"16 --batch 2 --channels 4 --plain 0".split(), *["--long", "40"]*("--long" in words)]
         if "--render" in words: sizes = ["--lengths", "64"]
         assert flashconv.main([*words[2:], *sizes]) == 0, command
-      elif words[1] == "generate.py": assert gen.main([*words[2:], "--tokens", "2"]) == 0, command
+      elif words[1] == "generate.py":
+        released = ["--tokenizer", "bytes"] if {"125M", "1.3B"} & set(words) else []
+        assert gen.main([*words[2:], "--tokens", "2", *released]) == 0, command
       else: assert False, f"no test for: {command}"
       seen += 1
   assert seen
