@@ -32,7 +32,7 @@ from tinygrad import Device, Tensor, TinyJit, UOp, codegen, dtypes
 from tinygrad.codegen import to_program
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
 from tinygrad.codegen.opt.postrange import Scheduler
-from tinygrad.dtype import AddrSpace
+from tinygrad.dtype import AddrSpace, DType
 from tinygrad.engine.realize import capturing
 from tinygrad.helpers import (NOOPT, Context, ContextVar, GlobalCounters, Target, all_int, cache_dir,
                               diskcache_get, diskcache_put, prod)
@@ -40,6 +40,7 @@ from tinygrad.renderer import Estimates, Renderer, cstyle
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, PatternMatcher, UPat, graph_rewrite
 
 FLASH = ContextVar("FLASH", 1)  # 0: plain tinygrad ops everywhere
+HALF = ContextVar("HALF", 0)    # what products with weights take in. 1: float16, 2: bfloat16; their sums are float32
 
 # ---------------------------------------------------------------- TinyJit
 def capture(f:Callable, **options) -> TinyJit:
@@ -120,8 +121,8 @@ class Machine(NamedTuple):
   registers: int = 16                # and how many of those it has
 
 @functools.cache
-def machine(device:str) -> Machine:
-  r = Device[device].renderer
+def machine(device:str|tuple[str, ...]) -> Machine:
+  r = Device[device if isinstance(device, str) else device[0]].renderer
   cores, vectors = r.global_max[0] if r.has_threads else 1, () if r.has_local else _vectors(r)
   return Machine(r.has_local, cores, r.shared_max, Ops.SUB in r.code_for_op, *vectors)
 
@@ -469,12 +470,17 @@ def widened(x:Tensor|UOp) -> Tensor|UOp:
   return x if x.dtype == dtypes.float else x.cast(dtypes.float) if x.dtype == dtypes.half else \
     (x.cast(dtypes.uint) << 16).bitcast(dtypes.float)
 
-def _float_on_cpu(*tensors:Tensor|None, weight:Tensor|None=None) -> bool:
-  "Whether the CPU's matrix product and layer norm serve: float32, not empty, on one device without local memory."
-  device = (*tensors, weight)[0].device
-  return bool(FLASH) and all(t is None or (t.dtype == dtypes.float and 0 not in t.shape) for t in tensors) \
-    and (weight is None or (weight.dtype in WEIGHTS.values() and 0 not in weight.shape)) \
-    and isinstance(device, str) and not machine(device).gpu
+def whole(*tensors:Tensor|None) -> bool:
+  "Whether none is in parts on several devices: a kernel takes what one device holds. (Whole on each is fine.)"
+  return all(t is None or isinstance(t.device, str) or t.uop.axis is None for t in tensors)
+
+def _float_on_cpu(*tensors:Tensor|None, small:tuple[Tensor, ...]=()) -> bool:
+  """Whether the CPU's matrix product and layer norm serve: float32, or what WEIGHTS has, not empty, on a device without
+  local memory."""
+  return bool(FLASH) and all(t is None or t.dtype == dtypes.float for t in tensors) \
+    and all(t.dtype in WEIGHTS.values() for t in small) \
+    and all(t is None or 0 not in t.shape for t in tensors + small) \
+    and whole(*tensors, *small) and not machine((small + tensors)[0].device).gpu
 
 def _stored(x:Tensor) -> Tensor:
   "x in storage of its own, copied only if it is a view or an expression: the kernels take no views."
@@ -486,7 +492,7 @@ def _launch(fxn:Callable, outs:list[Tensor], ins:list[Tensor], grad_fxn:Callable
 def levels(device:str|tuple, N:int) -> int:
   """How a transform of length N runs: 1 in one launch, R > 1 in two levels, R of them of length N/R;
   0 where plain ops have to do it. Asked of the device's limits, never of its name."""
-  if not FLASH or not isinstance(device, str): return 0
+  if not FLASH: return 0
   m = machine(device)
   if not m.gpu: return int(N <= MAX_N)
   return next((R for R in (1, 2, 4, 8, 16) if 8*N <= R*m.scratch), 0)   # a complex number is 8 bytes
@@ -560,7 +566,8 @@ def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor
   k = k[:, :L]
   N, short = _length(L, k.shape[1]), max(SHORT, _length(8*k.shape[1], 1))
   R, cut = levels(u.device, N), N > 2*short and levels(u.device, short) == 1
-  if not (R or cut) or any(x.dtype != dtypes.float for x in (u, k, *gates, *([] if D is None else [D]))):
+  if not (R or cut) or not whole(u, k, D, *gates) or any(x is not None and x.dtype != dtypes.float
+                                                         for x in (u, k, D, *gates)):
     return fftconv_ref(u, k, D, v, q)
   if cut:
     y = _overlapped(u if v is None else u*v, k, D, short)
@@ -727,14 +734,14 @@ def product(a:Tensor, b:Tensor, *bias:Tensor, ta:bool=False, tb:bool=False, tota
   kernel = dots if M <= 4 and tb and not ta and not total else functools.partial(gemm, ta=ta, tb=tb)
   return _launch(functools.partial(kernel, m=machine(a.device)), [y], [a, b, *bias], grad)[0]
 
-def _plain_product(x:Tensor, w:Tensor) -> Tensor:
+def _plain_product(x:Tensor, w:Tensor, sums:DType|None) -> Tensor:
   """x (…,M,K) @ w by tinygrad's own product, as a GPU does it best: x and the gradient are stored, lest what makes
   them is computed anew for each column. The rows for w (K,N) come in groups, so that its gradient is a sum of short
   products. PoCL, two cores, (4096,1024) x (1024,256): 42 ms, dw 48 ms and not 270; after GELU 42 ms and not 700."""
   M = prod(x.shape[:-1])
   G = next(g for g in range(max(1, M//256), 0, -1) if M % g == 0) if w.ndim == 2 else 1
-  if G == 1: return (_stored(x) @ w).contiguous_backward()
-  y = _stored(x).reshape(G, M//G, -1) @ w.expand(G, *w.shape).contiguous_backward()
+  if G == 1: return _stored(x).dot(w, dtype=sums).contiguous_backward()
+  y = _stored(x).reshape(G, M//G, -1).dot(w.expand(G, *w.shape).contiguous_backward(), dtype=sums)
   return y.contiguous_backward().reshape(*x.shape[:-1], -1)
 
 def matmul(x:Tensor, w:Tensor, transposed:bool=False, bias:Tensor|None=None) -> Tensor:
@@ -746,14 +753,17 @@ def matmul(x:Tensor, w:Tensor, transposed:bool=False, bias:Tensor|None=None) -> 
   A kernel of our own on the CPU, from SMALL multiplications on; else tinygrad's.
   """
   K, N = w.shape[-2:][::-1 if transposed else 1] if w.ndim > 1 else (0, 0)
-  fits = _float_on_cpu(x, bias, weight=w) and all_int(x.shape + w.shape) and x.shape[-1] == K
+  sums = dtypes.float if HALF and w.ndim == 2 and x.dtype == w.dtype == dtypes.float else None
+  if sums: x, w = (t.cast((dtypes.half, dtypes.bfloat16)[HALF.value-1]) for t in (x, w))
+  fits = (sums or x.dtype == dtypes.float) and _float_on_cpu(bias, small=(x, w))
+  fits = fits and all_int(x.shape + w.shape) and x.shape[-1] == K
   fits = fits and (w.ndim == 2 or (x.shape[:-2] in ((), w.shape[:-2]) and bias is None))
   # a small product costs less where tinygrad can fuse it with what stands around it
   if not fits or prod(x.shape)*N*(prod(w.shape[:-2]) if x.ndim == 2 else 1) < SMALL:
     w = w.transpose(-1, -2) if transposed else w
     if x.dtype == dtypes.float: w = widened(w)
-    gpu = FLASH and isinstance(x.device, str) and machine(x.device).gpu and all_int(x.shape)
-    y = _plain_product(x, w) if gpu else x @ w
+    gpu = FLASH and whole(x) and machine(x.device).gpu and all_int(x.shape)
+    y = _plain_product(x, w, sums) if gpu else x.dot(w, dtype=sums)
     return y if bias is None else y + bias
   a = x.reshape(1, -1, K) if w.ndim == 2 else x.reshape(-1, *x.shape[-2:])
   y = product(a, w.reshape(-1, *w.shape[-2:]), *([] if bias is None else [bias]), tb=transposed)
@@ -1035,7 +1045,7 @@ def _walk_grad(names:tuple[str, ...], m:Machine, shape:tuple[int, int, int], S:i
 
 def _walk_sizes(device:str|tuple, S:int, L:int, chunk:int|None) -> tuple[Machine, int, int]|None:
   "Steps of a chunk and chunks at a time, as scratch memory allows; None where plain ops have to do it."
-  if not FLASH or not isinstance(device, str): return None
+  if not FLASH: return None
   m = machine(device)
   fits = lambda c, R: not m.gpu or 4*(2*(R+1)*(S+c) + (S+c)*c + c*S + S) <= m.scratch
   c, R = min(chunk or 32, 128, L), 8 if m.gpu else 32
@@ -1250,7 +1260,7 @@ def _embed_grad(dw:UOp, dy:UOp, tokens:UOp, m:Machine) -> UOp:
 
 def embedding(tokens:Tensor, w:Tensor) -> Tensor:
   "w[tokens]: tokens (…) int from 0 to V-1, w (V,D) of any of WEIGHTS -> (…,D) float32. Differentiable once in w."
-  if not _float_on_cpu(weight=w) or 0 in tokens.shape:
+  if not _float_on_cpu(small=(w,)) or 0 in tokens.shape:
     onehot = tokens.unsqueeze(-1) == Tensor.arange(w.shape[0])
     if w.shape[0] <= 1024: return matmul(onehot.float(), w)        # for the sake of its gradient
     return widened(onehot.unsqueeze(-1).where(w, 0).sum(-2, dtype=w.dtype))      # tinygrad makes this a look-up
@@ -1272,7 +1282,7 @@ def _write(cache:UOp, x:UOp, pos:UOp) -> UOp:
 def write(cache:Tensor, x:Tensor, pos:Tensor) -> Tensor:
   "cache (B,heads,T,hd) with rows pos, pos+1, … made x (B,heads,L,hd), in place where kernels are on; pos (1,) int."
   B, H, L, D = x.shape
-  if FLASH and isinstance(x.device, str):
+  if FLASH and whole(x):
     return cache.reshape(-1).custom_kernel(_stored(x.reshape(B*H, L, D)), pos, fxn=_write)[0].reshape(cache.shape)
   T = cache.shape[2]
   at = Tensor.arange(T).reshape(1, 1, T, 1) - pos.reshape(1, 1, 1, 1)

@@ -674,32 +674,54 @@ Weights = dict[str, Stored]
 def mapped(path:str) -> mmap.mmap:
   with open(path, "rb") as f: return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
 
-def save_checkpoint(path:str, tensors:dict[str, Tensor|Stored], metadata:dict[str, str]):
-  """Writes a safetensors file, whole or not at all: beside `path` first, then renamed over it.
+# the metadata of a checkpoint of ours; in a file of others it may be anything
+OURS = {"model", "config", "args", "step", "tokenizer", "losses", "held_out", "baseline", "labels", "data", "scale",
+        "crc32"}
 
-  OSError if it can't be written; what was at `path` before is then untouched."""
-  arrays = {k: np.ascontiguousarray(v.numpy()) for k, v in tensors.items()}
-  ends = np.cumsum([0] + [a.nbytes for a in arrays.values()]).tolist()
-  name = {v: k for k, v in DTYPES.items() if k != "BF16"}
-  header = {"__metadata__": metadata} | {
-    k: {"dtype": name[a.dtype], "shape": list(tensors[k].shape), "data_offsets": ends[i:i+2]}
-    for i, (k, a) in enumerate(arrays.items())}
-  head = json.dumps(header, separators=(",", ":")).encode()
-  head += b" " * (-len(head) % 8)
+def save_checkpoint(path:str, tensors:dict[str, Tensor|Stored], metadata:dict[str, str],
+                    before:Callable[[], None]=lambda: None) -> None:
+  """Writes a safetensors file, whole or not at all: beside `path` first, then renamed over it; `before` is called in
+  between. Tensor by tensor: memory holds one more than the model.
+
+  Of a checkpoint of ours the metadata hold checksums, "crc32": of the header, with zeros in its own place, and of each
+  tensor in turn, 8 hexadecimal digits each. OSError if it can't be written; what was there is then untouched."""
+  name, ends = {v: k for k, v in DTYPES.items() if k != "BF16"}, [0]
+  kinds = {k: v.array.dtype if isinstance(v, Stored) else np.dtype(v.dtype.fmt) for k, v in tensors.items()}
+  for k, v in tensors.items(): ends.append(ends[-1] + math.prod(v.shape)*kinds[k].itemsize)
+  sums = ["0"*8]*(1 + len(tensors)) if "config" in metadata else []
+  def head() -> bytes:
+    header = {"__metadata__": ({"crc32": "".join(sums)} if sums else {}) | metadata} | {
+      k: {"dtype": name[kinds[k]], "shape": list(v.shape), "data_offsets": ends[i:i+2]}
+      for i, (k, v) in enumerate(tensors.items())}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+  tmp = f"{path}.{os.getpid()}.tmp"
   try:
-    with open(tmp := f"{path}.{os.getpid()}.tmp", "wb") as f:
-      f.write(len(head).to_bytes(8, "little") + head)
-      for a in arrays.values(): f.write(a.data)
+    with open(tmp, "wb") as f:
+      f.write(len(head()).to_bytes(8, "little") + head())
+      for i, v in enumerate(tensors.values()):
+        f.write(data := np.ascontiguousarray(v.numpy()).data.cast("B") if 0 not in v.shape else b"")
+        if sums: sums[1+i] = f"{zlib.crc32(data):08x}"
+      if sums:
+        sums[0] = f"{zlib.crc32(head()):08x}"
+        f.seek(8)
+        f.write(head())
       f.flush()
       os.fsync(f.fileno())
+    before()
     os.replace(tmp, path)
+    if os.name == "posix":                                          # the new name too has to reach the disk
+      folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+      try: os.fsync(folder)
+      finally: os.close(folder)
   finally:
     if os.path.exists(tmp): os.remove(tmp)
 
 def read_checkpoint(path:str) -> tuple[Weights, dict[str, str]]:
   """All tensors of a safetensors file, and its metadata.
 
-  The whole layout is checked before anything is loaded: CheckpointError if it is off."""
+  The whole layout is checked before anything is loaded, and of a checkpoint of ours the header's checksum, then each
+  tensor's when it is read: CheckpointError if something is off."""
   def need(ok:bool, what:str):
     if not ok: raise CheckpointError(f"{path}: {what}.")
   need(os.path.isfile(path), "no such file")
@@ -708,11 +730,16 @@ def read_checkpoint(path:str) -> tuple[Weights, dict[str, str]]:
     n = int.from_bytes(f.read(8), "little")
     need(size >= 8 and n >= 2 and (n + 8 <= size or n < 1 << 27), "not a safetensors file")
     need(n + 8 <= size, f"truncated inside its header ({size} bytes)")
-    try: header = json.loads(f.read(n))
+    try: header = json.loads(raw := f.read(n))
     except (ValueError, RecursionError): header = None
   need(isinstance(header, dict), "not a safetensors file (its header is not JSON)")
   meta, end = header.pop("__metadata__", {}), 0
   need(isinstance(meta, dict) and all(isinstance(v, str) for v in meta.values()), "its metadata are malformed")
+  sums = meta.pop("crc32", None)
+  if sums is not None:
+    need(len(sums) == 8 + 8*len(header) and raw.count(sums.encode()) == 1
+         and f"{zlib.crc32(raw.replace(sums[:8].encode(), b'0'*8, 1)):08x}" == sums[:8], "its header is damaged")
+  elif "config" in meta: need(meta.keys() <= OURS, "its metadata are damaged")
   try:
     entries = sorted((v["data_offsets"], k, v["dtype"], v["shape"]) for k, v in header.items())
     for (lo, hi), k, dt, shape in entries:
@@ -726,9 +753,14 @@ def read_checkpoint(path:str) -> tuple[Weights, dict[str, str]]:
     raise CheckpointError(f"{path}: its header is malformed.") from None
   need(size >= n + 8 + end, f"truncated: {size} bytes where its header promises {n + 8 + end}")
   need(size == n + 8 + end, f"{size - n - 8 - end} bytes too long for its header")
-  file = mapped(path)
-  return {k: Stored(np.frombuffer(file, DTYPES[dt], math.prod(shape), n + 8 + lo).reshape(shape), dt == "BF16", file)
-          for (lo, _), k, dt, shape in entries}, meta
+  file, tensors = mapped(path), {}
+  for i, ((lo, hi), k, dt, shape) in enumerate(entries):
+    @functools.cache
+    def check(k=k, lo=n+8+lo, hi=n+8+hi, want=sums and sums[8+8*i:16+8*i]) -> None:
+      if want: need(f"{zlib.crc32(memoryview(file)[lo:hi]):08x}" == want, f"tensor {k} is damaged")
+    array = np.frombuffer(file, DTYPES[dt], math.prod(shape), n + 8 + lo).reshape(shape)
+    tensors[k] = Stored(array, dt == "BF16", file, check)
+  return tensors, meta
 
 MODELS = Path(cache_dir) / "models"               # where released weights are kept
 

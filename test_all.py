@@ -5,7 +5,7 @@ From top to bottom: the kernels against float64, the model against the official 
 (golden/) and against a float64 recurrence, its three ways of running against each other, the
 trainer and the generator, and every command of the README. `-k kernel` runs the kernels' alone.
 """
-import gc
+import gc, time
 gc.set_threshold(500_000, 50, 1000)          # tinygrad's graphs are many small objects: a quarter less time
 import contextlib, dataclasses, http.server, importlib.util, io, json, math, os, pickle, re, shlex, shutil, signal
 import subprocess, sys, threading, urllib.error, urllib.request, zipfile
@@ -1469,6 +1469,13 @@ def bad(tmp:Path, run8:Path) -> dict[str, tuple]:
     "short agreement": (train, [*TINY, *out, "--task", "agreement"], "at least 31"),
     "bert without vocabulary": (train, [*ok, "--task", "mlm", "--tokenizer", "bert"], "--vocab"),
     "--fill with a model that reads on": (gen, [*ckpt, "--fill", "x [MASK]"], "no masked model"),
+    "parts that do not divide": (train, [*ok, "--accumulate", "3"], "no multiple of 3"),
+    "devices that do not divide": (train, [*ok, "--devices", "2", "--accumulate", "2"], "no multiple of 4"),
+    "recomputed dropout": (train, [*ok, "--checkpoint-activations", "--embed-dropout", "0.1"], "without dropout"),
+    "recomputed masks": (train, [*ok, "--task", "mlm", "--checkpoint-activations"], "--task text"),
+    "no such precision": (train, [*ok, "--dtype", "int8"], "invalid choice: 'int8'"),
+    "no such picture": (train, [*ok, "--plot", str(tmp/"out"/"x.gif")], ".png, .svg or .pdf"),
+    "a log nowhere": (train, [*ok, "--log", str(tmp/"text.txt"/"x.csv")], "can't write to the folder"),
     "nothing to draw": (bigs_tiny, ["--plot", str(tmp/"nope")], "no model at"),
     "nothing to do": (bigs_tiny, [], "--plot"),
     "negative rate": (train, [*ok, "--lr", "-1"], "above 0"),
@@ -1562,12 +1569,17 @@ def test_run_leaves_what_it_promises(run8):
   except ImportError: return
   assert (out/"loss.png").read_bytes().startswith(b"\x89PNG")
 
-def test_a_new_run_keeps_the_old_checkpoint(run8, tmp_path):
+def test_a_new_run_keeps_the_old_checkpoint(run8, tmp_path, capsys):
   "and writes beside it only once it has something to write."
   out, old = tmp_path/"out", (run8[0]/"out"/gen.CHECKPOINT).read_bytes()
   out.mkdir()
   (out/gen.CHECKPOINT).write_bytes(old)
-  assert train.main([*run8[1], "--steps", "1", "--seed", "1", "--out", str(out)]) == 0
+  logs = ["--log", str(tmp_path/"a"/"table.csv"), "--plot", str(tmp_path/"picture.svg"), "--sample-every", "1"]
+  assert train.main([*run8[1], "--steps", "2", "--seed", "1", "--out", str(out), *logs, "--sample", "5"]) == 0
+  said = capsys.readouterr().out
+  assert said.count("--- a sample ---") == 2 and re.search(r"^step 2/2 .* \d\.\d\d GB$", said, re.M)
+  assert len((tmp_path/"a"/"table.csv").read_text().splitlines()) == 3
+  if importlib.util.find_spec("matplotlib"): assert "<svg" in (tmp_path/"picture.svg").read_text()
   assert (out/"checkpoint.1.safetensors").read_bytes() == old != (out/gen.CHECKPOINT).read_bytes()
   assert gen.find_checkpoint(str(out)) == out/gen.CHECKPOINT
 
@@ -1592,6 +1604,110 @@ def test_resume_is_exact(run8, tmp_path, monkeypatch, capsys):
     for k in a: assert (a[k] == b[k]).all(), k
     meta = [read_checkpoint(str(p/gen.CHECKPOINT))[1] for p in (whole, parts)]
     assert meta[0]["losses"] == meta[1]["losses"] and meta[0]["held_out"] == meta[1]["held_out"]
+
+KILLS = int(os.environ.get("KILLS", 3))
+
+def test_killed_at_any_moment(tmp_path):
+  """SIGKILL, at random moments, while it saves as well (it saves at every step): resumed, the weights, the optimiser's
+  moments and the log are those of the run that was left alone. KILLS=20 for more."""
+  (tmp_path/"text.txt").write_text(TEXT)
+  args = [*"--model h3 --d-model 8 --n-layer 1 --d-state 2 --batch 2 --length 8 --sample 0 --eval-every 500".split(),
+          "--data", str(tmp_path/"text.txt"), "--steps", str(60 + 20*KILLS)]
+  assert train.main([*args, "--save-every", "500", "--out", str(tmp_path/"whole")]) == 0
+  rng, out, torn, seen, run = np.random.default_rng(), tmp_path/"parts", 0, set(), [*args, "--save-every", "1"]
+  step = lambda: int(read_checkpoint(str(out/gen.CHECKPOINT))[1]["step"]) if (out/gen.CHECKPOINT).exists() else 0
+  for _ in range(KILLS):
+    p, before = subprocess.Popen([sys.executable, HERE/"train.py", *run, "--out", str(out)], stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.PIPE, text=True, env=os.environ | {"DEV": Device.DEFAULT}), step()
+    while p.poll() is None and step() == before: time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.2))
+    p.kill()
+    assert p.wait() == -signal.SIGKILL, p.stderr.read()
+    torn += bool([*out.glob("*.tmp")])
+    seen.add(step())
+    run = ["--resume"]
+  print(f"killed after steps {sorted(seen)}, {torn} times while it was saving")
+  assert len(seen) > KILLS/2 and train.main(["--resume", "--save-every", "500", "--out", str(out)]) == 0
+  assert not [*out.glob("*.tmp")]
+  a, b = weights(tmp_path/"whole"/gen.CHECKPOINT), weights(out/gen.CHECKPOINT)
+  assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
+  meta = [read_checkpoint(str(tmp_path/p/gen.CHECKPOINT))[1] for p in ("whole", "parts")]
+  assert meta[0]["losses"] == meta[1]["losses"]
+
+def test_damage_is_seen(run8, tmp_path, capsys):
+  "A flipped bit anywhere, a cut anywhere: never loaded. A run goes on from the checkpoint before, and says so."
+  whole, path, rng = (run8[0]/"out"/gen.CHECKPOINT).read_bytes(), tmp_path/gen.CHECKPOINT, np.random.default_rng(0)
+  n = 8 + int.from_bytes(whole[:8], "little")
+  flips = [*rng.integers(0, len(whole), 100), *rng.integers(0, n, 150), *range(8), *range(8, 60)]
+  for at in flips:
+    data = bytearray(whole)
+    data[at] ^= 1 << int(rng.integers(8))
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError) as e: [t.check() for t in read_checkpoint(str(path))[0].values()]
+    assert str(path) in str(e.value) and "\n" not in str(e.value), at
+  for cut in (*rng.integers(0, len(whole), 100), 0, 7, 8, n-1, n, len(whole)-1):
+    path.write_bytes(whole[:cut])
+    with pytest.raises(CheckpointError, match=re.escape(str(path))): read_checkpoint(str(path))
+  def resumed() -> tuple[Path, str]:
+    found = train.read_newest(tmp_path)
+    return found[0], capsys.readouterr().err
+  (tmp_path/train.PREVIOUS).write_bytes(whole)
+  found, said = resumed()
+  assert found.name == train.PREVIOUS and "truncated" in said and "going on from the one before" in said
+  assert (tmp_path/f"{gen.CHECKPOINT}.damaged").read_bytes() == whole[:-1] and not path.exists()
+  assert resumed() == (tmp_path/train.PREVIOUS, "")                       # as after a kill between two renames
+  (tmp_path/train.PREVIOUS).write_bytes(whole[:-9])
+  path.write_bytes(whole[:99])
+  with pytest.raises(CheckpointError, match=f"{gen.CHECKPOINT}: truncated"): train.read_newest(tmp_path)
+
+def test_full_disk(run8, tmp_path, monkeypatch, capsys):
+  "A line that says so; the training goes on; the checkpoint before stays whole, and nothing half-written."
+  fsync, failing = os.fsync, [False, True, True, False]
+  def full(fd:int) -> None:
+    if os.path.isfile(f"/proc/self/fd/{fd}") and failing.pop(0): raise OSError(28, "No space left on device")
+    fsync(fd)
+  monkeypatch.setattr(os, "fsync", full)
+  assert train.main([*run8[1], "--save-every", "2", "--out", str(tmp_path/"out")]) == 0
+  said = capsys.readouterr().out
+  assert said.count("No space left on device; the checkpoint of step 2 stays, and the training goes on") == 2
+  assert "step 4: can't write" in said and "step 6: can't write" in said
+  a, b = weights(run8[0]/"out"/gen.CHECKPOINT), weights(tmp_path/"out"/gen.CHECKPOINT)
+  assert all((a[k] == b[k]).all() for k in a)
+  assert read_checkpoint(str(tmp_path/"out"/train.PREVIOUS))[1]["step"] == "2" and not [*tmp_path.rglob("*.tmp")]
+  failing[:] = [True]
+  with pytest.raises(SystemExit): train.main([*run8[1], "--steps", "1", "--out", str(tmp_path/"two")])
+  assert "there is no checkpoint yet" in capsys.readouterr().err and not [*(tmp_path/"two").glob("*safetensors*")]
+
+def test_loss_that_is_not_finite(run8, tmp_path, monkeypatch, capsys):
+  "Back to the last checkpoint, or to the beginning, without the batch; three times in a row: one line, status 2."
+  make, seen = train.make_step, []
+  def broken_at(*bad:int):
+    def made(model, params, opt, *rest):
+      step, start = make(model, params, opt, *rest), {k: p.numpy() for k, p in params.items()}
+      def train_step(batch, hyper):
+        seen.append({k: p.numpy() for k, p in params.items()})
+        out = step(batch, hyper)
+        if len(seen) not in bad: return out
+        for p in params.values(): train.put(p, np.full(p.shape, np.nan, np.float32))
+        return [math.nan, math.nan]
+      return train_step
+    seen.clear()
+    monkeypatch.setattr(train, "make_step", made)
+  same = lambda a, b: all((a[k] == b[k]).all() for k in a)
+  broken_at(2, 6)
+  assert train.main([*run8[1], "--save-every", "4", "--out", str(tmp_path/"out")]) == 0
+  said = capsys.readouterr().out
+  assert "step 2: the loss or the gradient is not finite: back to the weights of step 0" in said
+  assert "step 6: the loss or the gradient is not finite: back to the weights of step 4" in said
+  assert same(seen[2], seen[0]) and not same(seen[3], seen[0])            # step 3 starts where step 1 did
+  assert same(seen[6], seen[4])                                           # step 7 from what was saved after step 4
+  kept = weights(tmp_path/"out"/train.PREVIOUS)
+  assert same(seen[4], {k: kept[k] for k in seen[4]})
+  assert len(json.loads(read_checkpoint(str(tmp_path/"out"/gen.CHECKPOINT))[1]["losses"])) == 6
+  broken_at(1, 2, 3)
+  with pytest.raises(SystemExit) as stop: train.main([*run8[1], "--out", str(tmp_path/"three")])
+  err = capsys.readouterr().err
+  assert stop.value.code == 2 and err.count("\n") == 1 and "step 3, for the third time in a row" in err
 
 def test_init_takes_weights_and_shape(run8, tmp_path):
   folder, _ = run8
@@ -1619,8 +1735,7 @@ def test_ctrl_c_saves(run8, tmp_path):
   assert p.returncode == 130, stderr
   assert "Traceback" not in stderr and f"go on with: python train.py --resume --out {out}" in stdout
   assert int(read_checkpoint(str(out/gen.CHECKPOINT))[1]["step"]) >= 1 and (out/"log.csv").exists()
-  assert sorted(f.name for f in out.iterdir()) in (["checkpoint.safetensors", "log.csv"],
-                                                  ["checkpoint.safetensors", "log.csv", "loss.png"])
+  assert {f.name for f in out.iterdir()} - {"loss.png"} == {"checkpoint.safetensors", "log.csv"}
 
 # -- the pieces
 
@@ -1649,9 +1764,74 @@ def test_truncate_is_resumed(run8, tmp_path):
   "a checkpoint's setting is taken up; one from before the option goes on"
   tensors, meta = read_checkpoint(str(run8[0]/"out"/gen.CHECKPOINT))
   old = {k: v for k, v in json.loads(meta["args"]).items() if k not in train.NEWER}
-  for args, want in ((old | dict.fromkeys(train.NEWER) | {"truncate": 8}, 8), (old, None)):
+  for args, want in ((old | train.NEWER | {"truncate": 8}, 8), (old, None)):
     save_checkpoint(str(tmp_path/gen.CHECKPOINT), tensors, meta | {"args": json.dumps(args)})
     assert train.settle(["--resume", "--steps", "9", "--out", str(tmp_path)])[0].truncate == want
+
+def small_task() -> tuple[list, Callable]:
+  "Two batches of which the second half has few targets, and the loss that knows"
+  rng, batches = np.random.default_rng(0), []
+  for _ in range(2):
+    x, y = rng.integers(0, 19, (2, 4, 8)).astype(np.int32)
+    y[2:, 2:] = -1
+    batches.append((x, y))
+  return batches, lambda model, x, y: (train.cross_entropy(model(x), y),)
+
+@pytest.fixture(scope="module")
+def two_steps():
+  "Losses, norms and weights of two steps of training in one go, on one device"
+  return run_steps()
+
+def run_steps(devices:int=1, model:type=None, **kw) -> tuple[list, dict[str, np.ndarray]]:
+  model, (batches, forward) = H3LM(H3Config(19, 16, 2, (1,), 2, d_state=8)), small_task()
+  if devices > 1:
+    names = tuple(Device.canonicalize(f"{Device.DEFAULT}:{i}") for i in range(devices))
+    for p in get_state_dict(model).values(): p.shard_(names).realize()
+  params = get_state_dict(model)
+  opt, said = train.AdamW(params), []
+  step, scale = train.make_step(model, params, opt, forward, **kw), train.LossScale(kw.get("dtype", "float32"))
+  for i, batch in enumerate(batches): said += step(batch, opt.hyper(i, 1e-2, 0.1, 1.0, 1.0, scale.value))
+  said.append(train.make_eval(model, forward)(batches[0])[0])
+  return said, {k: p.numpy() for k, p in params.items()}
+
+@pytest.mark.parametrize("kw", [dict(accumulate=2), dict(devices=4), dict(accumulate=2, devices=2),
+                                dict(recompute=True)], ids=str)
+def test_in_parts_on_devices_and_recomputed(two_steps, kw):
+  "The same loss, gradient and weights as in one go, kernels included; parts with different numbers of targets"
+  (want, weights), (said, got) = two_steps, run_steps(**kw)
+  np.testing.assert_allclose(said, want, rtol=1e-5)
+  for k in weights:                  # AdamW divides by the gradient's size: where that is rounding, so is the step
+    near = np.abs(got[k] - weights[k]) <= 1e-5 + 1e-4*np.abs(weights[k]).max()
+    assert near.mean() > 0.98, k
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(two_steps, dtype):
+  "The losses as in float32, to what rounding the products' factors can do; or a line, where there are no such numbers"
+  try: train.check_precision(dtype)
+  except gen.UserError as e:
+    assert "does not know such numbers" in str(e)
+    return
+  said, got = run_steps(dtype=dtype)
+  np.testing.assert_allclose(said, two_steps[0], rtol={"float16": 2e-3, "bfloat16": 2e-2}[dtype])
+  assert all(x.dtype == np.float32 and np.isfinite(x).all() for x in got.values())
+
+def test_loss_scale():
+  "Halved by a gradient that is not finite, which changes nothing; doubled after a thousand that are."
+  scale = train.LossScale("float16")
+  assert scale.value == 65536 and scale.saw(False) and scale.value == 32768
+  assert not any(scale.saw(True) for _ in range(1000)) and scale.value == 65536
+  assert not train.LossScale("float32").saw(False)
+  w = normal(24, 7)
+  params = {"a.weight": Tensor(w).realize()}
+  opt = train.AdamW(params)
+  for bad in (np.inf, np.nan):
+    g = w.copy()
+    g[3, 3] = bad
+    opt.update({"a.weight": Tensor(g).realize()}, opt.hyper(0, 1.0, 0.1, 1.0, 1.0))
+    assert all((t.numpy() == x).all() for t, x in ((params["a.weight"], w), (opt.m["a.weight"], 0*w)))
+  norm = opt.update({"a.weight": Tensor(w*1024).realize()}, opt.hyper(0, 0.0, 0.0, 1e9, 1.0, 1024.0)).item()
+  assert norm == pytest.approx(np.linalg.norm(w), rel=1e-5)
+  np.testing.assert_allclose(opt.m["a.weight"].numpy(), 0.1*w, rtol=1e-5)
 
 def test_adamw_matches_numpy():
   rng = np.random.default_rng(0)
@@ -1698,11 +1878,8 @@ def test_schedule():
 
 def test_split_and_batches(run8, tmp_path):
   "Held-out text is nowhere in the training part; the same seed and step give the same batch."
-  texts = [np.full(10, i, np.uint16) for i in range(40)]
-  a, b = train.split(texts, 0.05)
-  assert set(b) == {38, 39} and set(a) == set(range(38))
-  a, b = train.split([np.arange(100)], 0.05)
-  assert a.tolist() == list(range(95)) and b.tolist() == list(range(95, 100))
+  assert train.split(np.arange(10, 401, 10), 0.05) == 380                 # 40 texts: the last two
+  assert train.split(np.array([100]), 0.05) == 95 and train.split(np.array([1, 1000]), 0.4) == 600
   args = train.settle([*run8[1], "--out", str(tmp_path)])[0]
   one, two = train.text_task(args), train.text_task(args)
   for s in (0, 1, 77):
@@ -1713,6 +1890,33 @@ def test_split_and_batches(run8, tmp_path):
   files = train.stdlib_files()
   assert files == sorted(files) and len(files) > 100
   assert not any("test" in f.parts or "site-packages" in f.parts for f in files)
+
+def test_tokens_in_a_file(tmp_path, monkeypatch, capsys):
+  "Of much text: mapped, built once for as long as the text is the same, cut where byte pairs are; no text, left out"
+  (tmp_path/"notes").mkdir()
+  text = "".join("  "*(i % 3) + f"line {i} of words,\n" + "\n"*(i % 4 == 0) for i in range(300))
+  (tmp_path/"notes"/"a.txt").write_text(text)
+  (tmp_path/"notes"/"b.bin").write_bytes(b"text at first, and then\n"*60 + b"\xff")
+  (tmp_path/"c.txt").write_text("é"*500)
+  class Words(gen.ByteTokenizer):
+    "As GPT-2's: white space before a word is the word's, other is apart"
+    name = "words"
+    def encode(self, text:str) -> np.ndarray:
+      return np.array([len(w)*7 + ord(w[0]) for w in re.findall(r" ?\w+|\s+(?!\S)|\s+|[^\w\s]+", text)])
+  whole = {tok: train.read_tokens(paths := [str(tmp_path/"notes"), str(tmp_path/"c.txt")], tok)
+           for tok in (gen.ByteTokenizer(), Words())}
+  for k, v in dict(LARGE=0, PIECE=97, cache_dir=str(tmp_path/"cache")).items(): monkeypatch.setattr(train, k, v)
+  for tok, (ids, ends) in whole.items():
+    got, at = train.read_tokens(paths, tok)
+    assert isinstance(got, np.memmap) and (got == ids).all() and (at == ends).all() and len(ends) == 2
+    assert ids[ends[0]-1] == ids[-1] == 256 and "kept" in capsys.readouterr().out
+    train.read_tokens(paths, tok)
+    assert "kept" not in capsys.readouterr().out                           # it is there
+  assert (whole[tok][0][:ends[0]-1] == tok.encode(text)).all()
+  (tmp_path/"c.txt").write_text("f"*500)
+  assert train.read_tokens(paths, tok)[0][-2] != got[-2]
+  assert not [*(tmp_path/"cache").rglob("*.part")]
+  with pytest.raises(gen.UserError, match="binary"): train.read_tokens([str(tmp_path/"notes"/"b.bin")], tok)
 
 def test_bigram_bits():
   train_ids = np.array([0, 1, 0, 1, 2], np.uint16)        # pairs 01 10 01 12

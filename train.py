@@ -11,24 +11,25 @@ From top to bottom: options, data, tasks, optimiser, checkpoints, what is shown,
 and bigs_tiny.py, sampling in generate.py. A run leaves in --out: checkpoint.safetensors (weights under the official
 names, the optimiser's moments, all settings), log.csv and, with matplotlib, loss.png.
 
-Not here: mixed precision, gradient accumulation, several devices.
+Not here: several machines.
 """
 import time
 START = time.perf_counter()
-import argparse, csv, dataclasses, functools, importlib.util, itertools, json, math, os, re, shutil, signal
-import subprocess, sys, sysconfig, tempfile, threading
+import argparse, codecs, collections, csv, dataclasses, functools, hashlib, importlib.util, io, itertools
+import json, math, os, re, shutil, signal, subprocess, sys, sysconfig, tempfile, threading
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 import numpy as np
 from tinygrad import Device, Tensor, UOp, dtypes
-from tinygrad.helpers import Context
+from tinygrad.device import Buffer
+from tinygrad.helpers import Context, cache_dir, tqdm
 from tinygrad.nn.state import get_state_dict
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 from bigs_tiny import BLOCKS, RELEASED, BiGS, BiGSConfig, find, read_weights
-from flashconv import FLASH, capture, check_kernels, embedding, setup_device
+from flashconv import FLASH, capture, check_kernels, embedding, machine, setup_device
 from generate import (CHECKPOINT, MASK, OUT, RUN, TOKENIZERS, Parser, Session, Tokenizer, UserError,
                       make_tokenizer, number, peak_memory, show_fill, surprisal, write)
-from h3tiny import CheckpointError, H3Config, H3LM, Weights, filled, save_checkpoint
+from h3tiny import CheckpointError, H3Config, H3LM, Weights, save_checkpoint
 
 # ---- options --------------------------------------------------------------------------------------
 
@@ -105,6 +106,14 @@ def parser() -> Parser:
       "a tenth of --steps, at most 1000", metavar="N")
   add(g, "--weight-decay", number(float, 0), None, "of matrices and of the SSMs' C and D; in models that see "
       "both sides of embeddings and all of an SSM, too", "by --task", metavar="X")
+  add(g, "--accumulate", positive, 1, "go through a step's sequences in N parts, one after the other, in the memory "
+      "that one needs, for the same gradient", metavar="N")
+  g.add_argument("--checkpoint-activations", action="store_true",
+                 help="keep only what goes into each layer, and compute the rest anew for the gradient: less memory, a "
+                 "third more time; for h3, hybrid and transformer")
+  add(g, "--dtype", str, "float32", "what the matrix products of weights take in, on devices that know it; sums, SSMs, "
+      "filters, the FFT and the weights that are trained stay float32", choices=list(PRECISIONS))
+  add(g, "--devices", positive, 1, "share a step's sequences among the first N devices of this kind", metavar="N")
   add(g, "--clip", number(float, above=0), 1.0, "largest norm of the whole gradient", metavar="X")
   add(g, "--seed", number(int, 0), 0, "of weights, batches and the sample", metavar="N")
 
@@ -119,13 +128,19 @@ def parser() -> Parser:
   add(g, "--log-every", positive, None, "steps between lines, where stdout is no terminal",
       "a 20th of --steps", metavar="N")
   add(g, "--sample", number(int, 0), 300, "tokens to generate at the end", metavar="N")
+  add(g, "--sample-every", positive, None, "steps between samples", "at the end only", metavar="N")
+  add(g, "--log", str, None, "table of losses, written whenever a checkpoint is", "log.csv in --out", metavar="FILE")
+  add(g, "--plot", str, None, "picture of them: .png, .svg or .pdf", "loss.png in --out", metavar="FILE")
   g.add_argument("--bench", action="store_true", default=argparse.SUPPRESS,
                  help="time training and decoding on this machine, beside PyTorch if it is installed, and stop")
   return p
 
 SHAPE = ("d_model", "n_layer", "n_heads", "attn_layers", "rotary_dim", "d_state", "head_dim", "mlp_mult",
          "embed_dropout", "resid_dropout")
-NEWER = dict(truncate=None, dev=None, vocab=None, mask_run=None)       # options that a checkpoint may lack
+# options that a checkpoint may lack, as it was written before they were there
+NEWER = dict(truncate=None, dev=None, vocab=None, mask_run=None, accumulate=1, checkpoint_activations=False,
+             dtype="float32", devices=1, sample_every=None, log=None, plot=None)
+PRECISIONS = ("float32", "float16", "bfloat16")
 FIXED = ("task", "tokenizer", "model", "size", "seed", "holdout", *SHAPE)    # what --resume can't change
 
 def given(argv:list[str]|None) -> dict:
@@ -181,6 +196,8 @@ class Task:
   labels: list[str]|None = None
   epochs: float|None = None                     # steps of one
   sample: Callable|None = None                  # shows what the model does
+  # of a batch, how many targets its mean loss is the mean of
+  count: Callable[[Batch], int] = lambda batch: int((batch[-1] >= 0).sum())
 
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -197,35 +214,106 @@ def read_text(path:Path) -> str:
   if "\0" in text: raise UserError(f"{path} is a binary file: --data takes text in UTF-8")
   return text
 
-def read_texts(paths:list[str]|None) -> list[str]:
-  "A file named must be text; of a folder's, those that are."
-  texts = []
+def text_files(paths:list[str]|None) -> list[tuple[Path, str|None]]:
+  "Files, in order, and the folder that each was found in: one that was named must be text, of a folder's some are."
+  files = []
   for path in map(Path, paths or []):
     if not path.exists(): raise UserError(f"no such file or folder: {path}")
-    if not path.is_dir(): texts.append(read_text(path))
-    else:
-      before = len(texts)
-      texts += readable(f for f in sorted(path.rglob("*"))
-                        if f.is_file() and not any(n.startswith(".") for n in f.relative_to(path).parts))
-      if len(texts) == before: raise UserError(f"no text in the folder {path}: --data takes text in UTF-8")
-  return texts if paths else list(readable(stdlib_files()))
+    inside = lambda f: f.is_file() and not any(n.startswith(".") for n in f.relative_to(path).parts)
+    files += [(f, str(path)) for f in sorted(path.rglob("*")) if inside(f)] if path.is_dir() else [(path, None)]
+    if path.is_dir() and not files: raise UserError(f"no text in the folder {path}: --data takes text in UTF-8")
+  return files if paths else [(f, "Python's library") for f in stdlib_files()]
 
-def readable(files:Iterator[Path]) -> Iterator[str]:
-  for f in files:
-    try: yield read_text(f)
-    except UserError: pass
+PIECE, LARGE = 1 << 22, 1 << 26                 # bytes that are read at once; of text, from which tokens lie in a file
 
-def split(texts:list[np.ndarray], share:float) -> tuple[np.ndarray, np.ndarray]:
-  "Training and held-out tokens: the last files, or the end of the text where there are few files."
-  cut, tokens = len(texts) - round(len(texts) * share), np.concatenate(texts)
-  if len(texts) * share >= 1 and sum(map(len, texts[cut:])) >= len(tokens) * share / 2:
-    return np.concatenate(texts[:cut]), np.concatenate(texts[cut:])
-  cut = len(tokens) - round(len(tokens) * share)
-  return tokens[:cut], tokens[cut:]
+def token_pieces(path:Path, tok:Tokenizer) -> Iterator[np.ndarray]:
+  """A text's tokens, from a file read piece by piece. It is cut where a line ends and the next begins with no space:
+  byte pairs do not cross that."""
+  decoder, rest = codecs.getincrementaldecoder("utf-8")(), ""
+  with open(path, "rb") as f:
+    while data := f.read(PIECE):
+      rest += decoder.decode(data)
+      ends = [m.end() for m in re.finditer(r"\S\n(?=\S)", rest[-65536:])]
+      cut = len(rest) if tok.name == "bytes" else max(0, len(rest)-65536) + ends[-1] if ends else 0
+      if "\0" in rest: raise UnicodeDecodeError("utf-8", b"\0", 0, 1, "a binary file")
+      if cut:
+        yield tok.encode(rest[:cut])
+        rest = rest[cut:]
+  rest += decoder.decode(b"", final=True)
+  if rest: yield tok.encode(rest)
+
+def read_tokens(paths:list[str]|None, tok:Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+  """All texts as tokens, uint16, <|endoftext|> behind each, and where each text ends.
+
+  Tokens of much text are put into a file in tinygrad's cache, once for as long as the texts stay as they are, and
+  mapped: memory need not hold them."""
+  files = text_files(paths)
+  try: stats = [f.stat() for f, _ in files]
+  except OSError as e: raise UserError(f"can't read {e.filename}: {e.strerror}") from None
+  size = sum(s.st_size for s in stats)
+  names = [(str(f.absolute()), s.st_size, s.st_mtime_ns) for (f, _), s in zip(files, stats)]
+  key = hashlib.sha256(repr((1, tok.name, getattr(tok, "words", None), names)).encode()).hexdigest()[:24]
+  kept = Path(cache_dir) / "tokens" / f"{key}.bin"
+  index = kept.with_suffix(".npy")
+  if size < LARGE: sink = io.BytesIO()
+  elif kept.is_file() and index.is_file(): return np.memmap(kept, np.uint16, "r"), np.load(index)
+  else:
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    sink = open(part := kept.with_name(f"{key}.{os.getpid()}.part"), "w+b")
+  ends, found = [], collections.Counter()
+  try:
+    bar = tqdm(total=size, desc="tokens", unit="B", unit_scale=True, disable=size < LARGE)
+    for (path, folder), stat in zip(files, stats):
+      begin = sink.tell()
+      try:
+        for piece in token_pieces(path, tok): sink.write(piece.astype(np.uint16).tobytes())
+        if stat.st_size == 0: raise UserError(f"{path} is empty: there is nothing to train on")
+      except UnicodeDecodeError:
+        if folder is None: raise UserError(f"{path} is a binary file: --data takes text in UTF-8") from None
+        sink.seek(begin)
+        sink.truncate()
+      except (UserError, OSError) as e:
+        if isinstance(e, OSError) and sink.tell() != begin: raise
+        if folder is None:
+          raise e if isinstance(e, UserError) else UserError(f"can't read {path}: {e.strerror}") from None
+      else:
+        sink.write(np.uint16(tok.eot).tobytes())
+        ends.append(sink.tell()//2)
+        found[folder] += 1
+      bar.update(stat.st_size)
+    bar.update(0, close=True)
+    for folder in {folder for _, folder in files} - {None}:
+      if not found[folder]: raise UserError(f"no text in the folder {folder}: --data takes text in UTF-8")
+    if size < LARGE: return np.frombuffer(sink.getvalue(), np.uint16), np.array(ends)
+    sink.close()
+    np.save(index, np.array(ends))
+    os.replace(part, kept)
+    print(f"kept {ends[-1]:,} tokens in {kept}", flush=True)
+    return np.memmap(kept, np.uint16, "r"), np.array(ends)
+  except OSError as e:
+    raise UserError(f"can't keep the tokens of {size/1e9:.1f} GB of text in {kept.parent}: {e.strerror}") from None
+  finally:
+    sink.close()
+    if size >= LARGE and os.path.exists(part): os.remove(part)
+
+def split(ends:np.ndarray, share:float) -> int:
+  "How many tokens are for training: all but the last texts, or but the end of the text where there are few."
+  n, total = len(ends), int(ends[-1])
+  cut = n - round(n * share)
+  if n * share >= 1 and total - ends[cut-1] >= total * share / 2: return int(ends[cut-1])
+  return total - round(total * share)
+
+SAMPLED = 1 << 26                               # of the tokens to train on, so many serve for statistics
+
+def chunks(tokens:np.ndarray, overlap:int=0) -> Iterator[np.ndarray]:
+  "The first tokens, some at a time: of a mapped file only these are in memory."
+  for i in range(0, min(len(tokens), SAMPLED), 1 << 20): yield tokens[i:min(i + (1 << 20) + overlap, SAMPLED)]
 
 def bigram_bits(train:np.ndarray, x:np.ndarray, y:np.ndarray) -> float:
   "Bits to code every y after its x, given the pairs in `train` and one more of each. Bytes; 256 is <|endoftext|>."
-  counts = 1 + np.bincount(train[:-1].astype(np.int64)*257 + train[1:], minlength=257*257).reshape(257, 257)
+  counts = np.ones((257, 257), np.int64)
+  for some in chunks(train, 1):
+    counts += np.bincount(some[:-1].astype(np.int64)*257 + some[1:], minlength=257*257).reshape(257, 257)
   return float(-np.log2(counts / counts.sum(1, keepdims=True))[x, y].sum())
 
 @dataclasses.dataclass
@@ -235,14 +323,15 @@ class Windows:
   size: int
   def __post_init__(self):
     args, self.tok = self.args, tokenizer(self.args)
-    texts = read_texts(args.data)
-    self.train, self.held = split([np.append(self.tok.encode(t), np.uint16(self.tok.eot)) for t in texts], args.holdout)
+    tokens, ends = read_tokens(args.data, self.tok)
+    cut = split(ends, args.holdout)
+    self.train, self.held = tokens[:cut], tokens[cut:]
     for name, part in (("training", self.train), ("held-out", self.held)):
       if len(part) < self.size:
         raise UserError(f"the text is too short: its {name} part has {len(part)} tokens and a window "
                         f"takes {self.size}: give more text or a smaller --length")
     name = ", ".join(args.data) if args.data else "Python's standard library"
-    self.about = (f"{name}: {len(texts):,} file{'s'*(len(texts) != 1)}, {len(self.train)/1e6:.2f} M tokens to train "
+    self.about = (f"{name}: {len(ends):,} file{'s'*(len(ends) != 1)}, {len(self.train)/1e6:.2f} M tokens to train "
                   f"on, {len(self.held)/1e6:.3f} M held out ({args.tokenizer})")
   def evenly(self) -> np.ndarray:
     "Windows (n,B,size) evenly over the held-out part, 128 at most, in batches."
@@ -269,10 +358,11 @@ def text_task(args:argparse.Namespace) -> Task:
   tok, train, windows = text.tok, text.train, text.evenly()
   batches = [(w[:, :-1], w[:, 1:]) for w in windows]
   windows = windows.reshape(-1, L+1)
+  some = b"".join(tok.decode(c) for c in chunks(train))
   if tok.name == "bytes": pairs = train, windows[:, :-1].ravel(), windows[:, 1:].ravel()
   else:
     parts = [np.frombuffer(tok.decode(w), np.uint8) for w in windows]
-    pairs = (np.frombuffer(tok.decode(train), np.uint8), np.concatenate([p[:-1] for p in parts]),
+    pairs = (np.frombuffer(some, np.uint8), np.concatenate([p[:-1] for p in parts]),
              np.concatenate([p[1:] for p in parts]))
   targets = len(tok.decode(windows[:, 1:].ravel()))
 
@@ -284,7 +374,7 @@ def text_task(args:argparse.Namespace) -> Task:
     write(model, tok, ["def " if not args.data and tok.name == "bytes" else ""], args.sample, temperature=0.7,
           seed=args.seed, max_length=args.sample+8)
   return Task(text.about, tok, tok.vocab_size, batch, batches, bigram, "a byte-bigram model",
-              len(train) / len(tok.decode(train)) / math.log(2), windows[:, 1:].size / targets / math.log(2),
+              min(len(train), SAMPLED) / len(some) / math.log(2), windows[:, 1:].size / targets / math.log(2),
               sample=sample)
 
 # ---- masked tokens --------------------------------------------------------------------------------
@@ -320,7 +410,7 @@ def mlm_task(args:argparse.Namespace) -> Task:
     x[place == lengths[:, None] + 1], x[place > lengths[:, None] + 1] = tok.sep, tok.pad
     return mask_out(rng, x, lengths, run, tok.mask, tok.vocab_size)
   held = [rows(w, np.random.default_rng([args.seed, 1, i])) for i, w in enumerate(text.evenly())]
-  counts = 1 + np.bincount(text.train, minlength=tok.vocab_size)
+  counts = 1 + sum(np.bincount(c, minlength=tok.vocab_size) for c in chunks(text.train))
   asked = np.concatenate([t[t >= 0] for _, _, t in held])
   bits, right = float(-np.log2(counts/counts.sum())[asked].mean()), float((asked == counts.argmax()).mean())
 
@@ -444,7 +534,8 @@ def classify_task(args:argparse.Namespace) -> Task:
               + ("real values" if regression else f"labels {', '.join(names)}") + f" ({args.tokenizer})",
               tok, tok.masked_size, batch, [stack(held[i:i+args.batch]) for i in range(0, len(held), args.batch)],
               baseline, guess, *([1.0, 1.0, "squared error"] if regression else [1/math.log(2)]*2 + ["bits per label"]),
-              forward, metrics, "classify", [""] if regression else names, len(rows)/args.batch)
+              forward, metrics, "classify", [""] if regression else names, len(rows)/args.batch,
+              count=lambda batch: len(batch[0]))
 
 # ---- agreement ------------------------------------------------------------------------------------
 
@@ -559,14 +650,17 @@ def sumsq_kernel(total:UOp, g:UOp) -> UOp:
   return total[i].store(total[i] + s).end(i).sink(arg=KernelInfo(name=f"sumsq_{n}"))
 
 def adamw_kernel(p:UOp, m:UOp, v:UOp, g:UOp, hyper:UOp, sumsq:UOp, beta2:float, eps:float) -> UOp:
-  """One parameter's whole update, in place (Loshchilov & Hutter, arXiv 1711.05101).
-  hyper: lr, lr * decay, 1/(1-β1^t), 1/(1-β2^t), clip."""
+  """One parameter's whole update, in place (Loshchilov & Hutter, arXiv 1711.05101); none by a gradient that is not
+  finite. hyper: lr, lr * decay, 1/(1-β1^t), 1/(1-β2^t), clip, 1/(what the loss was multiplied by)."""
   n, p, m, v, g, sumsq = p.numel(), p.flatten(), m.flatten(), v.flatten(), g.flatten(), sumsq.flatten()
   i = UOp.range(n, 0)
-  gi = g[i] * (hyper[4] / (sumsq[0].sqrt() + 1e-6)).minimum(1.0)       # the gradient, its global norm clipped
+  clip = (hyper[4] / (sumsq[0].sqrt()*hyper[5] + 1e-6)).minimum(1.0)   # the gradient's global norm
+  gi = g[i] * (clip*hyper[5])
   mi, vi = BETA1*m[i] + (1-BETA1)*gi, beta2*v[i] + (1-beta2)*gi*gi
   pi = p[i] - hyper[0] * mi*hyper[2] / ((vi*hyper[3]).sqrt() + eps) - hyper[1] * p[i]
-  return UOp.group(p[i].store(pi), m[i].store(mi), v[i].store(vi)).end(i).sink(arg=KernelInfo(name=f"adamw_{n}"))
+  finite = sumsq[0].load() < math.inf
+  new = [old[i].store(finite.where(x, old[i].load())) for old, x in ((p, pi), (m, mi), (v, vi))]
+  return UOp.group(*new).end(i).sink(arg=KernelInfo(name=f"adamw_{n}"))
 
 CPU_SLICES = 64
 
@@ -580,16 +674,19 @@ class AdamW:
     zeros = lambda p: Tensor(np.zeros(p.shape, np.float32), device=p.device).realize()
     self.params, self.m, self.v = params, *({k: zeros(p) for k, p in params.items()} for _ in "mv")
 
-  def hyper(self, step:int, lr:float, weight_decay:float, clip:float, ssm_scale:float) -> list[Tensor]:
-    "What changes with the step (from 0), (5,) for each group; ssm_scale: the third group's rate over lr."
-    rest = [1 / (1 - BETA1**(step+1)), 1 / (1 - self.beta2**(step+1)), clip]
+  def hyper(self, step:int, lr:float, weight_decay:float, clip:float, ssm_scale:float, scale:float=1.0
+            ) -> list[Tensor]:
+    "What changes with the step (from 0), (6,) for each group. ssm_scale: the third's rate over lr; scale: the loss's."
+    rest = [1 / (1 - BETA1**(step+1)), 1 / (1 - self.beta2**(step+1)), clip, 1 / scale]
     rows = [[lr, lr*weight_decay, *rest], [lr, 0, *rest], [lr*ssm_scale, 0, *rest]]
-    return [Tensor(np.array(r, np.float32)).realize() for r in rows]
+    return [on(self.device, np.array(r, np.float32)) for r in rows]
+
+  @property
+  def device(self) -> str|tuple[str, ...]: return next(iter(self.params.values())).device
 
   def update(self, grads:dict[str, Tensor], hyper:list[Tensor]) -> Tensor:
     "One update from realised gradients; returns the gradient's norm before clipping. Can be part of a TinyJit."
-    device = next(iter(grads.values())).device
-    slices = Tensor.zeros(16384 if Device[device].renderer.has_local else CPU_SLICES).contiguous()
+    slices = Tensor.zeros(16384 if machine(self.device).gpu else CPU_SLICES, device=self.device).contiguous()
     for g in grads.values(): slices = slices.custom_kernel(g.flatten(), fxn=sumsq_kernel)[0]
     sumsq, state = slices.sum().reshape(1).contiguous(), []
     kernel = functools.partial(adamw_kernel, beta2=self.beta2, eps=self.eps)
@@ -597,21 +694,60 @@ class AdamW:
       old = [p, self.m[k], self.v[k]]
       new = Tensor.custom_kernel(*[t.flatten() for t in (*old, grads[k])], hyper[group_of(k)], sumsq, fxn=kernel)
       state += [t.replace(x.reshape(t.shape)) for t, x in zip(old, new)]
-    norm = sumsq.sqrt()
+    norm = sumsq.sqrt() * hyper[0][5]
     Tensor.realize(norm, *state)
     return norm
 
+def on(device:str|tuple[str, ...], x:np.ndarray, shared:bool=False) -> Tensor:
+  "An array on a device, or whole on each of several; shared: in equal parts, of its first axis, among them."
+  t = Tensor(np.ascontiguousarray(x)).realize()
+  return t if isinstance(device, str) else t.shard(device, 0 if shared else None).realize()
+
+class LossScale:
+  """What the loss is multiplied by lest small gradients vanish in float16, and the gradient is divided by: half as much
+  after a gradient that is not finite, twice as much after 1,000 that were (Micikevicius et al., arXiv 1710.03740)."""
+  def __init__(self, dtype:str):
+    self.on, self.good = dtype == "float16", 0
+    self.value = 65536.0 if self.on else 1.0
+  def saw(self, finite:bool) -> bool:
+    "Whether a gradient that is not finite is this scale's fault, as far as can be known."
+    if not self.on: return False
+    self.good = self.good + 1 if finite else 0
+    if self.good == 1000: self.value, self.good = min(2.0**24, self.value*2), 0
+    if finite or self.value <= 1: return False
+    self.value /= 2
+    return True
+
 # ---- checkpoints ----------------------------------------------------------------------------------
 
-def save(path:Path, model:H3LM|BiGS, opt:AdamW, args:argparse.Namespace, step:int, log:"Log") -> None:
-  tensors = get_state_dict(model) | {f"optim.{n}.{k}": t for n in "mv" for k, t in getattr(opt, n).items()}
-  tensors |= {f"optim.rng.{d}": t for d, t in Tensor._device_rng_counters.items()}   # dropout's, if used
+PREVIOUS = "checkpoint.previous.safetensors"       # the one before the newest
+
+def everything(model:H3LM|BiGS, opt:AdamW) -> dict[str, Tensor]:
+  "All that training changes, by the names in a checkpoint; dropout's counters are there once it was used."
+  return get_state_dict(model) | {f"optim.{n}.{k}": t for n in "mv" for k, t in getattr(opt, n).items()} \
+    | {f"optim.rng.{d}": t for d, t in Tensor._device_rng_counters.items()}
+
+def save(path:Path, model:H3LM|BiGS, opt:AdamW, args:argparse.Namespace, step:int, log:"Log", scale:LossScale
+         ) -> None:
+  "Writes a checkpoint; the one that was there stays beside it as PREVIOUS. OSError, and both are as they were."
   meta = dict(model="bigs" if isinstance(model, BiGS) else "h3", config=dataclasses.asdict(model.config),
               args=vars(args), step=step, tokenizer=args.tokenizer, losses=log.rows, held_out=log.evals,
-              baseline=log.task.baseline, labels=log.task.labels)
+              baseline=log.task.baseline, labels=log.task.labels, data=log.task.about, scale=[scale.value, scale.good])
   meta = {k: v if isinstance(v, str) else json.dumps(v) for k, v in meta.items()}
-  try: save_checkpoint(str(path), tensors, meta)
-  except OSError as e: raise UserError(f"can't write {path}: {e.strerror}") from None
+  def keep() -> None:
+    if not path.exists(): return
+    linked = path.with_name(f"{PREVIOUS}.{os.getpid()}.tmp")
+    try: os.link(path, linked)                     # a second name: there is a checkpoint at every moment
+    except OSError: os.replace(path, path.with_name(PREVIOUS))            # a file system without such
+    else: os.replace(linked, path.with_name(PREVIOUS))
+  save_checkpoint(str(path), everything(model, opt), meta, keep)
+
+def clean(out:Path) -> None:
+  "Removes what a run that was killed while it wrote has left, and it alone knows of."
+  for f in out.glob("checkpoint*.safetensors.*.tmp"):
+    try: os.kill(int(f.suffixes[-2][1:]), 0)
+    except (ValueError, ProcessLookupError): f.unlink(missing_ok=True)
+    except OSError: pass                           # it lives, and is somebody else's
 
 def set_aside(path:Path) -> Path:
   "Moves a checkpoint to the first free number beside it; never over another, not even one that appears meanwhile."
@@ -622,23 +758,46 @@ def set_aside(path:Path) -> Path:
     os.replace(path, aside)
     return aside
 
-def restore(tensors:Weights, opt:AdamW, source:Path) -> None:
-  for n in "mv":
-    for k, t in getattr(opt, n).items():
-      if (name := f"optim.{n}.{k}") not in tensors or tensors[name].shape != t.shape:
-        raise CheckpointError(f"{source} lacks the optimiser's state ({name}): --init takes its weights alone")
-      t.replace(filled(tensors[name].numpy().astype(np.float32, copy=False)))
-  for name, t in tensors.items():
-    if (counter := Tensor._device_rng_counters.get(name.removeprefix("optim.rng."))) is not None:
-      counter.assign(Tensor(t.numpy()).cast(counter.dtype)).realize()
+def read_newest(out:Path) -> tuple[Path, Weights, dict[str, str]]:
+  "The newest checkpoint of a run whose bytes are all as they were written. CheckpointError if none is."
+  found, worse = [p for p in (out/CHECKPOINT, out/PREVIOUS) if p.is_file()], None
+  for path in found:
+    try:
+      tensors, meta = read_weights(path)
+      for t in tensors.values(): t.check()
+    except CheckpointError as e:
+      worse = worse or e
+      continue
+    if worse:
+      (damaged := out/f"{CHECKPOINT}.damaged").unlink(missing_ok=True)
+      os.replace(found[0], damaged)
+      print(f"{worse} It is now {damaged.name}; going on from the one before it", file=sys.stderr)
+    return path, tensors, meta
+  raise worse or UserError(f"no checkpoint at {out/CHECKPOINT}: leave --resume out to start a run")
 
-def check_writable(out:Path) -> None:
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-    (probe := out / ".writable").touch()
-    probe.unlink()
-  except OSError as e:
-    raise UserError(f"can't write to the folder {out}: {e.strerror}: name another with --out") from None
+def put(t:Tensor, x:np.ndarray) -> None:
+  "Overwrites a Tensor in place, on each device, where a TinyJit that uses it will find it."
+  data = np.ascontiguousarray(x.reshape(t.shape), x.dtype)
+  buffer = t._buffer()
+  for b in getattr(buffer, "bufs", [buffer]):
+    b.ensure_allocated().copy_from(Buffer("NPY", data.size, t.dtype, opaque=data))
+
+def restore(tensors:Weights, state:dict[str, Tensor], source:Path) -> None:
+  for k, t in state.items():
+    if k not in tensors and k.startswith("optim.rng."): continue
+    if k not in tensors or math.prod(tensors[k].shape) != t.numel():
+      raise CheckpointError(f"{source} lacks the optimiser's state ({k}): --init takes its weights alone")
+  for k, t in state.items():
+    if k in tensors: put(t, tensors[k].numpy().astype(t.numpy().dtype, copy=False))
+
+def check_writable(*folders:Path) -> None:
+  for out in folders:
+    try:
+      out.mkdir(parents=True, exist_ok=True)
+      (probe := out / ".writable").touch()
+      probe.unlink()
+    except OSError as e:
+      raise UserError(f"can't write to the folder {out}: {e.strerror}: name another") from None
 
 # ---- what is shown --------------------------------------------------------------------------------
 
@@ -674,6 +833,7 @@ class Log:
       self.a_step = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
     if self.a_step:
       text += f"  {a.batch*a.length/self.a_step:,.0f} tokens/s  {duration((a.steps-step)*self.a_step)} left"
+    if not math.isnan(peak := peak_memory()): text += f"  {peak/1e9:.2f} GB"
     if self.live:
       width = shutil.get_terminal_size().columns - 1
       bar = max(0, min(20, width - len(text) - 1))              # what the text leaves
@@ -687,23 +847,30 @@ class Log:
 
   def restart_clock(self) -> None: self.times = [time.perf_counter()]
 
-  def write(self, out:Path, title:str) -> str:
-    "log.csv and loss.png; returns what to tell the user."
-    try: return self.write_files(out, title)
-    except OSError as e: return f"not the log ({e.filename}: {e.strerror})"
+  def files(self) -> tuple[Path, Path]:
+    "Where the table and the picture go."
+    out = Path(self.args.out)
+    return Path(self.args.log or out / "log.csv"), Path(self.args.plot or out / "loss.png")
 
-  def write_files(self, out:Path, title:str) -> str:
+  def write(self, title:str) -> str:
+    "The table and the picture; returns what to tell the user."
+    table, picture = self.files()
+    try:
+      self.write_table(table)
+      try: self.plot(picture, title)
+      except ImportError: return f"{table} (pip install matplotlib, and the plot is drawn too)"
+    except OSError as e: return f"not the log ({e.filename}: {e.strerror})"
+    return f"{table}, {picture}"
+
+  def write_table(self, path:Path) -> None:
     held = {step: [loss, *metrics.values()] for step, loss, metrics in self.evals}
     unit = self.task.unit.replace(" ", "_")
-    with open(out / "log.csv", "w", newline="") as f:
+    with open(path, "w", newline="") as f:
       w = csv.writer(f)
       w.writerow(["step", "loss_nats", unit, "learning_rate", f"baseline_{unit}", f"held_out_{unit}",
                   *(f"held_out_{k.replace(' ', '_')}" for k in (self.evals[-1][2] if self.evals else ()))])
       for step, loss, lr in self.rows:
         w.writerow([step, loss, round(loss*self.task.bits, 5), lr, round(self.task.baseline, 5), *held.get(step, ())])
-    try: self.plot(out / "loss.png", title)
-    except ImportError: return f"{out/'log.csv'} (pip install matplotlib, and the plot is drawn too)"
-    return f"{out/'log.csv'}, {out/'loss.png'}"
 
   def plot(self, path:Path, title:str) -> None:
     import matplotlib
@@ -758,74 +925,124 @@ def describe(c:H3Config|BiGSConfig) -> str:
   where = f", attention in {', '.join(map(str, c.attn_layers))}" if kind == "hybrid" else ""
   return f"{KINDS[kind]}, {c.n_layer} layers of width {c.d_model}{where}"
 
-def to_tensors(*arrays:np.ndarray) -> list[Tensor]: return [Tensor(np.ascontiguousarray(a)).realize() for a in arrays]
+def cut(batch:Batch, size:int|None) -> Iterator[Batch]:
+  "Inputs and targets (B,L) in pieces of `size` tokens, one after the other; None: whole."
+  for i in range(0, batch[0].shape[1], size or batch[0].shape[1]):
+    yield tuple(a[:, i:i+size] for a in batch) if size else batch
 
-def cut(batch:Batch, size:int) -> Iterator[list[Tensor]]:
-  "Inputs and targets (B,L) in pieces of `size` tokens, one after the other."
-  return (to_tensors(*(a[:, i:i+size] for a in batch)) for i in range(0, batch[0].shape[1], size))
+def by_layer(model:H3LM, params:dict[str, Tensor], x:Tensor, y:Tensor, weigh:Callable) -> tuple[Tensor, list[Tensor]]:
+  """The loss, and the gradients of weigh(loss), of which only what goes into each layer is kept on the way; the rest is
+  computed once more on the way back, layer by layer (Chen et al., arXiv 1604.06174)."""
+  keep, words = lambda t: t.contiguous().realize(), model.backbone.embeddings.word_embeddings.weight
+  grads, inputs = {}, [keep(model.embed(x))]
+  for layer in model.backbone.layers: inputs.append(keep(layer(inputs[-1])[0]))
+  def back(out:Tensor, part:object, leaf:Tensor|None, dy:Tensor|None=None, *also:Tensor) -> Tensor|None:
+    mine = [*get_state_dict(part).values(), *also]
+    found = out.gradient(*mine, *([] if leaf is None else [leaf]), gradient=dy)
+    Tensor.realize(*found, *([loss] if leaf is not None and dy is None else []))
+    for p, g in zip(mine, found): grads[id(p)] = keep(grads[id(p)] + g) if id(p) in grads else g
+    return None if leaf is None else found[-1]
+  loss = cross_entropy(model.head(leaf := inputs.pop().detach()), y)
+  dy = back(weigh(loss), model.backbone.ln_f, leaf, None, words)
+  for layer in reversed(model.backbone.layers):
+    dy = back(layer(leaf := inputs.pop().detach())[0], layer, leaf, dy)
+  back(model.embed(x), model.backbone.embeddings, None, dy)
+  return loss, [grads[id(p)] for p in params.values()]
 
 def make_step(model:H3LM|BiGS, params:dict[str, Tensor], opt:AdamW, forward:Callable=Task.forward,
-              truncate:int|None=None) -> Callable:
+              truncate:int|None=None, accumulate:int=1, recompute:bool=False, dtype:str="float32",
+              count:Callable[[Batch], int]=Task.count) -> Callable:
   """One step of training: a batch, as `Task.forward` takes it, and `opt.hyper` to the loss and the gradient's norm.
 
   truncate: the batch goes through in pieces of so many tokens. The state is handed on, no gradient comes back
-  through it (truncated backpropagation through time); the pieces' gradients are added up for one update."""
+  through it (truncated backpropagation through time). accumulate: it goes through in so many parts. The gradients of
+  pieces and parts are added up for one update, by their share of the targets. Where the parameters are on several
+  devices, whole on each, each takes its share of the sequences: what is written here for one device runs on every one,
+  on sequences of its own, until the gradients are summed."""
+  device, precision = opt.device, dict(TRAINING=1, HALF=PRECISIONS.index(dtype))
+  several = 1 if isinstance(device, str) else len(device)
+  own = lambda t: t if several == 1 else Tensor(t.uop.src[0])       # on each device, its part of t
+  total = lambda t: t if several == 1 else Tensor(t.uop.allreduce(Ops.ADD, device))
+  def gradients(batch:tuple[Tensor, ...], share:Tensor, hyper:tuple[Tensor, ...], state:tuple[Tensor, ...]=()
+                ) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]]:
+    "The loss and the gradients of this device's sequences, times their share, and the state after them."
+    after, alone = (), several == accumulate == 1 and truncate is None
+    weigh = lambda loss: (loss if alone else loss*own(share).reshape(())) / (hyper[0][5] if dtype == "float16" else 1)
+    batch = tuple(map(own, batch))
+    if recompute: loss, grads = by_layer(model, params, *batch, weigh)
+    else:
+      if truncate:
+        logits, after = model.forward(batch[0], state)
+        loss = cross_entropy(logits, batch[1])
+      else: loss = forward(model, *batch)[0]
+      grads = weigh(loss).gradient(*params.values())
+    return loss if alone else total(loss*own(share).reshape(())), grads, after
   @capture
-  def whole(hyper:list[Tensor], *batch:Tensor) -> tuple[Tensor, Tensor]:
-    with Context(TRAINING=1):
-      loss = forward(model, *batch)[0]
-      grads = loss.gradient(*params.values())
-      Tensor.realize(loss, *grads)                                     # all of them before any weight changes
+  def whole(share:Tensor, hyper:list[Tensor], *batch:Tensor) -> tuple[Tensor, Tensor]:
+    with Context(**precision):
+      loss, grads, _ = gradients(batch, share, hyper)
+      Tensor.realize(loss, *(grads := [*map(total, grads)]))           # all of them before any weight changes
       norm = opt.update(dict(zip(params, grads)), hyper)
     return loss, norm
-  if truncate is None: return lambda batch, hyper: [t.item() for t in whole(hyper, *to_tensors(*batch))]
 
-  sums, state = [p.zeros_like().contiguous().realize() for p in params.values()], ()
+  sums, state = [], ()
   @capture
-  def piece(x:Tensor, y:Tensor) -> Tensor:
-    with Context(TRAINING=1):
-      logits, after = model.forward(x, state)
-      grads = (loss := cross_entropy(logits, y)).gradient(*params.values())
+  def piece(share:Tensor, hyper:list[Tensor], *batch:Tensor) -> Tensor:
+    with Context(**precision):
+      loss, grads, after = gradients(batch, share, hyper, state)
       Tensor.realize(loss, *grads, *after)
     hand_on((*state, *sums), (*after, *(s + g for s, g in zip(sums, grads))))
     return loss
   @capture
-  def update(count:Tensor, *hyper:Tensor) -> Tensor:
-    means = [(s / count).contiguous() for s in sums]
-    norm = opt.update(dict(zip(params, means)), list(hyper))
-    hand_on((*state, *sums), [t.zeros_like() for t in (*state, *sums)])
+  def update(*hyper:Tensor) -> Tensor:
+    norm = opt.update({k: total(s).contiguous() for k, s in zip(params, sums)}, list(hyper))
+    hand_on(sums, [t.zeros_like() for t in sums])
     return norm
-  def train_step(batch:tuple[np.ndarray, np.ndarray], hyper:list[Tensor]) -> list[float]:
+  def train_step(batch:Batch, hyper:list[Tensor]) -> list[float]:
     nonlocal state
-    state = state or model.init_state(len(batch[0]))[1:]
-    losses = [piece(*xy).item() for xy in cut(batch, truncate)]
-    return [float(np.mean(losses)), update(*to_tensors(np.float32([len(losses)])), *hyper).item()]
+    parts = [*zip(*(np.split(a, accumulate) for a in batch))]
+    pieces, targets, loss = [[*cut(part, truncate)] for part in parts], count(batch), 0.0
+    def args(piece:Batch) -> list:
+      share = [count(some) / targets for some in zip(*(np.split(a, several) for a in piece))]
+      return [on(device, np.array(share, np.float32), True), hyper, *(on(device, a, True) for a in piece)]
+    if len(pieces) == len(pieces[0]) == 1: return [t.item() for t in whole(*args(batch))]
+    if not sums: sums.extend(on(device, np.zeros(p.shape, np.float32)) for p in params.values())
+    if truncate and not state:
+      state = tuple(on(device, np.zeros(t.shape, np.float32))
+                    for t in model.init_state(len(batch[0])//several//accumulate)[1:])
+    for part in pieces:
+      hand_on(state, [t.zeros_like() for t in state])
+      loss += sum(piece(*args(some)).item() for some in part)
+    return [loss, update(*hyper).item()]
   return train_step
 
-def make_eval(model:H3LM|BiGS, forward:Callable=Task.forward,
-              truncate:int|None=None) -> Callable[[Batch], list[np.ndarray]]:
+def make_eval(model:H3LM|BiGS, forward:Callable=Task.forward, truncate:int|None=None, dtype:str="float32"
+              ) -> Callable[[Batch], list[np.ndarray]]:
   """What `forward` makes of a batch, the mean loss first; truncate: read in pieces of so many tokens, as in training.
-  Batches may be of several sizes, each of which is compiled."""
-  whole = functools.cache(lambda shape: capture(lambda *batch: [t.realize() for t in forward(model, *batch)]))
+  Batches may be of several sizes, each of which is compiled. Of several devices each does it all."""
+  device, precision = next(iter(get_state_dict(model).values())).device, dict(HALF=PRECISIONS.index(dtype))
+  def made(*batch:Tensor) -> list[Tensor]:
+    with Context(**precision): return [t.realize() for t in forward(model, *batch)]
+  whole = functools.cache(lambda shape: capture(made))
   if truncate is None:
-    return lambda batch: [t.numpy() for t in whole(tuple(x.shape for x in batch))(*to_tensors(*batch))]
+    return lambda batch: [t.numpy() for t in whole(tuple(x.shape for x in batch))(*(on(device, a) for a in batch))]
 
   state = ()
   @capture
   def piece(x:Tensor, y:Tensor) -> Tensor:
-    logits, after = model.forward(x, state)
+    with Context(**precision): logits, after = model.forward(x, state)
     Tensor.realize(loss := cross_entropy(logits, y), *after)
     hand_on(state, after)
     return loss
   def eval_step(batch:Batch) -> list[np.ndarray]:
     nonlocal state
-    state = state or model.init_state(len(batch[0]))[1:]
+    state = state or tuple(on(device, t.numpy()) for t in model.init_state(len(batch[0]))[1:])
     hand_on(state, [t.zeros_like() for t in state])
-    return [np.mean([piece(*xy).item() for xy in cut(batch, truncate)])]
+    return [np.mean([piece(*(on(device, a) for a in some)).item() for some in cut(batch, truncate)])]
   return eval_step
 
 def hand_on(old:Iterable[Tensor], new:Iterable[Tensor]) -> None:
-  Tensor.realize(*[o.assign(n.detach()) for o, n in zip(old, new)])
+  if pairs := [*zip(old, new)]: Tensor.realize(*[o.assign(n.detach()) for o, n in pairs])
 
 def make_model(args:argparse.Namespace, task:Task, tensors:Weights|None, meta:dict[str, str]|None,
                source:str) -> H3LM|BiGS:
@@ -867,14 +1084,22 @@ def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str
   task = TASKS[args.task](args)
   if args.steps is None: args.steps = math.ceil(FINE_TUNING["epochs"] * task.epochs)
   complete(args)
-  model = make_model(args, task, tensors, meta, str(path) if args.resume else args.init)
+  def new_model() -> H3LM|BiGS: return make_model(args, task, tensors, meta, source if args.resume else args.init)
+  source, devices = str(path), open_devices(args)
+  model = new_model()
   vocab = task.tokenizer.path.read_bytes() if task.tokenizer and args.tokenizer == "bert" else None
-  params, log = get_state_dict(model), Log(args, task)
+  if devices:
+    for p in get_state_dict(model).values(): p.shard_(devices).realize()
+  params, log, scale = get_state_dict(model), Log(args, task), LossScale(args.dtype)
   opt, first = AdamW(params, **(MASKED if isinstance(model, BiGS) else {})), 0
+  state = everything(model, opt)
   if args.resume:
-    restore(tensors, opt, path)
+    restore(tensors, state, Path(source))
     first, log.rows = int(meta["step"]), json.loads(meta["losses"])
     log.evals = [[*e, {}][:3] for e in json.loads(meta["held_out"])]
+    if "scale" in meta: scale.value, scale.good = json.loads(meta["scale"])
+    if meta.get("data", task.about) != task.about:
+      print(f"note: the run so far was on {meta['data']}: this is not what it would have been", file=sys.stderr)
     if first >= args.steps:
       raise UserError(f"the run in {out} has done its {first} steps: give more with --steps, "
                       "or another --out to start afresh")
@@ -882,58 +1107,109 @@ def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str
     raise UserError("--truncate hands on the state of H3 layers, attention has none: it is for --task text --model h3")
   if args.truncate and args.length % args.truncate:
     raise UserError(f"--truncate {args.truncate} does not divide --length {args.length}: give one that does")
-  check_writable(out)
-  count = sum(p.numel() for p in params.values())
-  title = f"{describe(model.config)}, {count/1e6:.2f} M parameters"
-  print(f"{title}, on {Device.DEFAULT}{'' if FLASH else ' without custom kernels (FLASH=0)'}")
+  if args.batch % (args.accumulate*args.devices):
+    raise UserError(f"--batch {args.batch} is no multiple of {args.accumulate*args.devices}, the parts of "
+                    "--accumulate times --devices")
+  if args.checkpoint_activations and (args.task != "text" or args.truncate or args.embed_dropout or args.resid_dropout):
+    raise UserError("--checkpoint-activations is for --task text, without --truncate and without dropout, whose masks "
+                    "would be drawn anew")
+  check_precision(args.dtype)
+  check_writable(out, *(p.parent for p in log.files()))
+  clean(out)
+  total = sum(p.numel() for p in params.values())
+  title = f"{describe(model.config)}, {total/1e6:.2f} M parameters"
+  where = " and ".join(devices) if devices else Device.DEFAULT
+  print(f"{title}, on {where}{'' if FLASH else ' without custom kernels (FLASH=0)'}")
   print(task.about)
   print(f"{args.steps} steps of {args.batch} x {args.length} = {args.batch*args.length:,} tokens"
+        + (f" in {args.accumulate} parts" if args.accumulate > 1 else "")
         + (f", the gradient within {args.truncate}" if args.truncate else "")
+        + (f", in {args.dtype}" if args.dtype != "float32" else "")
         + (f", going on after step {first}" if args.resume else ""), flush=True)
 
-  train_step = make_step(model, params, opt, task.forward, args.truncate)
-  eval_step = make_eval(model, task.forward, args.truncate)
-  def finite(step:int, *values:float) -> None:
-    if not all(map(math.isfinite, values)):
-      raise UserError(f"the loss or the gradient is not finite at step {step}: take a smaller --lr "
-                      "(checkpoints stay as they were)")
-  def evaluate(step:int) -> None:
+  train_step = make_step(model, params, opt, task.forward, args.truncate, args.accumulate, args.checkpoint_activations,
+                         args.dtype, task.count)
+  eval_step = make_eval(model, task.forward, args.truncate, args.dtype)
+  failures, saved = 0, first if args.resume else None      # since the last checkpoint; the step of that
+  def recover(step:int) -> None:
+    "Back to the last checkpoint, or to the beginning, in place; the data and the schedule go on."
+    nonlocal failures
+    failures += 1
+    if failures == 3:
+      raise UserError(f"the loss or the gradient is not finite at step {step}, for the third time in a row: take a "
+                      "smaller --lr (checkpoints stay as they were)")
+    if saved is not None:
+      at, weights, _ = read_newest(out)
+      restore(weights, state, at)
+    else:
+      for k, p in get_state_dict(new_model()).items(): put(params[k], p.numpy())
+      for t in (*opt.m.values(), *opt.v.values()): put(t, np.zeros(t.shape, np.float32))
+    log.line(f"step {step}: the loss or the gradient is not finite: back to the weights of step {saved or 0}, without "
+             "this batch")
+    log.restart_clock()
+  def evaluate(step:int) -> bool:
+    "Whether the loss is finite; if so it is shown."
     outputs = [*map(eval_step, task.held_out)]
-    finite(step, mean := float(np.average([o[0] for o in outputs], weights=[len(b[0]) for b in task.held_out])))
-    metrics = {k: round(v, 5) for k, v in task.metrics(outputs).items()}
-    log.evals.append([step, round(mean*task.held_out_bits, 5), metrics])
-    log.line(f"step {step}: held out {log.held_out()}")
+    mean = float(np.average([o[0] for o in outputs], weights=[len(b[0]) for b in task.held_out]))
+    if math.isfinite(mean):
+      metrics = {k: round(v, 5) for k, v in task.metrics(outputs).items()}
+      log.evals.append([step, round(mean*task.held_out_bits, 5), metrics])
+      log.line(f"step {step}: held out {log.held_out()}")
+    log.restart_clock()
+    return math.isfinite(mean)
+  def write(step:int, must:bool) -> None:
+    "A checkpoint and the log; where there is no room for it, a line says so, unless it must be."
+    nonlocal failures, saved
+    if saved is None:
+      for old in (path, out / PREVIOUS):
+        if old.exists(): log.line(f"the checkpoint that was in {out} is now {set_aside(old).name}")
+    try:
+      save(path, model, opt, args, step, log, scale)
+      if vocab: (out / "vocab.txt").write_bytes(vocab)
+      failures, saved = 0, step
+      log.write_table(log.files()[0])
+    except OSError as e:
+      stays = f"the checkpoint of step {saved} stays" if saved is not None else "there is no checkpoint yet"
+      if must: raise UserError(f"can't write {e.filename or path}: {e.strerror}; {stays}") from None
+      log.line(f"step {step}: can't write {e.filename or path}: {e.strerror}; {stays}, and the training goes on")
     log.restart_clock()
 
   with Interrupt() as interrupt:
-    log.begun, saved = len(log.rows), False
+    log.begun = len(log.rows)
     if args.init and not args.resume: evaluate(0)      # where it starts from
     for step in range(first, args.steps):
       lr = learning_rate(step, args.steps, args.lr, args.warmup, args.task == "classify")
-      hyper = opt.hyper(step, lr, args.weight_decay, args.clip, min(1e-3, args.lr) / args.lr)
+      hyper = opt.hyper(step, lr, args.weight_decay, args.clip, min(1e-3, args.lr) / args.lr, scale.value)
       loss, norm = train_step(task.batch(step), hyper)
       if step == first: log.line(f"first step after {time.perf_counter()-START:.1f} s")
-      finite(step+1, loss, norm)
-      log.step(step+1, loss, lr)
+      finite = math.isfinite(norm)
+      if not math.isfinite(loss) or (not finite and not scale.saw(False)): recover(step+1)
+      else:
+        if finite: scale.saw(True)
+        log.step(step+1, loss, lr)
       if step - first < 2: log.restart_clock()
       last = step+1 == args.steps
       saving = interrupt.seen or (step+1) % args.save_every == 0 or last
-      if last or (step+1) % args.eval_every == 0: evaluate(step+1)
-      elif saving: finite(step+1, float(eval_step(task.held_out[0])[0]))      # never weights that have blown up
-      if saving:
-        if not saved and not args.resume and path.exists():
-          log.line(f"the checkpoint that was in {out} is now {set_aside(path).name}")
-        save(path, model, opt, args, step+1, log)
-        if vocab: (out / "vocab.txt").write_bytes(vocab)
-        saved = True
+      if last or (step+1) % args.eval_every == 0: good = evaluate(step+1)
+      else: good = not saving or math.isfinite(float(eval_step(task.held_out[0])[0]))
+      if not good:                                     # weights that have blown up are never saved
+        recover(step+1)
+        if last: evaluate(step+1)
+      if saving and (good or last): write(step+1, last or bool(interrupt.seen))
+      if args.sample_every and task.sample and (step+1) % args.sample_every == 0 and not last and not devices:
+        log.line("--- a sample ---")
+        task.sample(model)
+        log.line("---")
+        log.restart_clock()
       if interrupt.seen and not last:
-        log.write(out, title)
+        log.write(title)
         log.line(f"stopped after step {step+1} of {args.steps}, saved {path}")
         log.line(f"go on with: python train.py --resume --out {out}")
         return 128 + interrupt.seen
 
-  files = log.write(out, title)
+  files = log.write(title)
   if args.sample and task.sample:
+    for p in get_state_dict(model).values() if devices else (): p.replace(p.to(devices[0]).realize())
     print("\n--- a sample ---")
     try: task.sample(model)
     except KeyboardInterrupt: print()
@@ -944,6 +1220,33 @@ def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str
   if args.task == "text": print(f"more text: python generate.py{where}")
   if args.task == "mlm": print(f'more of it: python generate.py{where} --fill "what is {MASK} here?"')
   return 0
+
+def open_devices(args:argparse.Namespace) -> tuple[str, ...]|None:
+  "The first --devices of the kind that tinygrad has found; None if it is one."
+  if args.devices == 1: return None
+  names = tuple(Device.canonicalize(f"{Device.DEFAULT}:{i}") for i in range(args.devices))
+  for name in names:
+    try: Device[name]
+    except Exception as e:
+      why = f"{type(e).__name__}: {e}".split("\n")[0]
+      raise UserError(f"--devices {args.devices}: there is no device {name} ({why})") from None
+  return names
+
+def check_precision(dtype:str) -> None:
+  "UserError where the device, or its compiler, does not know such numbers."
+  if dtype == "float32": return
+  kind, renderer = (dtypes.half, dtypes.bfloat16)[PRECISIONS.index(dtype)-1], Device[Device.DEFAULT].renderer
+  stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nowhere, 2)                                  # a compiler has much to say
+  try:
+    if kind not in renderer.supported_dtypes(): raise ValueError
+    if (Tensor([1.0, 2.0]).realize().cast(kind).contiguous() * 2).float().tolist() != [2, 4]: raise ValueError
+  except Exception:
+    raise UserError(f"--dtype {dtype}: the device {Device.DEFAULT}, or its compiler, does not know such numbers: "
+                    "leave it out") from None
+  finally:
+    os.dup2(stderr, 2)
+    for f in (stderr, nowhere): os.close(f)
 
 # ---- benchmark ------------------------------------------------------------------------------------
 # Each contestant runs in a process of its own, twice in turns; of its times the least counts. Its memory is the
@@ -1059,10 +1362,10 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
   if args.resume and args.init: raise UserError("--resume goes on with a run, --init starts one: give one of them")
   if args.resume or args.init:
     path = Path(args.out) / CHECKPOINT if args.resume else Path(args.init)
-    if not path.exists() and args.init not in RELEASED or args.resume and not path.is_file():
-      raise UserError(f"no checkpoint at {path}: " + ("leave --resume out to start a run" if args.resume else
-                                                      "--init takes a file, or an official BiGS model's folder"))
-    tensors, meta = read_weights(path := find(str(path)))
+    if args.resume: path, tensors, meta = read_newest(path.parent)
+    elif not path.exists() and args.init not in RELEASED:
+      raise UserError(f"no checkpoint at {path}: --init takes a file, or an official BiGS model's folder")
+    else: tensors, meta = read_weights(path := find(str(path)))
     official = not meta and "bigs.embeddings.word_embeddings.weight" in tensors
     if not official and (meta.get("model") not in ("h3", "bigs") or not {"config", "args", "step"} <= meta.keys()):
       raise CheckpointError(f"{path} is not a checkpoint of train.py")
@@ -1084,6 +1387,8 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
                           f"{'' if old[k] is None else f' {old[k]}'}: leave it out, or start afresh")
     except (KeyError, TypeError, ValueError): raise CheckpointError(f"{path}: its metadata are damaged") from None
     args.resume, args.out, args.init = "resume" in now, now.get("out", OUT), args.init if args.resume else str(path)
+  if args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
+    raise UserError(f"--plot {args.plot}: it draws .png, .svg or .pdf: name such a file")
   for k, v in DEFAULTS[args.task].items():
     if getattr(args, k) is None: setattr(args, k, v)
   if args.lr is None: args.lr = FINE_TUNING["lr"] if args.task == "classify" and args.init else SIZES[args.size]["lr"]
