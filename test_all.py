@@ -2289,7 +2289,8 @@ def test_readme_commands(section, tmp_path, monkeypatch, capfd):
       elif words[1] == "train.py":
         shape = [] if "--init" in words or "--resume" in words else [*TINY[:8], "--n-layer", "1"]
         with Context(FLASH=int("FLASH=0" not in part)):
-          sizes = ["--steps", "2" if "--resume" in words else "1", *["--truncate", "8"]*("--truncate" in words)]
+          sizes = ["--steps", "2" if "--resume" in words else "1", *["--truncate", "8"]*("--truncate" in words),
+                   *["--batch", "4"]*bool({"--accumulate", "--devices"} & set(words))]
           assert train.main([*words[2:], *shape, *TINY[8:], *sizes]) == 0, command
       elif words[1] == "flashconv.py":
         sizes = ["--lengths", *"16 --batch 2 --channels 4 --plain 0".split(), *["--long", "40"]*("--long" in words)]
