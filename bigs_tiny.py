@@ -20,6 +20,7 @@ The four blocks, `BiGSConfig.block`, as routing (attention or two SSMs) x form (
   "gated-attention"  13 D^2  the same with self-attention for the SSMs
   "attention"        12 D^2  BERT's layer with the norms in front: X + attention, then + MLP
   "stack"            12 D^2  the same with two SSMs for attention, STACK/SSM
+and, for the Long Range Arena, "s4d", 2 D^2: S4's layer, an SSM of its own for each channel and direction.
 
 Not here: attention masks (the official encoder takes one and drops it: padding is text like any other, so pad as in
 training), next-sentence prediction, norms behind the layers, the bilinear discretisation.
@@ -33,8 +34,8 @@ import numpy as np
 from tinygrad import GlobalCounters, Tensor
 from tinygrad.nn.state import get_state_dict
 from flashconv import Vandermonde, check_kernels, cmul, embedding, fftconv, matmul, setup_device
-from h3tiny import (MODELS, Attention, Blank, CheckpointError, LayerNorm, Linear, Stored, Weights, download,
-                    load_weights, param, read_checkpoint, read_torch)
+from h3tiny import (MODELS, Attention, Blank, CheckpointError, DiagSSM, LayerNorm, Linear, Stored, Weights,
+                    download, joined, load_weights, param, read_checkpoint, read_torch)
 
 BLOCKS = ("gated", "stack", "gated-attention", "attention")
 HEADS = ("mlm", "classify", "choose", "span", "tag")
@@ -63,7 +64,8 @@ class BiGSConfig:
   rotary_dim: ClassVar[int] = 0      # attention gets its positions from the embedding
 
   def __post_init__(self):
-    if self.block not in BLOCKS: raise ValueError(f"block must be one of {', '.join(BLOCKS)}, not {self.block!r}.")
+    if self.block not in (*BLOCKS, "s4d"):
+      raise ValueError(f"block must be one of {', '.join(BLOCKS)}, s4d, not {self.block!r}.")
     self.d_inner = self.d_inner or self.d_model * {"stack": 5, "attention": 4}.get(self.block, 3)
     for f in ("vocab_size", "d_model", "n_layer", "d_inner", "n_heads", "d_state", "max_length", "n_types", "n_labels"):
       if not isinstance(getattr(self, f), int) or getattr(self, f) < 1:
@@ -176,6 +178,20 @@ class Layer:
     x = x + u
     return x + self.fc2(self.activate(self.fc1(self.norm2(x))))
 
+class S4DLayer:
+  """x + GLU( gelu( K_f ∗ h + K_b ∗ h, time reversed, + D h )), h = norm x: what S4 runs on the Long Range Arena, with
+  H3's diagonal SSM, one for each channel and direction (Gu, Goel, Gupta, Ré 2022, arXiv 2206.11893)."""
+  ssm = True
+  def __init__(self, cfg:BiGSConfig, rng:np.random.Generator):
+    D = cfg.d_model
+    self.LayerNorm, self.D, self.mix = LayerNorm(D, cfg.norm_eps), param(rng.normal(0, 1, D)), dense(D, 2*D, rng)
+    self.fs4, self.bs4 = (SimpleNamespace(kernel=DiagSSM(D, cfg.d_state, rng)) for _ in range(2))
+  def __call__(self, x:Tensor, K_f:Tensor, K_b:Tensor) -> Tensor:
+    h = self.LayerNorm(x)
+    y = fftconv(h, K_f, self.D, channels_last=True) + fftconv(h.flip(1), K_b, channels_last=True).flip(1)
+    a, gate = self.mix(y.gelu()).chunk(2, dim=-1)
+    return x + a*gate.sigmoid()
+
 # ---------------------------------------------------------------- the model
 
 class BiGS:
@@ -193,7 +209,8 @@ class BiGS:
       embeddings=SimpleNamespace(word_embeddings=table(config.vocab_size), LayerNorm=LayerNorm(d, config.norm_eps),
                                  position_embeddings=table(config.max_length),
                                  token_type_embeddings=table(config.n_types)),
-      encoder=SimpleNamespace(layer=[Layer(config, self.rng) for _ in range(config.n_layer)]))
+      encoder=SimpleNamespace(layer=[(S4DLayer if config.block == "s4d" else Layer)(config, self.rng)
+                                     for _ in range(config.n_layer)]))
     for head in heads: self.add(head)
 
   def add(self, head:str) -> None:
@@ -225,6 +242,9 @@ class BiGS:
     "K_f, K_b of each layer, all made at once, as `convolve` takes them; None for attention."
     layers = self.bigs.encoder.layer
     if not layers[0].ssm: return [(None, None)] * len(layers)
+    if self.config.block == "s4d":
+      K = joined([s.kernel for l in layers for s in (l.fs4, l.bs4)]).filter(L).contiguous().chunk(2*len(layers))
+      return [*zip(K[::2], K[1::2])]
     K = filters([s for l in layers for s in (l.fs4, l.bs4)], L).contiguous()
     parts = (toeplitz(K).contiguous() if L <= BY_TOEPLITZ else K.unsqueeze(1)).chunk(K.shape[0])
     return [(f.squeeze(0), b.squeeze(0)) for f, b in zip(parts[::2], parts[1::2])]
@@ -479,6 +499,7 @@ def plot(name:str, offsets:int=10) -> Path:
   model = BiGS.from_checkpoint(*read_weights(path), str(path))
   layers = model.bigs.encoder.layer
   if not layers[0].ssm: raise CheckpointError(f"{path}: its layers are attention, which has no filters to draw.")
+  if model.config.block == "s4d": raise CheckpointError(f"{path}: it has a filter for each channel, too many to draw.")
   try: import matplotlib
   except ImportError: raise CheckpointError("the plot needs matplotlib: pip install matplotlib.") from None
   matplotlib.use("Agg")

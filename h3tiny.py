@@ -60,6 +60,7 @@ class H3Config:
   pad_vocab_multiple: int = 8
   head_order: str = "d2h"            # output channel if p > 1: "d2h" d2*H+h, "hd2" h*p+d2
   max_length: int = 2048             # positions of the KV cache; training may be longer
+  ssm: str = "h3"                    # what is no attention: "h3", or "s4d", a diagonal SSM that nothing gates
 
   def __post_init__(self):
     self.attn_layers = tuple(sorted(set(self.attn_layers)))
@@ -81,6 +82,7 @@ class H3Config:
     for f in ("embed_dropout", "resid_dropout"):
       if not 0 <= (rate := getattr(self, f)) < 1:
         raise ValueError(f"{f} must be at least 0 and below 1, not {rate}.")
+    if self.ssm not in ("h3", "s4d"): raise ValueError(f"ssm must be 'h3' or 's4d', not {self.ssm!r}.")
     if self.head_order not in ("d2h", "hd2"):
       raise ValueError(f"head_order must be 'd2h' or 'hd2', not {self.head_order!r}.")
 
@@ -201,6 +203,14 @@ def diag_step(x:Pair, u:Tensor, tables:tuple[Tensor, ...]) -> tuple[Tensor, Pair
   re, im = re + dB[0]*u.unsqueeze(-1), im + dB[1]*u.unsqueeze(-1)
   return 2 * (C[0]*re - C[1]*im).sum(-1), (re, im)
 
+def long_conv(ssm:DiagSSM, w:Tensor, K:Tensor|None, D:Tensor, state:State=(), **gates:Tensor) -> tuple[Tensor, State]:
+  """The convolution of w (B,H,L) with a diagonal SSM's filter: by FFT, if K, the filter, is given, or by state passing.
+  state: two of B H M numbers, in any shape, before and after; () for none."""
+  if K is not None and not state: return fftconv(w, K, D, **gates), ()
+  x = tuple(t.reshape(w.shape[0], *t.shape[-2:]) for t in state) or None
+  y, x = ssm_conv(w, *ssm.discretize(), D, **gates, state=x)
+  return y, tuple(new.reshape(old.shape) for new, old in zip(x, state))
+
 def joined(ssms:list) -> ShiftSSM|DiagSSM:
   "One SSM with the channels of all: the filters of all layers then cost one layer's launches."
   one = object.__new__(type(ssms[0]))
@@ -261,20 +271,12 @@ class H3Mixer:
     kp = fftconv(k, S, self.ssm_k_D, channels_last=True)
     q, k, v, kp = (x.transpose(1, 2) for x in (q, k, v, kp))        # (B,D,L)
     if state: kp = kp + shift.answer(state[0], L)
-    def long(w:Tensor, **gates:Tensor) -> Tensor:
-      "The diagonal SSM's convolution, of w (B,H,L) or (B p p,H,L): by FFT, or by state passing."
-      nonlocal state
-      if K is not None and not state: return fftconv(w, K, self.D, **gates)
-      x = tuple(t.reshape(w.shape[0], *t.shape[-2:]) for t in state[1:]) or None
-      y, x = ssm_conv(w, *diag.discretize(), self.D, **gates, state=x)
-      if state: state = (shift.after(state[0], k), *(a.reshape(b.shape) for a, b in zip(x, state[1:])))
-      return y
-    if p == 1: y = long(kp, v=v, q=q)
+    if p == 1: y, x = long_conv(diag, kp, K, self.D, state[1:], v=v, q=q)
     else:
       kv = self.split(kp, True) * self.split(v, False)              # (B,p,p,H,L)
-      y = long(kv.reshape(B*p*p, *kv.shape[-2:])).reshape(kv.shape)
-      y = self.join((self.split(q, True) * y).sum(1))               # (B,D,L)
-    return self.output_linear(y.transpose(1, 2)), state
+      y, x = long_conv(diag, kv.reshape(B*p*p, *kv.shape[-2:]), K, self.D, state[1:])
+      y = self.join((self.split(q, True) * y.reshape(kv.shape)).sum(1))               # (B,D,L)
+    return self.output_linear(y.transpose(1, 2)), (shift.after(state[0], k), *x) if state else ()
 
   def tables(self) -> tuple[Tensor, ...]:
     "dA, dB, C of the diagonal SSM, re and im, (H,M) each."
@@ -292,6 +294,27 @@ class H3Mixer:
     y, x = diag_step(state[1:], kv, tables)
     y = self.join((self.split(q, True) * (y + self.D * kv)).sum(1))
     return self.output_linear(y), (s, *x)
+
+class S4DMixer:
+  """y = Wo gelu( DiagSSM(u) ), a diagonal SSM for each channel that nothing gates: what H3 is compared with.
+
+  State: re and im (B,D,M). Gu, Goel, Gupta, Ré 2022, "On the Parameterization and Initialization of Diagonal State
+  Space Models", arXiv 2206.11893, with H3's discretisation."""
+  def __init__(self, cfg:H3Config, rng:np.random.Generator):
+    D = cfg.d_model
+    self.kernel = SimpleNamespace(kernel=DiagSSM(D, cfg.d_state, rng))
+    self.D, self.output_linear = param(rng.normal(0, 1, D)), Linear(D, D, rng)
+  tables = H3Mixer.tables
+  def state_shapes(self, cfg:H3Config, batch:int, capacity:int) -> list[tuple[int, ...]]:
+    return [(batch, cfg.d_model, cfg.d_state // 2)] * 2
+  def __call__(self, u:Tensor, state:State=(), place:Place|None=None, tables:Tables=None) -> tuple[Tensor, State]:
+    if u.ndim == 2:
+      y, state = diag_step(state, u, tables or self.tables())
+      return self.output_linear((y + self.D*u).gelu()), state
+    if place and place.start is not None:
+      u = u * (place.pos + Tensor.arange(u.shape[1]) >= place.start.unsqueeze(-1)).unsqueeze(-1)
+    y, state = long_conv(self.kernel.kernel, u.transpose(1, 2), tables and tables[1], self.D, state)
+    return self.output_linear(y.transpose(1, 2).gelu()), state
 
 @functools.cache
 def rotary_tables(n:int, dim:int, device:str) -> tuple[Tensor, Tensor]:
@@ -355,7 +378,7 @@ class Block:
   def __init__(self, cfg:H3Config, i:int, rng:np.random.Generator):
     self.dropout = cfg.resid_dropout
     self.norm1, self.norm2 = (LayerNorm(cfg.d_model, cfg.norm_eps) for _ in range(2))
-    self.mixer = (Attention if i in cfg.attn_layers else H3Mixer)(cfg, rng)
+    self.mixer = (Attention if i in cfg.attn_layers else {"h3": H3Mixer, "s4d": S4DMixer}[cfg.ssm])(cfg, rng)
     self.mlp = MLP(cfg, rng)
 
   def __call__(self, x:Tensor, state:State=(), place:Place|None=None, tables:Tables=None) -> tuple[Tensor, State]:
@@ -402,16 +425,17 @@ class H3LM:
     if state and self.config.attn_layers: raise ValueError("attention layers have no state to train with.")
     x, filters, after = self.embed(tokens), self.filters(math.inf if state else tokens.shape[1]), []
     for i, layer in enumerate(self.backbone.layers):
-      tables = next(filters) if isinstance(layer.mixer, H3Mixer) else None
-      x, s = layer(x, state[3*i:3*i+3], tables=tables)
+      n = len(layer.mixer.state_shapes(self.config, 1, 1))
+      x, s = layer(x, state[n*i:n*i+n], tables=None if isinstance(layer.mixer, Attention) else next(filters))
       after += s
     return self.head(x), tuple(after)
 
   def filters(self, L:float) -> Iterator[tuple[Tensor, Tensor|None]]:
     "S (D,N) and K (H,L) of each H3 layer in turn, all made at once. No K where state passing takes its place."
-    mixers = [l.mixer for l in self.backbone.layers if isinstance(l.mixer, H3Mixer)]
+    mixers = [l.mixer for l in self.backbone.layers if not isinstance(l.mixer, Attention)]
     if not mixers: return iter(())
-    S = joined([m.ssm_k_kernel.kernel for m in mixers]).filter().contiguous().chunk(len(mixers))
+    S = [None]*len(mixers) if self.config.ssm == "s4d" else \
+      joined([m.ssm_k_kernel.kernel for m in mixers]).filter().contiguous().chunk(len(mixers))
     if L > BY_FFT: return zip(S, [None]*len(mixers))
     K = joined([m.kernel.kernel for m in mixers]).filter(L).contiguous()
     return zip(S, K.chunk(len(mixers)))
@@ -429,7 +453,7 @@ class H3LM:
 
   def tables(self) -> list[Tables]:
     "Of each layer, what a step needs that depends on the weights alone."
-    made = [l.mixer.tables() if isinstance(l.mixer, H3Mixer) else None for l in self.backbone.layers]
+    made = [None if isinstance(l.mixer, Attention) else l.mixer.tables() for l in self.backbone.layers]
     if flat := [t for tables in made for t in tables or ()]: Tensor.realize(*flat)
     return made
 
@@ -445,7 +469,7 @@ class H3LM:
     cap = self.capacity(state) or 1
     place, x, new, i = Place(pos, start, cap if tokens.ndim == 1 else min(room or cap, cap)), self.embed(tokens), [], 1
     for j, layer in enumerate(self.backbone.layers):
-      n = 2 if isinstance(layer.mixer, Attention) else 3
+      n = len(layer.mixer.state_shapes(self.config, 1, 1))
       x, s = layer(x, state[i:i+n], place, tables[j] if tables else None)
       new, i = new + list(s), i + n
     Tensor.realize(logits := self.head(x if x.ndim == 2 else x[:, -1].contiguous()), *new)
@@ -481,8 +505,7 @@ class H3LM:
 
   def capacity(self, state:State) -> int|None:
     "Tokens that the state's attention caches hold; None, no limit, without attention layers."
-    i = min(self.config.attn_layers, default=None)
-    return None if i is None else state[1 + 3*i].shape[2]
+    return next((s.shape[2] for s in state if s.ndim == 4), None)   # keys and values alone have four dimensions
 
   @staticmethod
   def from_pretrained(path:str, n_heads:int|None=None, dtype:str="float32") -> H3LM:
@@ -618,9 +641,10 @@ def tiled(tensors:Weights, config:H3Config) -> Weights:
   return out
 
 def save_official(path:str, model:H3LM) -> None:
-  """Writes a model as the authors' code reads it: .safetensors, else as torch.save would; with a config.json beside it
-  that holds the arguments of their SSMLMHeadModel. Their slow path's order of channels is made that of the output.
-  CheckpointError if another config.json is there; OSError."""
+  """Writes a model of H3 and attention as the authors' code reads it: .safetensors, else as torch.save would; with a
+  config.json beside it that holds the arguments of their SSMLMHeadModel. Their slow path's order of channels is made
+  that of the output. CheckpointError if another config.json is there; OSError."""
+  if model.config.ssm != "h3": raise CheckpointError(f"{path}: the authors' code has no model of {model.config.ssm}.")
   c, weights = model.config, {k: v.numpy() for k, v in get_state_dict(model).items()}
   for i, layer in enumerate(model.backbone.layers):
     if i in c.attn_layers and c.rotary_dim:

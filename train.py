@@ -16,7 +16,7 @@ Not here: several machines.
 import time
 START = time.perf_counter()
 import argparse, codecs, collections, csv, dataclasses, functools, hashlib, importlib.util, io, itertools
-import json, math, os, re, shutil, signal, subprocess, sys, sysconfig, tempfile, threading
+import json, math, os, random, re, shutil, signal, subprocess, sys, sysconfig, tempfile, threading
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 import numpy as np
@@ -34,7 +34,8 @@ from h3tiny import CheckpointError, H3Config, H3LM, Weights, save_checkpoint
 # ---- options --------------------------------------------------------------------------------------
 
 # The last four are shapes of the paper, with its learning rates
-SIZES = {"tiny": dict(d_model=64, n_layer=2, n_heads=2, lr=3e-3),
+SIZES = {"table2": dict(d_model=32, n_layer=2, n_heads=1, lr=5e-4),
+         "tiny": dict(d_model=64, n_layer=2, n_heads=2, lr=3e-3),
          "small": dict(d_model=128, n_layer=4, n_heads=2, lr=3e-3),
          "medium": dict(d_model=384, n_layer=8, n_heads=6, lr=1e-3),
          "125M": dict(d_model=768, n_layer=12, n_heads=12, lr=6e-4),
@@ -42,13 +43,22 @@ SIZES = {"tiny": dict(d_model=64, n_layer=2, n_heads=2, lr=3e-3),
          "1.3B": dict(d_model=2048, n_layer=24, n_heads=16, lr=2e-4),
          "2.7B": dict(d_model=2560, n_layer=32, n_heads=20, lr=1.6e-4)}
 
-KINDS = {"h3": "H3", "hybrid": "hybrid H3", "transformer": "Transformer"}
+KINDS = {"h3": "H3", "hybrid": "hybrid H3", "transformer": "Transformer", "s4d": "S4D"}
 BOTH_WAYS = {"bigs": "gated", "stack": "stack", "gated-attention": "gated-attention", "bert": "attention"}     # blocks
+READ_ON = ("text", "induction", "recall")        # tasks of models that read on; agreement is for both
 # what a task sets where the command line does not
+COMMON = dict(size="small", embed_dropout=0.0, symbols=None)
 DEFAULTS = {"text": dict(model="hybrid", batch=8, length=256, weight_decay=0.1, steps=600),
             "mlm": dict(model="bigs", batch=16, length=128, weight_decay=0.05, steps=4000),
             "classify": dict(model="bigs", batch=16, length=128, weight_decay=0.01, steps=None),
-            "agreement": dict(model="bigs", batch=64, length=32, weight_decay=0.05, steps=1000)}
+            "agreement": dict(model="bigs", batch=64, length=32, weight_decay=0.05, steps=1000),
+            "induction": dict(model="h3", batch=32, length=30, weight_decay=0.1, steps=157*400, size="table2",
+                              embed_dropout=0.1, symbols=20),
+            "recall": dict(model="h3", batch=32, length=20, weight_decay=0.1, steps=157*200, size="table2",
+                           embed_dropout=0.1, symbols=10),
+            "listops": dict(model="s4d", batch=32, length=200, weight_decay=0.05, steps=5000, size="tiny"),
+            "pixels": dict(model="s4d", batch=32, length=None, weight_decay=0.05, steps=5000, size="tiny")}
+LINE = ("classify", "recall")                    # the learning rate falls on a line to 0, else a cosine to a tenth
 FINE_TUNING = dict(lr=2e-5, epochs=3)            # of classify with --init: GLUE's recipe
 
 def layer_list(text:str) -> list[int]:
@@ -65,9 +75,12 @@ def parser() -> Parser:
 
   g = p.add_argument_group("what to train on")
   add(g, "--task", str, "text", "the next token of text; masked tokens of it (mlm); labels of a TSV (classify); the "
-      "verb's number in sentences of a small grammar (agreement)", choices=list(TASKS))
+      "verb's number in sentences of a small grammar (agreement); the two languages of the H3 paper (induction, "
+      "recall); nested lists of operations (listops) and images as sequences (pixels), of the Long Range Arena",
+      choices=list(TASKS))
   add(g, "--data", str, None, "files or folders of text; for classify lines of label, tab, text, or label, tab, text, "
-      "tab, text", "Python's own source", nargs="+", metavar="PATH")
+      "tab, text; for pixels a CSV of label, pixels 0 to 255, or an .npz of x_train, y_train, x_test, y_test",
+      "Python's own source", nargs="+", metavar="PATH")
   add(g, "--dev", str, None, "of classify: such lines to evaluate on", "--holdout's share of --data", metavar="FILE")
   add(g, "--vocab", str, None, "BERT's vocab.txt", "that beside --init's file", metavar="FILE")
   add(g, "--tokenizer", str, "bytes", "how text becomes tokens", choices=list(TOKENIZERS))
@@ -76,10 +89,16 @@ def parser() -> Parser:
   add(g, "--mask-run", positive, None, "of mlm: tokens masked in one place, from 1 to N", "8 bytes, 1 of other tokens",
       metavar="N")
 
+  add(g, "--symbols", number(int, 4), None, "of induction and recall: symbols, of which two are special", "20; 10",
+      metavar="N")
+
   g = p.add_argument_group("model")
-  add(g, "--model", str, None, "reads on: only H3 layers, most of them, or none; sees both sides: BiGS, SSMs stacked, "
-      "attention gated, BERT", "hybrid for text, else bigs", choices=[*KINDS, *BOTH_WAYS])
-  add(g, "--size", str, "small", "sets the next three and --lr", choices=list(SIZES))
+  add(g, "--model", str, None, "reads on: only H3 layers, most of them, or none, or an SSM that nothing gates; sees "
+      "both sides: BiGS, SSMs stacked, attention gated, BERT; transformer and s4d do either, as the task asks",
+      "hybrid for text, h3 for induction and recall, s4d for listops and pixels, else bigs",
+      choices=[*KINDS, *BOTH_WAYS])
+  add(g, "--size", str, None, "sets the next three and --lr", "small; table2 for induction and recall, tiny for "
+      "listops and pixels", choices=list(SIZES))
   add(g, "--d-model", positive, None, "width", "by --size", metavar="N")
   add(g, "--n-layer", positive, None, "layers", "by --size", metavar="N")
   add(g, "--n-heads", positive, None, "attention heads", "by --size", metavar="N")
@@ -90,11 +109,13 @@ def parser() -> Parser:
   add(g, "--head-dim", positive, 1, "size of an H3 head", metavar="N")
   add(g, "--mlp-mult", positive, None, "width of the MLP, or the gate, over --d-model", "4; gated 3, stack 5",
       metavar="N")
-  add(g, "--embed-dropout", fraction, 0.0, "dropout after the embedding", metavar="X")
+  add(g, "--embed-dropout", fraction, None, "dropout after the embedding", "0; 0.1 for induction and recall",
+      metavar="X")
   add(g, "--resid-dropout", fraction, 0.0, "dropout in the blocks", metavar="X")
 
   g = p.add_argument_group("training")
-  add(g, "--steps", positive, None, "steps in all", "600; mlm 4000, agreement 1000, classify 3 epochs", metavar="N")
+  add(g, "--steps", positive, None, "steps in all", "600; mlm 4000, agreement 1000, listops and pixels "
+      "5000, classify 3 epochs, induction 400 and recall 200 at most", metavar="N")
   add(g, "--batch", positive, None, "sequences a step", "by --task", metavar="N")
   add(g, "--length", positive, None, "tokens a sequence; of any length with --model h3", "by --task", metavar="N")
   add(g, "--truncate", positive, None, "take a sequence in pieces of N tokens, in the memory that one needs: the state "
@@ -139,9 +160,9 @@ SHAPE = ("d_model", "n_layer", "n_heads", "attn_layers", "rotary_dim", "d_state"
          "embed_dropout", "resid_dropout")
 # options that a checkpoint may lack, as it was written before they were there
 NEWER = dict(truncate=None, dev=None, vocab=None, mask_run=None, accumulate=1, checkpoint_activations=False,
-             dtype="float32", devices=1, sample_every=None, log=None, plot=None)
+             dtype="float32", devices=1, sample_every=None, log=None, plot=None, symbols=None)
 PRECISIONS = ("float32", "float16", "bfloat16")
-FIXED = ("task", "tokenizer", "model", "size", "seed", "holdout", *SHAPE)    # what --resume can't change
+FIXED = ("task", "symbols", "tokenizer", "model", "size", "seed", "holdout", *SHAPE)    # what --resume can't change
 
 def given(argv:list[str]|None) -> dict:
   "Only the options that the command line names."
@@ -149,26 +170,32 @@ def given(argv:list[str]|None) -> dict:
   for action in p._actions: action.default = argparse.SUPPRESS
   return vars(p.parse_args(argv))
 
+def block_of(args:argparse.Namespace) -> str|None:
+  "Of a model that sees both sides, its block; None for one that reads on."
+  if args.task not in (*READ_ON, "agreement") and args.model in ("transformer", "s4d"):
+    return {"transformer": "attention", "s4d": "s4d"}[args.model]
+  return BOTH_WAYS.get(args.model)
+
 def make_config(args:argparse.Namespace, vocab_size:int) -> H3Config|BiGSConfig:
   size = SIZES[args.size]
   d_model, n_layer, n_heads = (getattr(args, k) or size[k] for k in ("d_model", "n_layer", "n_heads"))
   attn, rotary = args.attn_layers, args.rotary_dim
-  if args.model in BOTH_WAYS:
+  if (block := block_of(args)) is not None:
     for k, default in (("attn_layers", None), ("rotary_dim", None), ("head_dim", 1), ("resid_dropout", 0)):
       if getattr(args, k) != default:
         raise UserError(f"--{k.replace('_', '-')} is for {', '.join(KINDS)}, not {args.model}")
-    block = BOTH_WAYS[args.model]
     if args.n_layer is None and block.startswith("gated"): n_layer -= n_layer // 24       # 13 D^2 to the others' 12
     try: return BiGSConfig(vocab_size, d_model, n_layer, block, (args.mlp_mult or 0)*d_model, n_heads, args.d_state,
                            args.length, embed_dropout=args.embed_dropout)
     except ValueError as e: raise UserError(str(e)) from None
   # The paper's hybrid has two attention layers, the 2nd and the (2 + N/2)th; a shallow one does with one
-  if attn is None: attn = {"h3": (), "transformer": range(n_layer),
+  if attn is None: attn = {"h3": (), "s4d": (), "transformer": range(n_layer),
                            "hybrid": (1, 1 + n_layer//2) if n_layer >= 8 else (n_layer//2,)}[args.model]
   if rotary is None: rotary = d_model // n_heads // 2 * 2 if args.model == "transformer" else 0
   try:
     return H3Config(vocab_size, d_model, n_layer, tuple(attn), n_heads, rotary, args.d_state, args.head_dim,
-                    args.mlp_mult or 4, embed_dropout=args.embed_dropout, resid_dropout=args.resid_dropout,
+                    args.mlp_mult or 4, ssm="s4d" if args.model == "s4d" else "h3",
+                    embed_dropout=args.embed_dropout, resid_dropout=args.resid_dropout,
                     max_length=max(2048, 2*args.length))
   except ValueError as e: raise UserError(str(e)) from None
 
@@ -196,6 +223,8 @@ class Task:
   labels: list[str]|None = None
   epochs: float|None = None                     # steps of one
   sample: Callable|None = None                  # shows what the model does
+  aside: int = 0                                # of the last batches held out only the metrics count
+  enough: tuple[str, float]|None = None         # a metric that, three times in a row so high, ends the training
   # of a batch, how many targets its mean loss is the mean of
   count: Callable[[Batch], int] = lambda batch: int((batch[-1] >= 0).sum())
 
@@ -515,8 +544,17 @@ def classify_task(args:argparse.Namespace) -> Task:
   def shuffled(epoch:int) -> np.ndarray: return np.random.default_rng([args.seed, 3, epoch]).permutation(len(rows))
   def batch(step:int) -> Batch:
     return stack([rows[shuffled(i // len(rows))[i % len(rows)]] for i in range(step*args.batch, (step+1)*args.batch)])
-  truth = np.array([r[2] for r in held])
+  return labelled(args, f"{args.data[0]}: {len(rows):,} lines to train on, {len(held):,} held out, "
+                  + ("real values" if regression else f"labels {', '.join(names)}") + f" ({args.tokenizer})", tok,
+                  tok.masked_size, batch, held, np.array([r[2] for r in rows]), None if regression else names,
+                  len(rows)/args.batch)
 
+def labelled(args:argparse.Namespace, about:str, tok:Tokenizer|None, vocab_size:int, batch:Callable[[int], Batch],
+             held:list[Batch], trained:np.ndarray, names:list[str]|None, epochs:float|None=None) -> Task:
+  """A label for a row, or with no `names` a real value: rows are (tokens (L,), mask (L,), label). trained: the labels
+  to train on, or many of them."""
+  regression, truth = names is None, np.array([r[2] for r in held])
+  stack = lambda rows: tuple(np.stack(x) for x in zip(*rows))
   def forward(model:BiGS, tokens:Tensor, mask:Tensor, labels:Tensor) -> tuple[Tensor, ...]:
     x = model.classify(tokens, mask)
     if regression: return ((x.squeeze(-1) - labels)**2).mean(), x.squeeze(-1)
@@ -524,18 +562,14 @@ def classify_task(args:argparse.Namespace) -> Task:
   def metrics(outputs:list[Batch]) -> dict[str, float]:
     said = np.concatenate([o[1] for o in outputs])
     return correlation(truth, said) if regression else agreement_of(truth, said.astype(int), len(names))
-  trained = np.array([r[2] for r in rows])
   if regression: guess, baseline = "the mean of all", float(((truth - trained.mean())**2).mean())
   else:
     counts = 1 + np.bincount(trained, minlength=len(names))
     guess = f"labels by their frequency (the commonest is right at {np.mean(truth == counts.argmax()):.3f})"
     baseline = float(-np.log2(counts/counts.sum())[truth].mean())
-  return Task(f"{args.data[0]}: {len(rows):,} lines to train on, {len(held):,} held out, "
-              + ("real values" if regression else f"labels {', '.join(names)}") + f" ({args.tokenizer})",
-              tok, tok.masked_size, batch, [stack(held[i:i+args.batch]) for i in range(0, len(held), args.batch)],
+  return Task(about, tok, vocab_size, batch, [stack(held[i:i+args.batch]) for i in range(0, len(held), args.batch)],
               baseline, guess, *([1.0, 1.0, "squared error"] if regression else [1/math.log(2)]*2 + ["bits per label"]),
-              forward, metrics, "classify", [""] if regression else names, len(rows)/args.batch,
-              count=lambda batch: len(batch[0]))
+              forward, metrics, "classify", [""] if regression else names, epochs, count=lambda batch: len(batch[0]))
 
 # ---- agreement ------------------------------------------------------------------------------------
 
@@ -618,7 +652,153 @@ def agreement_task(args:argparse.Namespace) -> Task:
               unit="bits per word" if reads_on else "bits per verb",
               forward=forward_on if reads_on else forward, metrics=metrics, head="mlm")
 
-TASKS = {"text": text_task, "mlm": mlm_task, "classify": classify_task, "agreement": agreement_task}
+# ---- the languages of the H3 paper, Table 2 -------------------------------------------------------
+
+def induction(rng:np.random.Generator, n:int, length:int, symbols:int) -> np.ndarray:
+  "Induction head (n, length+2): ordinary symbols, somewhere a special one, at the end it again; what followed it."
+  rows = np.concatenate([rng.integers(0, symbols-2, (n, length)), np.full((n, 2), symbols-2)], 1)
+  at, i = rng.integers(0, length-2, n), np.arange(n)
+  rows[i, at] = symbols-2
+  rows[:, -1] = rows[i, at+1]
+  return rows
+
+def recall(rng:np.random.Generator, n:int, length:int, symbols:int) -> np.ndarray:
+  "Associative recall (n, length+3): pairs of key and value, by a map of the row's own; the special symbol, key, value."
+  half = (symbols-2)//2
+  keys, values = rng.integers(0, half, (n, length//2)), rng.integers(half, 2*half, (n, half))
+  pairs = np.stack([keys, np.take_along_axis(values, keys, 1)], 2).reshape(n, -1)
+  asked = keys[np.arange(n), rng.integers(0, length//2, n)]
+  return np.concatenate([pairs, np.full((n, 1), symbols-2), asked[:, None], values[np.arange(n), asked][:, None]], 1)
+
+EXAMPLES = 5000, 500                             # to train on, held out
+
+def language_task(args:argparse.Namespace) -> Task:
+  """Rows of a language, all of whose next symbols are learned, and the last one is asked for (arXiv 2212.14052, Table
+  2). Recall is asked for in rows of twice the length, too."""
+  make, V = {"induction": induction, "recall": recall}[args.task], args.symbols
+  if args.length < 4: raise UserError(f"--task {args.task} wants a --length of at least 4")
+  def draw(split:int, n:int, length:int) -> np.ndarray:
+    rng, rows = np.random.default_rng([args.seed, 5, split]), np.zeros((0, 0), np.int64)
+    for _ in range(100):                                            # no row comes twice
+      more = make(rng, 2*n, length, V)
+      rows = more if not len(rows) else np.concatenate([rows, more])
+      rows = rows[np.sort(np.unique(rows, axis=0, return_index=True)[1])]
+      if len(rows) >= n: return rows[:n].astype(np.int32)
+    raise UserError(f"--task {args.task}: there are not {n} different rows of --length {args.length} and --symbols {V}")
+  train = draw(0, EXAMPLES[0], args.length)
+  @functools.lru_cache(2)
+  def shuffled(epoch:int) -> np.ndarray: return np.random.default_rng([args.seed, 3, epoch]).permutation(len(train))
+  def batch(step:int) -> Batch:
+    w = train[[shuffled(i // len(train))[i % len(train)] for i in range(step*args.batch, (step+1)*args.batch)]]
+    return w[:, :-1], w[:, 1:]
+  def asked(rows:np.ndarray) -> list[Batch]:
+    x, y = rows[:, :-1], np.where(np.arange(1, rows.shape[1]) == rows.shape[1]-1, rows[:, 1:], -1)
+    return [(x[i:i+100], y[i:i+100].astype(np.int32)) for i in range(0, len(x), 100)]
+  test = draw(1, EXAMPLES[1], args.length)
+  held, longer = asked(test), asked(draw(2, EXAMPLES[1], 2*args.length)) if make is recall else []
+  # the commonest value of a row's pairs: what one knows who knows no key
+  common = np.mean([np.bincount(r[1:args.length:2]).argmax() == r[-1] for r in test]) if make is recall else 1/(V-2)
+  def forward(model:H3LM, x:Tensor, y:Tensor) -> tuple[Tensor, ...]:
+    logits = model(x)
+    return cross_entropy(logits, y), ((logits.argmax(-1) == y) * (y >= 0)).sum()
+  def metrics(outputs:list[Batch]) -> dict[str, float]:
+    hits = np.array([float(o[1]) for o in outputs])
+    of = lambda some, batches: float(some.sum() / sum(len(b[0]) for b in batches))
+    return {"accuracy": of(hits[:len(held)], held)} | \
+      ({f"accuracy at {2*args.length}": of(hits[len(held):], longer)} if longer else {})
+  what = "the commonest value of a row" if make is recall else "any symbol"
+  guess = f"answers at random ({what} is right at {common:.3f})"
+  about = f"{args.task}: {EXAMPLES[0]:,} rows of {train.shape[1]} symbols of {V} to train on, {EXAMPLES[1]} held out"
+  return Task(about, None, V, batch, held + longer, math.log2((V-2)//2 if make is recall else V-2), guess,
+              unit="bits per symbol", forward=forward, metrics=metrics, aside=len(longer), enough=("accuracy", 0.995))
+
+# ---- the Long Range Arena -------------------------------------------------------------------------
+
+OPERATORS = ("MIN", "MAX", "MED", "SM")
+DEPTH, ARGUMENTS = 10, 10
+
+def listops(rng:random.Random, low:int, high:int) -> tuple[list[int], int]:
+  """Tokens, low < n < high, and the value of nested operations on digits (Tay et al. 2020, arXiv 2011.04006; Nangia and
+  Bowman 2018, arXiv 1804.06028): 0-9 digits, 10-13 an operator with its bracket, 14 the closing bracket."""
+  def node(depth:int, tokens:list[int]) -> int:
+    if len(tokens) >= high: return 0                                # too long already
+    if depth >= DEPTH or rng.random() >= 0.25:
+      tokens.append(rng.randrange(10))
+      return tokens[-1]
+    tokens.append(0)
+    at = len(tokens) - 1
+    values = sorted(node(depth+1, tokens) for _ in range(rng.randint(2, ARGUMENTS)))
+    op = rng.randrange(4)
+    tokens[at] = 10 + op
+    tokens.append(14)
+    n = len(values)
+    return (values[0], values[-1], (values[(n-1)//2] + values[n//2])//2, sum(values) % 10)[op]
+  while True:
+    value = node(1, tokens := [])
+    if low < len(tokens) < high: return tokens, value
+
+LISTOPS = 96000, 2000                            # to train on, held out
+
+def listops_task(args:argparse.Namespace) -> Task:
+  "The value, a digit, of nested operations; --length 200 is a laptop's size, 2000 the Arena's own."
+  low, high, L = (500, 2000, 2000) if args.length >= 2000 else (args.length//10, args.length, args.length)
+  if L < 20: raise UserError("--task listops wants a --length of at least 20")
+  def row(split:int, i:int) -> Batch:
+    tokens, value = listops(random.Random(f"{args.seed} {split} {i}"), low, high)
+    fill = L - len(tokens)
+    return (np.array(tokens + [15]*fill, np.int32), np.array([1]*len(tokens) + [0]*fill, np.int32), np.int32(value))
+  def batch(step:int) -> Batch:
+    rows = [row(0, i % LISTOPS[0]) for i in range(step*args.batch, (step+1)*args.batch)]
+    return tuple(np.stack(x) for x in zip(*rows))
+  held = [row(1, i) for i in range(min(LISTOPS[1], args.batch*64))]
+  trained = np.array([row(0, i)[2] for i in range(2000)])
+  about = f"listops: {LISTOPS[0]:,} lists of {low+1} to {high-1} tokens to train on, {len(held):,} held out"
+  return labelled(args, about, None, 16, batch, held, trained, [str(i) for i in range(10)])
+
+def read_images(path:Path) -> tuple[np.ndarray, ...]:
+  "x (n,pixels), y (n,) to train on, and held out if the file says so, else None."
+  try:
+    if path.suffix == ".npz":
+      with np.load(path) as f: parts = {k: f[k] for k in f.files}
+      x, y = parts.get("x_train", parts.get("x")), parts.get("y_train", parts.get("y"))
+      more = [parts.get("x_test"), parts.get("y_test")]
+    else:
+      table = np.loadtxt(path, delimiter=",", ndmin=2, skiprows=0 if path.open().read(1).isdigit() else 1)
+      x, y, more = table[:, 1:], table[:, 0], [None, None]
+    flat = lambda a: None if a is None else np.asarray(a).reshape(len(a), -1)
+    found = flat(x), y, flat(more[0]), more[1]
+    if any(a is not None and (not np.isfinite(a).all() or a.min() < 0 or a.max() > 255 or (a != a.astype(int)).any())
+           for a in found) or len(x) != len(y) or found[0].shape[1] < 2: raise ValueError
+  except OSError as e: raise UserError(f"can't read {path}: {e.strerror}") from None
+  except Exception:                              # numpy raises anything
+    raise UserError(f"{path} is no table of images: a CSV has lines of label, pixels from 0 to 255, an .npz x_train, "
+                    "y_train and, if it likes, x_test, y_test") from None
+  return tuple(None if a is None else a.astype(np.int32) for a in found)
+
+def pixels_task(args:argparse.Namespace) -> Task:
+  "Images as sequences of pixels, row after row, and their labels."
+  if not args.data or len(args.data) != 1: raise UserError("--task pixels takes one file of images: --data FILE")
+  x, y, tx, ty = read_images(Path(args.data[0]))
+  if tx is None:
+    order, n = np.random.default_rng([args.seed, 2]).permutation(len(x)), max(1, round(len(x)*args.holdout))
+    x, y, tx, ty = x[order[n:]], y[order[n:]], x[order[:n]], y[order[:n]]
+  if args.length not in (None, x.shape[1]):
+    raise UserError(f"--length is that of an image here, {x.shape[1]}: leave it out")
+  if not len(x) or tx.shape[1] != x.shape[1] or len(names := np.unique(y)) < 2 or not np.isin(ty, names).all():
+    raise UserError(f"{args.data[0]}: give images of one size, of two labels or more, all of which are trained on")
+  args.length = x.shape[1]
+  row = lambda x, y: (x, np.ones(args.length, np.int32), np.int32(np.searchsorted(names, y)))
+  @functools.lru_cache(2)
+  def shuffled(epoch:int) -> np.ndarray: return np.random.default_rng([args.seed, 3, epoch]).permutation(len(x))
+  def batch(step:int) -> Batch:
+    some = [shuffled(i // len(x))[i % len(x)] for i in range(step*args.batch, (step+1)*args.batch)]
+    return tuple(np.stack(a) for a in zip(*(row(x[i], y[i]) for i in some)))
+  about = f"{args.data[0]}: {len(x):,} images of {args.length} pixels to train on, {len(tx):,} held out"
+  held, trained = [row(*r) for r in zip(tx, ty)], np.searchsorted(names, y)
+  return labelled(args, about, None, 256, batch, held, trained, [str(n) for n in names])
+
+TASKS = {"text": text_task, "mlm": mlm_task, "classify": classify_task, "agreement": agreement_task,
+         "induction": language_task, "recall": language_task, "listops": listops_task, "pixels": pixels_task}
 
 # ---- optimiser ------------------------------------------------------------------------------------
 
@@ -632,8 +812,8 @@ def group_of(name:str) -> int:
   """0: with weight decay; 1: without; 2: without, and its rate at most 1e-3: the SSMs' dynamics.
   H3's official grouping: safari/src/utils/optim_groups.py, configs/model/layer/h3.yaml. BiGS decays all but biases
   and norms: pretrain.py:384-404."""
-  if name.startswith(("bigs.", "cls.", "classifier.")): return int(name.endswith("bias") or "norm" in name.lower())
   if re.search(r"\.kernel\.(log_dt|inv_A_real|A_imag|B)$", name): return 2
+  if name.startswith(("bigs.", "cls.", "classifier.")): return int(name.endswith("bias") or "norm" in name.lower())
   return int(name.endswith(".bias") or "norm" in name or "ln_f" in name or "embeddings" in name)
 
 BETA1, BETA2, EPS = 0.9, 0.95, 1e-8              # language models; masked ones (BiGS, pretrain.py):
@@ -672,6 +852,7 @@ class AdamW:
   def __init__(self, params:dict[str, Tensor], beta2:float=BETA2, eps:float=EPS):
     self.beta2, self.eps = beta2, eps
     zeros = lambda p: Tensor(np.zeros(p.shape, np.float32), device=p.device).realize()
+    self.feed = Feed(next(iter(params.values())).device)
     self.params, self.m, self.v = params, *({k: zeros(p) for k, p in params.items()} for _ in "mv")
 
   def hyper(self, step:int, lr:float, weight_decay:float, clip:float, ssm_scale:float, scale:float=1.0
@@ -679,10 +860,9 @@ class AdamW:
     "What changes with the step (from 0), (6,) for each group. ssm_scale: the third's rate over lr; scale: the loss's."
     rest = [1 / (1 - BETA1**(step+1)), 1 / (1 - self.beta2**(step+1)), clip, 1 / scale]
     rows = [[lr, lr*weight_decay, *rest], [lr, 0, *rest], [lr*ssm_scale, 0, *rest]]
-    return [on(self.device, np.array(r, np.float32)) for r in rows]
+    return [self.feed(i, np.array(r, np.float32)) for i, r in enumerate(rows)]
 
-  @property
-  def device(self) -> str|tuple[str, ...]: return next(iter(self.params.values())).device
+  device = property(lambda self: self.feed.device)
 
   def update(self, grads:dict[str, Tensor], hyper:list[Tensor]) -> Tensor:
     "One update from realised gradients; returns the gradient's norm before clipping. Can be part of a TinyJit."
@@ -702,6 +882,22 @@ def on(device:str|tuple[str, ...], x:np.ndarray, shared:bool=False) -> Tensor:
   "An array on a device, or whole on each of several; shared: in equal parts, of its first axis, among them."
   t = Tensor(np.ascontiguousarray(x)).realize()
   return t if isinstance(device, str) else t.shard(device, 0 if shared else None).realize()
+
+def put(t:Tensor, x:np.ndarray) -> None:
+  "Overwrites a Tensor in place, on each device, where a TinyJit that uses it will find it."
+  data, buffer = np.ascontiguousarray(x).reshape(t.shape), t._buffer()
+  for b in getattr(buffer, "bufs", [buffer]):
+    b.ensure_allocated().copy_from(Buffer("NPY", data.size, t.dtype, opaque=data))
+
+class Feed:
+  """Arrays as Tensors, each made once for its place and shape, and then overwritten: to make one takes a millisecond, as
+  long as a small model's whole step."""
+  def __init__(self, device:str|tuple[str, ...]): self.device, self.kept = device, {}
+  def __call__(self, place:int, x:np.ndarray, shared:bool=False) -> Tensor:
+    if not isinstance(self.device, str): return on(self.device, x, shared)
+    if (key := (place, x.shape, x.dtype)) in self.kept: put(self.kept[key], x)
+    else: self.kept[key] = on(self.device, x)
+    return self.kept[key]
 
 class LossScale:
   """What the loss is multiplied by lest small gradients vanish in float16, and the gradient is divided by: half as much
@@ -774,13 +970,6 @@ def read_newest(out:Path) -> tuple[Path, Weights, dict[str, str]]:
       print(f"{worse} It is now {damaged.name}; going on from the one before it", file=sys.stderr)
     return path, tensors, meta
   raise worse or UserError(f"no checkpoint at {out/CHECKPOINT}: leave --resume out to start a run")
-
-def put(t:Tensor, x:np.ndarray) -> None:
-  "Overwrites a Tensor in place, on each device, where a TinyJit that uses it will find it."
-  data = np.ascontiguousarray(x.reshape(t.shape), x.dtype)
-  buffer = t._buffer()
-  for b in getattr(buffer, "bufs", [buffer]):
-    b.ensure_allocated().copy_from(Buffer("NPY", data.size, t.dtype, opaque=data))
 
 def restore(tensors:Weights, state:dict[str, Tensor], source:Path) -> None:
   for k, t in state.items():
@@ -919,9 +1108,9 @@ class Interrupt:
 
 def describe(c:H3Config|BiGSConfig) -> str:
   if isinstance(c, BiGSConfig):
-    name = dict(zip(BLOCKS, ("BiGS", "STACK/SSM", "gated attention", "BERT")))[c.block]
+    name = dict(zip((*BLOCKS, "s4d"), ("BiGS", "STACK/SSM", "gated attention", "BERT", "S4D both ways")))[c.block]
     return f"{name}, {c.n_layer} layers of width {c.d_model}"
-  kind = "h3" if not c.attn_layers else "transformer" if len(c.attn_layers) == c.n_layer else "hybrid"
+  kind = c.ssm if not c.attn_layers else "transformer" if len(c.attn_layers) == c.n_layer else "hybrid"
   where = f", attention in {', '.join(map(str, c.attn_layers))}" if kind == "hybrid" else ""
   return f"{KINDS[kind]}, {c.n_layer} layers of width {c.d_model}{where}"
 
@@ -985,7 +1174,7 @@ def make_step(model:H3LM|BiGS, params:dict[str, Tensor], opt:AdamW, forward:Call
       norm = opt.update(dict(zip(params, grads)), hyper)
     return loss, norm
 
-  sums, state = [], ()
+  sums, state, feed = [], (), Feed(device)
   @capture
   def piece(share:Tensor, hyper:list[Tensor], *batch:Tensor) -> Tensor:
     with Context(**precision):
@@ -1004,7 +1193,7 @@ def make_step(model:H3LM|BiGS, params:dict[str, Tensor], opt:AdamW, forward:Call
     pieces, targets, loss = [[*cut(part, truncate)] for part in parts], count(batch), 0.0
     def args(piece:Batch) -> list:
       share = [count(some) / targets for some in zip(*(np.split(a, several) for a in piece))]
-      return [on(device, np.array(share, np.float32), True), hyper, *(on(device, a, True) for a in piece)]
+      return [feed(-1, np.array(share, np.float32), True), hyper, *(feed(i, a, True) for i, a in enumerate(piece))]
     if len(pieces) == len(pieces[0]) == 1: return [t.item() for t in whole(*args(batch))]
     if not sums: sums.extend(on(device, np.zeros(p.shape, np.float32)) for p in params.values())
     if truncate and not state:
@@ -1052,7 +1241,7 @@ def make_model(args:argparse.Namespace, task:Task, tensors:Weights|None, meta:di
     if isinstance(config, H3Config): return H3LM(config, seed=args.seed)
     if task.labels: config.n_labels = len(task.labels)
     return BiGS(config, args.seed, (task.head,))
-  if args.model in KINDS: model = H3LM.from_checkpoint(tensors, meta, source)
+  if block_of(args) is None: model = H3LM.from_checkpoint(tensors, meta, source)
   else:
     labels = task.labels and len(task.labels)
     old = tensors.get("classifier.weight")
@@ -1078,9 +1267,9 @@ def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str
   out, path = Path(args.out), Path(args.out) / CHECKPOINT
   Tensor.manual_seed(args.seed)                        # dropout's; weights and batches are numpy's
   if args.embed_dropout or args.resid_dropout: Tensor.rand(1).realize()    # makes the counter that is saved
-  if args.task != "agreement" and (args.model in KINDS) != (args.task == "text"):
+  if args.task != "agreement" and (block_of(args) is None) != (args.task in READ_ON):
     raise UserError(f"--task {args.task} is not for --model {args.model}: "
-                    f"give {' or '.join(KINDS if args.task == 'text' else BOTH_WAYS)}")
+                    f"give {' or '.join(KINDS if args.task in READ_ON else BOTH_WAYS)}")
   task = TASKS[args.task](args)
   if args.steps is None: args.steps = math.ceil(FINE_TUNING["epochs"] * task.epochs)
   complete(args)
@@ -1150,7 +1339,9 @@ def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str
   def evaluate(step:int) -> bool:
     "Whether the loss is finite; if so it is shown."
     outputs = [*map(eval_step, task.held_out)]
-    mean = float(np.average([o[0] for o in outputs], weights=[len(b[0]) for b in task.held_out]))
+    counts = [len(b[0]) for b in task.held_out]
+    counts[len(counts)-task.aside:] = [0]*task.aside
+    mean = float(np.average([o[0] for o in outputs], weights=counts))
     if math.isfinite(mean):
       metrics = {k: round(v, 5) for k, v in task.metrics(outputs).items()}
       log.evals.append([step, round(mean*task.held_out_bits, 5), metrics])
@@ -1178,7 +1369,7 @@ def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str
     log.begun = len(log.rows)
     if args.init and not args.resume: evaluate(0)      # where it starts from
     for step in range(first, args.steps):
-      lr = learning_rate(step, args.steps, args.lr, args.warmup, args.task == "classify")
+      lr = learning_rate(step, args.steps, args.lr, args.warmup, args.task in LINE)
       hyper = opt.hyper(step, lr, args.weight_decay, args.clip, min(1e-3, args.lr) / args.lr, scale.value)
       loss, norm = train_step(task.batch(step), hyper)
       if step == first: log.line(f"first step after {time.perf_counter()-START:.1f} s")
@@ -1190,7 +1381,12 @@ def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str
       if step - first < 2: log.restart_clock()
       last = step+1 == args.steps
       saving = interrupt.seen or (step+1) % args.save_every == 0 or last
-      if last or (step+1) % args.eval_every == 0: good = evaluate(step+1)
+      if last or (step+1) % args.eval_every == 0:
+        good = evaluate(step+1)
+        if task.enough and not last and len(log.evals) >= 3 and \
+           all(e[2][task.enough[0]] >= task.enough[1] for e in log.evals[-3:]):
+          log.line(f"{task.enough[0]} at least {task.enough[1]} three times in a row: that is enough")
+          saving = last = True
       else: good = not saving or math.isfinite(float(eval_step(task.held_out[0])[0]))
       if not good:                                     # weights that have blown up are never saved
         recover(step+1)
@@ -1206,6 +1402,7 @@ def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str
         log.line(f"stopped after step {step+1} of {args.steps}, saved {path}")
         log.line(f"go on with: python train.py --resume --out {out}")
         return 128 + interrupt.seen
+      if last: break
 
   files = log.write(title)
   if args.sample and task.sample:
@@ -1263,7 +1460,7 @@ def bench_one(what:str, who:str) -> None:
   "Prints the seconds of a step, of the first one, and MB, as JSON. who: ours, plain (FLASH=0), torch."
   def peak() -> float: return peak_memory() / 1e6
   args = parser().parse_args(BENCH[what].split())
-  for k, v in DEFAULTS["text"].items():
+  for k, v in (COMMON | DEFAULTS["text"]).items():
     if getattr(args, k) is None: setattr(args, k, v)
   config = make_config(args, TOKENIZERS[args.tokenizer].vocab_size)
   rng, decode = np.random.default_rng(0), what.startswith("decode")
@@ -1389,7 +1586,7 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
     args.resume, args.out, args.init = "resume" in now, now.get("out", OUT), args.init if args.resume else str(path)
   if args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
     raise UserError(f"--plot {args.plot}: it draws .png, .svg or .pdf: name such a file")
-  for k, v in DEFAULTS[args.task].items():
+  for k, v in (COMMON | DEFAULTS[args.task]).items():
     if getattr(args, k) is None: setattr(args, k, v)
   if args.lr is None: args.lr = FINE_TUNING["lr"] if args.task == "classify" and args.init else SIZES[args.size]["lr"]
   if args.steps: complete(args)
