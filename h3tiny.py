@@ -130,10 +130,9 @@ class LayerNorm:
 # ---------------------------------------------------------------- the two SSMs
 
 def correlate(b:Tensor, c:Tensor) -> Tensor:
-  "y[i] = sum_m b[m] c[m+i], i < N: b (…,D,N), c (D,N) -> (…,D,N)."
+  "y[i] = sum_m b[m] c[m+i], i < N, for each row of b and c (D,N): (D,N). A convolution with b reversed."
   N = c.shape[-1]
-  windows = c.pad((None, (0, N-1))).unfold(-1, N, 1)               # (D,N,N): [i,m] = c[m+i]
-  return (b.unsqueeze(-2) * windows).sum(-1)
+  return fftconv(c.pad((None, (0, N-1))).unsqueeze(0), b.flip(-1))[0, :, N-1:]
 
 def fit(x:Tensor, L:int) -> Tensor:
   "The last axis cut, or filled with zeros, to length L."
