@@ -761,9 +761,9 @@ def np_lm(model, tokens):
     m = {k[len(pre)+6:]: v for k, v in w.items() if k.startswith(pre + "mixer.")}
     u = norm(x, pre + "norm1")
     if i in c.attn_layers: x = x + np_attention(m, u, c.n_heads, c.rotary_dim)
+    elif c.ssm == "s4d": x = x + np_gelu(np_s4d(m, u)) @ m["output_linear.weight"].T + m["output_linear.bias"]
     else: x = x + np_h3(m, u, c.head_dim, c.head_order)
-    h = norm(x, pre + "norm2") @ w[pre+"mlp.fc1.weight"].T + w[pre+"mlp.fc1.bias"]
-    h = 0.5 * h * (1 + np.tanh((2/np.pi)**0.5 * (h + 0.044715*h**3)))
+    h = np_gelu(norm(x, pre + "norm2") @ w[pre+"mlp.fc1.weight"].T + w[pre+"mlp.fc1.bias"])
     x = x + h @ w[pre+"mlp.fc2.weight"].T + w[pre+"mlp.fc2.bias"]
   return norm(x, "backbone.ln_f") @ w["backbone.embeddings.word_embeddings.weight"].T
 
@@ -773,12 +773,25 @@ def shaken(config, seed=1):
   for p in get_state_dict(model).values(): p.replace(h3tiny.param(p.numpy() + rng.normal(0, 0.2, p.shape)))
   return model
 
+def np_s4d(w, u):
+  A = -np.exp(w["kernel.kernel.inv_A_real"]) + 1j*w["kernel.kernel.A_imag"]
+  B, C = w["kernel.kernel.B"] @ [1, 1j], w["kernel.kernel.C"][0] @ [1, 1j]
+  dt = np.exp(w["kernel.kernel.log_dt"])[:, None]
+  x, y = np.zeros((len(u), *A.shape), complex), []
+  for t in range(u.shape[1]):
+    x = (1 + dt*A/2)/(1 - dt*A/2)*x + dt*B/(1 - dt*A/2)*u[:, t, :, None]
+    y.append(2*(C*x).sum(-1).real + w["D"]*u[:, t])
+  return np.stack(y, 1)
+
+def np_gelu(x): return 0.5*x*(1 + np.tanh((2/np.pi)**0.5*(x + 0.044715*x**3)))
+
 HYBRIDS = [H3Config(19, 12, 2, (1,), n_heads=2, rotary_dim=4, d_state=10, head_dim=2, head_order="hd2",
                     max_length=12),
            H3Config(19, 12, 2, (), d_state=16, head_dim=3, mlp_mult=2),
            H3Config(19, 12, 2, (0, 1), n_heads=3, mlp_mult=2)]
+S4D = H3Config(19, 12, 2, (1,), n_heads=2, d_state=10, max_length=12, ssm="s4d")
 
-@pytest.mark.parametrize("config", HYBRIDS, ids=["hybrid", "h3", "transformer"])
+@pytest.mark.parametrize("config", [*HYBRIDS, S4D], ids=["hybrid", "h3", "transformer", "s4d"])
 def test_against_float64_recurrence(config):
   model, t = shaken(config), np.random.default_rng(0).integers(0, 19, (2, 11))
   assert_close(model(toks(t)), np_lm(model, t), 2e-5)
@@ -880,7 +893,7 @@ def test_against_torch():
 
 # ---------------------------------------------------------------- one model, three ways to run it
 
-@pytest.mark.parametrize("config", HYBRIDS[:2], ids=["hybrid, hd2", "h3, d2h"])
+@pytest.mark.parametrize("config", [*HYBRIDS[:2], S4D], ids=["hybrid, hd2", "h3, d2h", "s4d"])
 def test_forward_equals_steps_equals_prefill_in_pieces(config):
   model, t = shaken(config), np.random.default_rng(0).integers(0, 19, (2, 7))
   want, state = model(toks(t)).numpy(), model.init_state(2)
@@ -1308,6 +1321,24 @@ def test_kernel_matmul_one_matrix_for_all(flash):
   dx, dw = (y*Tensor(dy)).sum().gradient(x, w)
   for got, want in ((y, a @ b), (dx, (dy @ b.transpose(0, 2, 1)).sum(0)), (dw, a.T @ dy)):
     assert_close(got, want, 1e-5*np.abs(want).max())
+
+def test_s4d_both_ways():
+  "S4's layer against float64: both directions, the gate; the last token reaches the first output"
+  c = BiGSConfig(17, 12, 2, "s4d", d_state=6, max_length=16)
+  model, t = BiGS(c), np.random.default_rng(0).integers(0, 17, (2, 11))
+  w = {k: v.numpy().astype(np.float64) for k, v in get_state_dict(model).items()}
+  norm = lambda x, n: (x - x.mean(-1, keepdims=True))/np.sqrt(x.var(-1, keepdims=True) + c.norm_eps)*w[n+".weight"] \
+    + w[n+".bias"]
+  e = "bigs.embeddings."
+  x = norm(w[e+"word_embeddings.weight"][t] + w[e+"position_embeddings.weight"][:11]
+           + w[e+"token_type_embeddings.weight"][0], e+"LayerNorm")
+  for i in range(2):
+    n = f"bigs.encoder.layer.{i}."
+    h, part = norm(x, n+"LayerNorm"), lambda s: {f"kernel.{k[len(n)+4:]}": v for k, v in w.items() if k.startswith(n+s)}
+    y = np_s4d(part("fs4.") | {"D": w[n+"D"]}, h) + np_s4d(part("bs4.") | {"D": 0}, h[:, ::-1])[:, ::-1]
+    a, gate = np.split(np_gelu(y) @ w[n+"mix.weight"].T + w[n+"mix.bias"], 2, -1)
+    x = x + a/(1 + np.exp(-gate))
+  assert_close(model.encode(toks(t)), x, 2e-5)
 
 def test_bigs_config_and_size(monkeypatch):
   "the released shape has 346,314,134 parameters; the baselines are as large"
@@ -2188,6 +2219,99 @@ def test_agreement():
     assert abs(loss - math.log(task.vocab_size)) < 0.5                    # untrained: about uniform
     x = task.held_out[0][0]
     assert (x == 2).sum(1).max() == (0 if model == "h3" else 1)           # the verb is masked, or next
+
+def test_languages():
+  "Table 2's: the answer follows from the row, in the way that the language says; no row twice, none in both parts"
+  for make, L, V in ((train.induction, 30, 20), (train.recall, 20, 10)):
+    rows = make(np.random.default_rng(0), 300, L, V)
+    for r in rows.tolist():
+      if make is train.induction:
+        at = r.index(V-2)
+        assert len(r) == 32 and r[31] == r[at+1] < V-2 and r[30] == V-2 and r.count(V-2) == 2 and at < 28
+      else:
+        pairs = dict(zip(r[:20:2], r[1:20:2]))
+        assert len(r) == 23 and r[20] == V-2 and pairs[r[21]] == r[22] and max(pairs) < 4 <= min(pairs.values()) <= 7
+        assert all(pairs[k] == v for k, v in zip(r[:20:2], r[1:20:2]))
+  args = train.settle("--task recall".split())[0]
+  assert (args.model, train.SIZES[args.size]["d_model"], args.embed_dropout, args.lr) == ("h3", 32, 0.1, 5e-4)
+  task = train.language_task(args)
+  seen = {x.tobytes() for step in range(157) for x in np.concatenate(task.batch(step), 1)}
+  assert len(seen) == 5000 and sum(len(b[0]) for b in task.held_out) == 1000 and task.aside == 5
+  x, y = task.held_out[0]
+  assert (y[:, :-1] == -1).all() and (y[:, -1] >= 4).all()
+  assert 0.4 < float(re.search(r"right at ([\d.]+)", task.guess)[1]) < 0.6
+  hits = [np.float32([0, 100])]*5 + [np.float32([0, 40])]*5
+  assert task.metrics(hits) == {"accuracy": 1.0, "accuracy at 40": 0.4}
+
+def test_listops_and_pixels(tmp_path):
+  "Values by another evaluator; lengths within bounds; the same row for the same seed. Images from both kinds of file."
+  names = {10: min, 11: max, 12: lambda *v: int(np.median(v)), 13: lambda *v: sum(v) % 10}
+  def value(tokens:list[int]) -> int:
+    head = tokens.pop(0)
+    if head < 10: return head
+    args = []
+    while tokens[0] != 14: args.append(value(tokens))
+    tokens.pop(0)
+    assert 2 <= len(args) <= 10
+    return names[head](*args)
+  args = train.settle("--task listops --length 120".split())[0]
+  task, again = train.listops_task(args), train.listops_task(args)
+  for step in range(3):
+    tokens, mask, labels = task.batch(step)
+    assert all((a == b).all() for a, b in zip(task.batch(step), again.batch(step)))
+    for t, m, label in zip(tokens, mask, labels):
+      assert 12 < m.sum() < 120 and (t[m == 0] == 15).all() and value(rest := t[m == 1].tolist()) == label and not rest
+  x, y = rng.integers(0, 256, (40, 9)), rng.integers(0, 3, 40)
+  np.savez(tmp_path/"a.npz", x_train=x.reshape(40, 3, 3), y_train=y, x_test=x[:5].reshape(5, 3, 3), y_test=y[:5])
+  np.savetxt(tmp_path/"a.csv", np.concatenate([y[:, None], x], 1), "%d", ",", header="label,pixels", comments="")
+  for file, held in (("a.npz", 5), ("a.csv", 2)):
+    args = train.settle(["--task", "pixels", "--data", str(tmp_path/file)])[0]
+    task = train.pixels_task(args)
+    assert args.length == 9 and sum(len(b[0]) for b in task.held_out) == held and task.labels == ["0", "1", "2"]
+    tokens, mask, labels = task.batch(0)
+    known = {row.tobytes(): label for row, label in zip(x.astype(np.int32), y)}
+    assert mask.all() and all(known[t.tobytes()] == label for t, label in zip(tokens, labels))
+  for text in ("a,b\n1,2", "1,2,300\n1,2,3", "", "1\n2"):
+    (tmp_path/"bad.csv").write_text(text)
+    with pytest.raises(gen.UserError, match="bad.csv is no table of images"): train.read_images(tmp_path/"bad.csv")
+
+def test_enough_ends_a_run(tmp_path, monkeypatch, capsys):
+  "Three evaluations in a row that are good enough end it, and it is saved; both models' other tasks run a step."
+  task = train.language_task
+  monkeypatch.setitem(train.TASKS, "recall", lambda args: dataclasses.replace(task(args), enough=("accuracy", 0.0)))
+  monkeypatch.setattr(train, "EXAMPLES", (64, 100))
+  small = "--d-model 8 --n-layer 1 --d-state 4 --sample 0".split()
+  assert train.main(["--task", "recall", "--steps", "9", "--eval-every", "1", *small, "--out", str(tmp_path/"r")]) == 0
+  assert "that is enough" in capsys.readouterr().out
+  assert read_checkpoint(str(tmp_path/"r"/gen.CHECKPOINT))[1]["step"] == "3"
+  for model in ("s4d", "transformer"):
+    args = [*"--task listops --length 30 --batch 4 --steps 1 --n-heads 1".split(), "--model", model, *small]
+    monkeypatch.setattr(train, "LISTOPS", (64, 8))
+    assert train.main([*args, "--out", str(tmp_path/model)]) == 0
+    assert ("S4D both ways" if model == "s4d" else "BERT") in capsys.readouterr().out
+
+def test_reproduce(tmp_path, monkeypatch, capsys):
+  "A grid: each model once for each seed, the table, the files; again, and nothing is trained."
+  grid = train.Grid("title", "about", {"A": "--model h3", "B": "--model s4d"},
+                    {"x": ("--task recall", "accuracy"), "y": ("--task recall", "loss")}, {("A", "x"): "99"}, seeds=2)
+  ran = []
+  def one_run(folder:Path, options:list[str]) -> dict[str, str]:
+    if (folder/"done").exists(): return json.loads((folder/"done").read_text())
+    ran.append(options)
+    folder.mkdir(parents=True)
+    meta = {"held_out": json.dumps([[1, 0.5, {"accuracy": 0.25 + int(options[-1])/4}]])}
+    (folder/"done").write_text(json.dumps(meta))
+    return meta
+  monkeypatch.setitem(train.GRIDS, "table2", grid)
+  monkeypatch.setattr(train, "one_run", one_run)
+  for _ in range(2):
+    assert train.main(["--reproduce", "table2", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert len(ran) == 4 and re.search(r"^A +37\.5 \(25\.0 to 50\.0\) \[99\]", said, re.M)
+  assert len((tmp_path/"table2"/"table.csv").read_text().splitlines()) == 9
+  def stopped(*a): raise KeyboardInterrupt
+  monkeypatch.setattr(train, "one_run", stopped)
+  assert train.main(["--reproduce", "table2", "--out", str(tmp_path)]) == 130
 
 def test_bert_tokens(tmp_path, monkeypatch, capsys):
   "WordPiece of a vocab.txt, which goes along with the checkpoint; a line where the library or the file is missing"

@@ -16,7 +16,7 @@ Not here: several machines.
 import time
 START = time.perf_counter()
 import argparse, codecs, collections, csv, dataclasses, functools, hashlib, importlib.util, io, itertools
-import json, math, os, random, re, shutil, signal, subprocess, sys, sysconfig, tempfile, threading
+import json, math, os, random, re, shutil, signal, subprocess, sys, sysconfig, tempfile, threading, warnings
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 import numpy as np
@@ -152,6 +152,10 @@ def parser() -> Parser:
   add(g, "--sample-every", positive, None, "steps between samples", "at the end only", metavar="N")
   add(g, "--log", str, None, "table of losses, written whenever a checkpoint is", "log.csv in --out", metavar="FILE")
   add(g, "--plot", str, None, "picture of them: .png, .svg or .pdf", "loss.png in --out", metavar="FILE")
+  g.add_argument("--reproduce", choices=list(GRIDS), default=argparse.SUPPRESS,
+                 help="train the models of a claim of the papers, with three seeds, print the table beside the "
+                 "paper's, and stop: " + "; ".join(f"{k}: {g.about.split(';')[0]}" for k, g in GRIDS.items()))
+  g.add_argument("--seeds", type=positive, default=argparse.SUPPRESS, metavar="N", help="of --reproduce: how many")
   g.add_argument("--bench", action="store_true", default=argparse.SUPPRESS,
                  help="time training and decoding on this machine, beside PyTorch if it is installed, and stop")
   return p
@@ -763,7 +767,8 @@ def read_images(path:Path) -> tuple[np.ndarray, ...]:
       x, y = parts.get("x_train", parts.get("x")), parts.get("y_train", parts.get("y"))
       more = [parts.get("x_test"), parts.get("y_test")]
     else:
-      table = np.loadtxt(path, delimiter=",", ndmin=2, skiprows=0 if path.open().read(1).isdigit() else 1)
+      with warnings.catch_warnings(action="ignore"):
+        table = np.loadtxt(path, delimiter=",", ndmin=2, skiprows=0 if path.open().read(1).isdigit() else 1)
       x, y, more = table[:, 1:], table[:, 0], [None, None]
     flat = lambda a: None if a is None else np.asarray(a).reshape(len(a), -1)
     found = flat(x), y, flat(more[0]), more[1]
@@ -890,8 +895,8 @@ def put(t:Tensor, x:np.ndarray) -> None:
     b.ensure_allocated().copy_from(Buffer("NPY", data.size, t.dtype, opaque=data))
 
 class Feed:
-  """Arrays as Tensors, each made once for its place and shape, and then overwritten: to make one takes a millisecond, as
-  long as a small model's whole step."""
+  """Arrays as Tensors, each made once for its place and shape, and then overwritten: to make one takes a millisecond,
+  as long as a small model's whole step."""
   def __init__(self, device:str|tuple[str, ...]): self.device, self.kept = device, {}
   def __call__(self, place:int, x:np.ndarray, shared:bool=False) -> Tensor:
     if not isinstance(self.device, str): return on(self.device, x, shared)
@@ -1550,6 +1555,130 @@ def bench() -> int:
       print(f"{start} start of the default run: {next(l for l in out if l.startswith('first step'))}", flush=True)
   return 0
 
+# ---- the papers' claims ---------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Grid:
+  "Rows of models and columns of tasks, each trained with several seeds; and what the paper has."
+  title: str
+  about: str
+  rows: dict[str, str]                          # what is shown: options
+  columns: dict[str, tuple[str, str]]           # what is shown: options, and the figure (a metric, or "loss")
+  paper: dict[tuple[str, str], str]
+  percent: bool = True
+  seeds: int = 3
+  def options(self, row:str, column:str) -> list[str]: return f"{self.columns[column][0]} {self.rows[row]}".split()
+
+UNVERIFIED = "the paper's figures are from notes on it, unverified"
+GRIDS = {
+  "table2": Grid(
+    "H3 paper, Table 2: accuracy of the last symbol, %", f"35 minutes on two cores; {UNVERIFIED}",
+    {"S4D": "--model s4d", "H3": "--model h3", "attention": "--model transformer"},
+    {"induction": ("--task induction --eval-every 785", "accuracy"),
+     "recall": ("--task recall --eval-every 785", "accuracy"),
+     "recall at 40": ("--task recall --eval-every 785", "accuracy at 40")},
+    {("S4D", "induction"): "35.6", ("S4D", "recall"): "86.0", ("H3", "induction"): "100", ("H3", "recall"): "99.8",
+     ("H3", "recall at 40"): "98.4", ("attention", "induction"): "100", ("attention", "recall"): "100"}),
+  "lm": Grid(
+    "H3 paper, Table 3 in small: held-out bits per byte of Python's library", f"40 minutes on two cores; {UNVERIFIED}; "
+    "they are perplexities of OpenWebText at 125M",
+    {"H3": "--model h3", "hybrid H3": "--model hybrid", "Transformer": "--model transformer"},
+    {"bits per byte": ("--task text --steps 1500 --eval-every 150", "loss")},
+    {("H3", "bits per byte"): "21.0", ("hybrid H3", "bits per byte"): "19.6", ("Transformer", "bits per byte"): "20.6"},
+    percent=False),
+  "bigs": Grid(
+    "BiGS paper, the ablation in small: masked bytes of Python's library",
+    "2 hours on two cores; the paper's: GLUE's mean, and another agreement",
+    {"BiGS": "--model bigs", "STACK/SSM": "--model stack", "gated attention": "--model gated-attention",
+     "BERT": "--model bert"},
+    {"masked bytes, %": ("--task mlm --steps 1500 --eval-every 150", "accuracy"),
+     **{f"agreement, {n}": ("--task agreement --eval-every 100", f"{n} attractor{'s'*(n != 1)}") for n in range(5)}},
+    {("BiGS", "masked bytes, %"): "83.3", ("BERT", "masked bytes, %"): "83.3", ("STACK/SSM", "masked bytes, %"): "77.2",
+     ("gated attention", "masked bytes, %"): "81.8", **{("BiGS", f"agreement, {n}"): x for n, x in
+                                                       zip(range(1, 5), ("97.4", "97.4", "96.6", "96.5"))}}),
+  "lra": Grid(
+    "Long Range Arena, ListOps of 20 to 200 tokens: accuracy, %", "the paper's are of lists of 500 to 2,000 tokens",
+    {"S4D": "--model s4d", "BiGS": "--model bigs", "Transformer": "--model transformer"},
+    {"ListOps": ("--task listops --steps 3000 --eval-every 300", "accuracy")},
+    {("S4D", "ListOps"): "59.6 (S4)", ("Transformer", "ListOps"): "36.37"})}
+
+def one_run(folder:Path, options:list[str]) -> dict[str, str]:
+  "A run of its own process, from where it stopped if it did; its checkpoint's metadata."
+  folder.mkdir(parents=True, exist_ok=True)
+  done = folder / "done"
+  if not done.exists():
+    again = ["--resume"] if (folder/CHECKPOINT).exists() or (folder/PREVIOUS).exists() else options
+    command = [sys.executable, __file__, *again, "--sample", "0", "--out", str(folder)]
+    with open(folder/"output.txt", "a") as f:
+      code = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT).returncode
+    if code in (130, 143): raise KeyboardInterrupt
+    if code: raise UserError(f"a run failed, see the end of {folder/'output.txt'}")
+    done.touch()
+  return read_newest(folder)[2]
+
+def figure_of(row:list, metric:str) -> float: return row[1] if metric == "loss" else row[2][metric]
+
+def reproduce(name:str, out:Path, seeds:int|None) -> int:
+  """Trains a grid's models and prints the table beside the paper's figures; writes table.csv and curves.png. What has
+  been trained is not trained again."""
+  grid, out = GRIDS[name], out / name
+  seeds = seeds or grid.seeds
+  print(f"{grid.title}\n{grid.about}; seeds 0 to {seeds-1}, into {out}; stopped, it goes on with the same command",
+        flush=True)
+  check_writable(out)
+  found: dict[tuple[str, str], list[list]] = {}          # by row and column, of each seed the evaluations
+  try:
+    for seed, row, column in itertools.product(range(seeds), grid.rows, grid.columns):
+      options, start = grid.options(row, column), time.perf_counter()
+      folder = out / re.sub(r"[^a-z0-9]+", "-", " ".join(options).replace("--", "").lower()) / f"seed{seed}"
+      fresh = not (folder/"done").exists()
+      meta = one_run(folder, [*options, "--seed", str(seed)])
+      evals = [[*e, {}][:3] for e in json.loads(meta["held_out"])]
+      found.setdefault((row, column), []).append(evals)
+      if fresh: print(f"{row}, {column}, seed {seed}: {figure_of(evals[-1], grid.columns[column][1]):.4g} after "
+                      f"{evals[-1][0]:,} steps, {duration(time.perf_counter()-start)}", flush=True)
+  except KeyboardInterrupt:
+    print(f"\nstopped; go on with: python train.py --reproduce {name}", file=sys.stderr)
+    return 130
+  show, lines = (lambda x: 100*x) if grid.percent else (lambda x: x), []
+  for row in grid.rows:
+    cells = []
+    for column in grid.columns:
+      x = [show(figure_of(evals[-1], grid.columns[column][1])) for evals in found[row, column]]
+      paper = grid.paper.get((row, column))
+      cells.append(f"{np.mean(x):.{1 if grid.percent else 3}f} ({min(x):.{1 if grid.percent else 3}f} to "
+                   f"{max(x):.{1 if grid.percent else 3}f})" + (f" [{paper}]" if paper else ""))
+      lines += [[row, column, seed, evals[-1][0], round(v, 4), paper or ""]
+                for seed, (v, evals) in enumerate(zip(x, found[row, column]))]
+    print((f"\n{'':16}" + "".join(f"{c:>30}" for c in grid.columns) + "\n" if row == next(iter(grid.rows)) else "")
+          + f"{row:16}" + "".join(f"{c:>30}" for c in cells), flush=True)
+  print(f"mean of {seeds} seeds (least to most) [the paper's]")
+  with open(out/"table.csv", "w", newline="") as f:
+    csv.writer(f).writerows([["model", "task", "seed", "steps", "figure", "paper"], *lines])
+  try: plot_curves(grid, found, out/"curves.png")
+  except ImportError: print(f"wrote {out/'table.csv'} (pip install matplotlib, and the curves are drawn too)")
+  else: print(f"wrote {out/'table.csv'}, {out/'curves.png'}")
+  return 0
+
+def plot_curves(grid:Grid, found:dict, path:Path) -> None:
+  "A panel for each column, a line for each seed."
+  import matplotlib
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+  n = len(grid.columns)
+  fig, axes = plt.subplots(1, n, figsize=(4.2*n, 3.6), dpi=150, layout="constrained", squeeze=False)
+  for ax, (column, (_, metric)) in zip(axes[0], grid.columns.items()):
+    for color, row in zip(("#4c78a8", "#e45756", "#54a24b", "#b279a2"), grid.rows):
+      for i, evals in enumerate(found[row, column]):
+        y = [figure_of(e, metric)*(100 if grid.percent else 1) for e in evals]
+        ax.plot([e[0] for e in evals], y, color=color, lw=1.3, label=row if i == 0 else None)
+    ax.set(title=column, xlabel="step", ylabel="%" if grid.percent else column)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+  axes[0][0].legend(frameon=False)
+  fig.savefig(path)
+  plt.close(fig)
+
 def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|None]:
   "The options, completed by the checkpoint that --resume or --init names, and that checkpoint."
   args, now = parser().parse_args(argv), given(argv)
@@ -1594,7 +1723,12 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
 
 def main(argv:list[str]|None=None) -> int:
   if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")
-  try: return bench() if hasattr(parser().parse_args(argv), "bench") else train(*settle(argv))
+  try:
+    args = parser().parse_args(argv)
+    if hasattr(args, "reproduce"):
+      out = Path("reproduced" if args.out == OUT else args.out)
+      return reproduce(args.reproduce, out, getattr(args, "seeds", None))
+    return bench() if hasattr(args, "bench") else train(*settle(argv))
   except (UserError, CheckpointError) as e: parser().error(str(e))
   except MemoryError: parser().error("not enough memory: take a smaller --batch, --length or model")
   except OSError as e:
