@@ -2398,6 +2398,14 @@ def test_readme_commands(section, tmp_path, monkeypatch, capfd):
         assert train.main(words[2:]) == 0, command
         table = capfd.readouterr().out
         assert re.search(r"^train +\d+\.\d +\d+", table, re.M) and "second start" in table
+      elif "--reproduce" in words:
+        metrics = dict.fromkeys(["accuracy", "accuracy at 40"], 0.5)
+        monkeypatch.setattr(train, "one_run", lambda *a: {"held_out": json.dumps([[1, 1.0, metrics]])})
+        assert train.main(words[2:]) == 0 and (tmp_path/"reproduced"/"table2"/"table.csv").exists(), command
+      elif words[1] == "train.py" and "pixels" in words:
+        np.savez("mnist.npz", x_train=rng.integers(0, 256, (9, 4, 4)), y_train=np.arange(9) % 3)
+        small = "--d-model 8 --n-layer 1 --d-state 4 --batch 2 --steps 1".split()
+        assert train.main([*words[2:], *small]) == 0, command
       elif words[1] == "train.py" and "--task" in words:
         shape = [] if "--init" in words else ["--d-model", "16", "--n-layer", "1", "--d-state", "4"]
         assert train.main([*words[2:], *shape, *"--batch 2 --length 48 --sample 0 --steps 1".split()]) == 0, command
