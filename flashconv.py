@@ -472,7 +472,7 @@ def widened(x:Tensor|UOp) -> Tensor|UOp:
 
 def whole(*tensors:Tensor|None) -> bool:
   "Whether none is in parts on several devices: a kernel takes what one device holds. (Whole on each is fine.)"
-  return all(t is None or isinstance(t.device, str) or t.uop.axis is None for t in tensors)
+  return all(t is None or isinstance(t.device, str) or (t.device is not None and t.uop.axis is None) for t in tensors)
 
 def _float_on_cpu(*tensors:Tensor|None, small:tuple[Tensor, ...]=()) -> bool:
   """Whether the CPU's matrix product and layer norm serve: float32, or what WEIGHTS has, not empty, on a device without

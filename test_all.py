@@ -3,7 +3,8 @@
 On whatever device tinygrad finds, or DEV=CPU, DEV=CL, …; `-n auto` on all cores, with pytest-xdist.
 From top to bottom: the kernels against float64, the model against the official code's outputs
 (golden/) and against a float64 recurrence, its three ways of running against each other, the
-trainer and the generator, and every command of the README. `-k kernel` runs the kernels' alone.
+trainer and the generator, and every command of the README. `-k kernel` runs the kernels' alone, SLOW=1 all:
+without it what takes long is left out.
 """
 import gc, time
 gc.set_threshold(500_000, 50, 1000)          # tinygrad's graphs are many small objects: a quarter less time
@@ -26,6 +27,8 @@ from flashconv import capture, fftconv, layernorm, matmul, product, ssm_conv
 from h3tiny import CheckpointError, H3Config, H3LM, H3Mixer, load_weights, read_checkpoint, save_checkpoint
 
 HERE = Path(__file__).resolve().parent
+# what takes 20 seconds and more: train something until it has learned, or go through the README's commands
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes long: SLOW=1 runs it too")
 EPS = np.finfo(np.float32).eps
 rng = np.random.default_rng(0)
 def normal(*shape:int) -> np.ndarray: return rng.standard_normal(shape).astype(np.float32)
@@ -206,6 +209,7 @@ def test_metal_sources_are_well_formed(tmp_path):
   m, tw = flashconv.Machine(True, 1, 32768, True), UOp.placeholder((2, 8, 512), dtypes.float, slot=9)
   assert flashconv.Block(flashconv.Group(m, 1, 4096), tw).mem.max_numel()*4 == 32768
 
+@slow
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 def test_cuda_sources_compile_without_spills(tmp_path):
   "at the longest that one launch takes, where registers are most needed; local memory within 48 KB"
@@ -917,6 +921,7 @@ def test_forward_equals_steps_equals_prefill_in_pieces(config):
 
 LONG = [H3Config(19, 16, 2, (1,), n_heads=2, rotary_dim=8), H3Config(19, 16, 2, ())]
 
+@slow
 @pytest.mark.parametrize("config", LONG, ids=["hybrid", "h3"])
 def test_pieces_of_any_size_on_5000_tokens(config):
   "1, 3, 100, 1000 at a time, or one call: logits on the way and the state at the end; a step is traced once"
@@ -939,6 +944,7 @@ def test_pieces_of_any_size_on_5000_tokens(config):
   assert not config.attn_layers or model.capacity(last) == 5000
   assert sum(s.nbytes() for s in last if s.ndim != 4) == sum(s.nbytes() for s in model.init_state(1) if s.ndim != 4)
 
+@slow
 @pytest.mark.parametrize("kw", [dict(attn_layers=(1,), rotary_dim=8), dict(attn_layers=(), head_dim=4)],
                          ids=["hybrid", "h3"])
 def test_texts_of_different_length_side_by_side(kw):
@@ -960,7 +966,8 @@ def direct_conv(u, k, D=None, v=None, q=None, channels_last=False):
     return direct_conv(*turned).transpose(1, 2)
   w, L = u if v is None else u*v, u.shape[-1]
   taps = h3tiny.fit(k, L).flip(-1).pad((None, (0, L-1))).unfold(-1, L, 1).flip(1)        # [t,s] = k[t-s], 0 if s > t
-  y = (w.unsqueeze(-2) * taps).sum(-1) + D.reshape(-1, 1)*w
+  y = (w.unsqueeze(-2) * taps).sum(-1)
+  if D is not None: y = y + D.reshape(-1, 1)*w
   return y if q is None else q*y
 
 @pytest.mark.parametrize("exact", [True, False], ids=["direct", "fftconv"])
@@ -1638,6 +1645,7 @@ def test_resume_is_exact(run8, tmp_path, monkeypatch, capsys):
 
 KILLS = int(os.environ.get("KILLS", 3))
 
+@slow
 def test_killed_at_any_moment(tmp_path):
   """SIGKILL, at random moments, while it saves as well (it saves at every step): resumed, the weights, the optimiser's
   moments and the log are those of the run that was left alone. KILLS=20 for more."""
@@ -2105,6 +2113,7 @@ def mlm(tmp_path_factory):
                        "--out", str(folder/"m")]) == 0
   return folder, out.getvalue()
 
+@slow
 def test_mlm_learns_goes_on_longer_and_fills(mlm, tmp_path, capsys):
   """Far above the guess by frequency; at 4 times the length, with the position table copied, still so (of a text so
   simple the loss is nearly 0, so no ratio; README has that of a real one); a masked word of a line gets as many
@@ -2137,6 +2146,7 @@ def tsv(path:Path, rows) -> str:
 
 CLASSIFY = "--task classify --d-model 32 --n-layer 1 --d-state 8 --length 40 --eval-every 1000".split()
 
+@slow
 def test_classify_learns(tmp_path, capsys):
   """Labels of a small TSV: with accuracy, F1 and Matthews' correlation; real values of pairs, with both correlations;
   from one of the authors' files by the recipe of GLUE"""
@@ -2199,6 +2209,7 @@ def test_metrics():
   assert train.correlation(x, y)["Spearman"] == pytest.approx(0.8207826816681233)      # scipy.stats.spearmanr's example
   assert train.correlation(x, y)["Pearson"] == pytest.approx(np.corrcoef(x, y)[0, 1])
 
+@slow
 def test_agreement():
   "The grammar: the verb agrees with the subject, attractors are of the other number; both families train on it"
   number = {w: i for p in train.NOUNS + train.VERBS for i, w in enumerate(p)}
@@ -2275,6 +2286,7 @@ def test_listops_and_pixels(tmp_path):
     (tmp_path/"bad.csv").write_text(text)
     with pytest.raises(gen.UserError, match="bad.csv is no table of images"): train.read_images(tmp_path/"bad.csv")
 
+@slow
 def test_enough_ends_a_run(tmp_path, monkeypatch, capsys):
   "Three evaluations in a row that are good enough end it, and it is saved; both models' other tasks run a step."
   task = train.language_task
@@ -2348,6 +2360,7 @@ def readme_commands() -> dict[str, list[str]]:
   return {title: [line.split("  #")[0].strip() for block in some for line in block.splitlines() if line.strip()]
           for title, some in blocks.items() if some}
 
+@slow
 @pytest.mark.parametrize("section", readme_commands())
 def test_readme_commands(section, tmp_path, monkeypatch, capfd):
   "Each runs as written, with small sizes added; what installs or tests is looked up instead. Nothing is left out."
