@@ -1846,6 +1846,15 @@ def test_in_parts_on_devices_and_recomputed(two_steps, kw):
     near = np.abs(got[k] - weights[k]) <= 1e-5 + 1e-4*np.abs(weights[k]).max()
     assert near.mean() > 0.98, k
 
+def test_put_on_several_devices():
+  "As a resumed run does: in place, on each of them, where a TinyJit finds it"
+  names = tuple(Device.canonicalize(f"{Device.DEFAULT}:{i}") for i in range(2))
+  t = train.on(names, np.zeros(4, np.float32))
+  double = capture(lambda: (t*2).contiguous().realize())
+  double()
+  train.put(t, x := normal(4))
+  assert all((Tensor(t.uop.mselect(i)).numpy() == x).all() for i in range(2)) and (double().numpy() == 2*x).all()
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision(two_steps, dtype):
   "The losses as in float32, to what rounding the products' factors can do; or a line, where there are no such numbers"

@@ -890,8 +890,8 @@ def on(device:str|tuple[str, ...], x:np.ndarray, shared:bool=False) -> Tensor:
 
 def put(t:Tensor, x:np.ndarray) -> None:
   "Overwrites a Tensor in place, on each device, where a TinyJit that uses it will find it."
-  data, buffer = np.ascontiguousarray(x).reshape(t.shape), t._buffer()
-  for b in getattr(buffer, "bufs", [buffer]):
+  data = np.ascontiguousarray(x).reshape(t.shape)
+  for b in [t._buffer()] if isinstance(t.device, str) else t.uop.buffer.bufs:
     b.ensure_allocated().copy_from(Buffer("NPY", data.size, t.dtype, opaque=data))
 
 class Feed:
@@ -922,6 +922,7 @@ class LossScale:
 # ---- checkpoints ----------------------------------------------------------------------------------
 
 PREVIOUS = "checkpoint.previous.safetensors"       # the one before the newest
+RECOVERED = 100                                    # steps after which a loss that was not finite is past
 
 def everything(model:H3LM|BiGS, opt:AdamW) -> dict[str, Tensor]:
   "All that training changes, by the names in a checkpoint; dropout's counters are there once it was used."
@@ -1324,11 +1325,12 @@ def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str
   train_step = make_step(model, params, opt, task.forward, args.truncate, args.accumulate, args.checkpoint_activations,
                          args.dtype, task.count)
   eval_step = make_eval(model, task.forward, args.truncate, args.dtype)
-  failures, saved = 0, first if args.resume else None      # since the last checkpoint; the step of that
+  failures, failed, saved = 0, 0, first if args.resume else None      # in a row; at steps; what the checkpoint has done
   def recover(step:int) -> None:
     "Back to the last checkpoint, or to the beginning, in place; the data and the schedule go on."
-    nonlocal failures
-    failures += 1
+    nonlocal failures, failed
+    # weights that blow up do so after a few good steps: "in a row" is with fewer than RECOVERED between
+    failures, failed = 1 + failures*(step - failed <= RECOVERED), step
     if failures == 3:
       raise UserError(f"the loss or the gradient is not finite at step {step}, for the third time in a row: take a "
                       "smaller --lr (checkpoints stay as they were)")
@@ -1355,14 +1357,14 @@ def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str
     return math.isfinite(mean)
   def write(step:int, must:bool) -> None:
     "A checkpoint and the log; where there is no room for it, a line says so, unless it must be."
-    nonlocal failures, saved
+    nonlocal saved
     if saved is None:
       for old in (path, out / PREVIOUS):
         if old.exists(): log.line(f"the checkpoint that was in {out} is now {set_aside(old).name}")
     try:
       save(path, model, opt, args, step, log, scale)
       if vocab: (out / "vocab.txt").write_bytes(vocab)
-      failures, saved = 0, step
+      saved = step
       log.write_table(log.files()[0])
     except OSError as e:
       stays = f"the checkpoint of step {saved} stays" if saved is not None else "there is no checkpoint yet"
