@@ -1719,6 +1719,19 @@ def test_full_disk(run8, tmp_path, monkeypatch, capsys):
   with pytest.raises(SystemExit): train.main([*run8[1], "--steps", "1", "--out", str(tmp_path/"two")])
   assert "there is no checkpoint yet" in capsys.readouterr().err and not [*(tmp_path/"two").glob("*safetensors*")]
 
+def test_one_run_a_folder(run8, tmp_path, capsys):
+  "A second run is told to go elsewhere; the first one's death, however it comes, frees the folder."
+  holder = subprocess.Popen([sys.executable, "-c", f"import train\nwith train.alone(train.Path({str(tmp_path)!r})): "
+                             "print(flush=True); input()"], cwd=Path(__file__).parent, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE)
+  holder.stdout.readline()
+  with pytest.raises(SystemExit) as e: train.main([*run8[1], "--steps", "1", "--out", str(tmp_path)])
+  said = capsys.readouterr().err
+  assert e.value.code == 2 and said.count("\n") == 1 and f"another run trains into {tmp_path}" in said
+  holder.kill()
+  holder.wait()
+  with train.alone(tmp_path): assert not [*tmp_path.iterdir()]
+
 def test_loss_that_is_not_finite(run8, tmp_path, monkeypatch, capsys):
   "Back to the last checkpoint, or to the beginning, without the batch; three times in a row: one line, status 2."
   make, seen = train.make_step, []
@@ -2320,23 +2333,43 @@ def test_reproduce(tmp_path, monkeypatch, capsys):
   grid = train.Grid("title", "about", {"A": "--model h3", "B": "--model s4d"},
                     {"x": ("--task recall", "accuracy"), "y": ("--task recall", "loss")}, {("A", "x"): "99"}, seeds=2)
   ran = []
-  def one_run(folder:Path, options:list[str]) -> dict[str, str]:
-    if (folder/"done").exists(): return json.loads((folder/"done").read_text())
+  def start_run(folder:Path, options:list[str]) -> subprocess.Popen:
     ran.append(options)
     folder.mkdir(parents=True)
-    meta = {"held_out": json.dumps([[1, 0.5, {"accuracy": 0.25 + int(options[-1])/4}]])}
-    (folder/"done").write_text(json.dumps(meta))
-    return meta
+    (folder/"said").write_text(json.dumps(dict(step="1", seconds="6", held_out=json.dumps(
+      [[1, 0.5, {"accuracy": 0.25 + int(options[-1])/4}]]))))
+    return subprocess.Popen([sys.executable, "-c", ""])
   monkeypatch.setitem(train.GRIDS, "table2", grid)
-  monkeypatch.setattr(train, "one_run", one_run)
+  monkeypatch.setattr(train, "start_run", start_run)
+  monkeypatch.setattr(train, "finished", lambda f: json.loads((f/"said").read_text()) if f.exists() else None)
   for _ in range(2):
     assert train.main(["--reproduce", "table2", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert len(ran) == 4 and re.search(r"^A +37\.5 \(25\.0 to 50\.0\) \[99\]", said, re.M)
+    assert len(ran) == 4 and re.search(r"^A +37\.5 \(25\.0 to 50\.0\) \[99\].* 0\.1$", said, re.M)
   assert len((tmp_path/"table2"/"table.csv").read_text().splitlines()) == 9
-  def stopped(*a): raise KeyboardInterrupt
-  monkeypatch.setattr(train, "one_run", stopped)
-  assert train.main(["--reproduce", "table2", "--out", str(tmp_path)]) == 130
+
+@slow
+def test_reproduce_stops_and_goes_on(tmp_path):
+  "SIGTERM while two models are trained: both save, nothing goes on behind one's back; then they are finished"
+  code = ("import train; train.GRIDS['table2'] = train.Grid('t', 'a', {'A': '--model h3', 'B': '--model s4d'}, {'x': "
+          "('--task recall --d-model 8 --n-layer 1 --d-state 4 --steps 4000 --save-every 1', 'accuracy')}, {}, seeds=1);"
+          f"train.sys.exit(train.main(['--reproduce', 'table2', '--out', {str(tmp_path)!r}]))")
+  def start() -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
+  def steps() -> list[int]:
+    return [int(read_checkpoint(str(f))[1]["step"]) for f in sorted(tmp_path.rglob(gen.CHECKPOINT))]
+  grid = start()
+  deadline = time.monotonic() + 120
+  while not steps() and time.monotonic() < deadline: time.sleep(0.5)
+  grid.terminate()
+  assert "go on with: python train.py --reproduce table2" in grid.communicate()[0] and grid.returncode == 130
+  before = steps()
+  assert before and max(before) < 4000
+  time.sleep(2)
+  assert steps() == before                                          # nobody trains any more
+  said = start().communicate()[0]
+  assert said.count("4,000 steps") == 2 and steps() == [4000]*2 and re.search(r"^B +\d", said, re.M), said
 
 def test_bert_tokens(tmp_path, monkeypatch, capsys):
   "WordPiece of a vocab.txt, which goes along with the checkpoint; a line where the library or the file is missing"
@@ -2426,7 +2459,8 @@ def test_readme_commands(section, tmp_path, monkeypatch, capfd):
         assert re.search(r"^train +\d+\.\d +\d+", table, re.M) and "second start" in table
       elif "--reproduce" in words:
         metrics = dict.fromkeys(["accuracy", "accuracy at 40"], 0.5)
-        monkeypatch.setattr(train, "one_run", lambda *a: {"held_out": json.dumps([[1, 1.0, metrics]])})
+        meta = dict(held_out=json.dumps([[1, 1.0, metrics]]), seconds="6")
+        monkeypatch.setattr(train, "finished", lambda f: meta)
         assert train.main(words[2:]) == 0 and (tmp_path/"reproduced"/"table2"/"table.csv").exists(), command
       elif words[1] == "train.py" and "pixels" in words:
         np.savez("mnist.npz", x_train=rng.integers(0, 256, (9, 4, 4)), y_train=np.arange(9) % 3)
