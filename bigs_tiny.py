@@ -345,7 +345,7 @@ class BiGS:
       raise CheckpointError(f"{source}: its classifier has {config.n_labels} labels, not {n_labels}.")
     have = lambda part: any(k.startswith(part) for k in weights)
     model = BiGS(config, None, tuple(h for h in ("mlm", "span", "tag") if have(parts[h][0])))
-    if have("bigs.pooler."): model.bigs.pooler = SimpleNamespace(dense=Linear(*[config.d_model]*2, model.rng))
+    if have("bigs.pooler."): model.bigs.pooler = SimpleNamespace(dense=dense(*[config.d_model]*2, model.rng))
     load_weights(model, weights, source)
     model.rng = np.random.default_rng(0)
     if head:

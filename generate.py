@@ -184,6 +184,9 @@ def generate(model:H3LM, prompts:np.ndarray|list[np.ndarray], n:int, temperature
   if model.config.attn_layers and longest + n > room:
     raise UserError(f"{longest} tokens of prompt and {n} to generate exceed the cache of {room}: "
                     f"ask for fewer tokens, or give --max-length {longest + n}")
+  if (most := model.config.max_positions) and longest + n > most:
+    raise UserError(f"{longest} tokens of prompt and {n} to generate, where the model has learned positions for "
+                    f"{most}: ask for fewer tokens")
   piece = piece_size(longest, B) if longest == shortest else max(32, piece_size(longest, B))
   P = -(-longest//piece)*piece
   start = [P - len(p) for p in prompts] if shortest < P else None
@@ -576,6 +579,8 @@ def run(args:argparse.Namespace) -> None:
     raise UserError(f"{path} has a vocabulary of {model.config.vocab_size}, not the {tokenizer.vocab_size} of {name}"
                     + ("" if meta else ": give another --tokenizer"))
   window = getattr(args, "window", options.get("length") or model.config.max_length)
+  if (most := model.config.max_positions) and window > most and {"perplexity", "score"} & vars(args).keys():
+    raise UserError(f"--window {window}: the model has learned positions for {most} tokens")
   if hasattr(args, "perplexity"):
     if (stride := getattr(args, "stride", -(-window//2))) > window:
       raise UserError(f"--stride {stride} is longer than a window of {window}: tokens would be left out")

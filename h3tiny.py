@@ -57,9 +57,11 @@ class H3Config:
   norm_eps: float = 1e-5
   embed_dropout: float = 0.0
   resid_dropout: float = 0.0
+  init_std: float = 0.02             # of the first weights of matrices and embeddings
   pad_vocab_multiple: int = 8
   head_order: str = "d2h"            # output channel if p > 1: "d2h" d2*H+h, "hd2" h*p+d2
   max_length: int = 2048             # positions of the KV cache; training may be longer
+  max_positions: int = 0             # rows of a table of learned positions, past which a text can't go; 0: none
   ssm: str = "h3"                    # what is no attention: "h3", or "s4d", a diagonal SSM that nothing gates
 
   def __post_init__(self):
@@ -77,8 +79,11 @@ class H3Config:
     if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.d_model // self.n_heads:
       raise ValueError(f"rotary_dim must be even and at most the attention head's size "
                        f"({self.d_model // self.n_heads}), not {self.rotary_dim}.")
+    if not isinstance(self.max_positions, int) or self.max_positions < 0:
+      raise ValueError(f"max_positions must be a whole number of at least 0, not {self.max_positions!r}.")
     if self.d_state % 2: raise ValueError(f"d_state must be even, not {self.d_state}.")
-    if self.norm_eps <= 0: raise ValueError(f"norm_eps must be above 0, not {self.norm_eps}.")
+    for f in ("norm_eps", "init_std"):
+      if not getattr(self, f) > 0: raise ValueError(f"{f} must be above 0, not {getattr(self, f)}.")
     for f in ("embed_dropout", "resid_dropout"):
       if not 0 <= (rate := getattr(self, f)) < 1:
         raise ValueError(f"{f} must be at least 0 and below 1, not {rate}.")
@@ -117,7 +122,7 @@ class Blank:
 
 class Linear:
   "x (…,in) -> (…,out). weight (out,in), bias (out,)."
-  def __init__(self, n_in:int, n_out:int, rng:np.random.Generator, std:float=0.02):
+  def __init__(self, n_in:int, n_out:int, rng:np.random.Generator, std:float):
     self.weight, self.bias = param(rng.normal(0, std, (n_out, n_in))), param(np.zeros(n_out))
   def __call__(self, x:Tensor) -> Tensor:
     return matmul(x, self.weight, transposed=True, bias=self.bias)
@@ -229,6 +234,10 @@ class Place(NamedTuple):
   pos: Tensor              # (1,) int: positions before it
   start: Tensor|None       # (B,) int: the position where the text begins, after padding; None: 0
   room: int                # at least pos + L: how much of the attention caches is looked at
+  def positions(self, L:int) -> Tensor:
+    "Of the next L tokens, (L,) int, or (B,L); in the padding before a text 0."
+    t = Tensor.arange(L) + self.pos
+    return t if self.start is None else (t - self.start.unsqueeze(-1)).maximum(0)
 
 class H3Mixer:
   """y = Wo( q * DiagSSM( ShiftSSM(k) * v ) ), per channel; with p > 1, k v^T q per head.
@@ -238,12 +247,12 @@ class H3Mixer:
   """
   def __init__(self, cfg:H3Config, rng:np.random.Generator):
     D, self.p, self.head_order = cfg.d_model, cfg.head_dim, cfg.head_order
-    self.q_proj, self.k_proj, self.v_proj = (Linear(D, D, rng) for _ in range(3))
+    self.q_proj, self.k_proj, self.v_proj = (Linear(D, D, rng, cfg.init_std) for _ in range(3))
     self.ssm_k_kernel = SimpleNamespace(kernel=ShiftSSM(D, cfg.d_state, rng))
     self.ssm_k_D = param(rng.normal(0, 1, D))
     self.kernel = SimpleNamespace(kernel=DiagSSM(D // self.p, cfg.d_state, rng))
     self.D = param(rng.normal(0, 1, D // self.p))
-    self.output_linear = Linear(D, D, rng)
+    self.output_linear = Linear(D, D, rng, cfg.init_std)
 
   def state_shapes(self, cfg:H3Config, batch:int, capacity:int) -> list[tuple[int, ...]]:
     x = (batch, self.p, self.p, cfg.d_model // self.p, cfg.d_state // 2)
@@ -302,7 +311,7 @@ class S4DMixer:
   def __init__(self, cfg:H3Config, rng:np.random.Generator):
     D = cfg.d_model
     self.kernel = SimpleNamespace(kernel=DiagSSM(D, cfg.d_state, rng))
-    self.D, self.output_linear = param(rng.normal(0, 1, D)), Linear(D, D, rng)
+    self.D, self.output_linear = param(rng.normal(0, 1, D)), Linear(D, D, rng, cfg.init_std)
   tables = H3Mixer.tables
   def state_shapes(self, cfg:H3Config, batch:int, capacity:int) -> list[tuple[int, ...]]:
     return [(batch, cfg.d_model, cfg.d_state // 2)] * 2
@@ -327,8 +336,9 @@ class Attention:
   State: keys and values so far, (B,heads,T,hd) each, T the capacity; keys are kept rotated.
   flash-attention 33e0860c, flash_attn/modules/mha.py:346-522 and layers/rotary.py:125-202.
   """
-  def __init__(self, cfg:H3Config, rng:np.random.Generator, causal:bool=True, std:float=0.02):
+  def __init__(self, cfg:H3Config, rng:np.random.Generator, causal:bool=True, std:float|None=None):
     D, self.n_heads, self.rotary_dim, self.causal = cfg.d_model, cfg.n_heads, cfg.rotary_dim, causal
+    std = std or cfg.init_std
     self.Wqkv = Linear(D, 3*D, rng, std)
     self.out_proj = Linear(D, D, rng, std / (2*cfg.n_layer)**0.5)
 
@@ -343,8 +353,8 @@ class Attention:
     if (r := self.rotary_dim // 2) == 0: return [q, k, v]
     tables = rotary_tables(place.room if place else L, 2*r, u.device)
     if place:
-      t = Tensor.arange(L) + place.pos if place.start is None else \
-        (Tensor.arange(L) + place.pos - place.start.unsqueeze(-1)).maximum(0).unsqueeze(1)         # (B,1,L)
+      t = place.positions(L)
+      if t.ndim == 2: t = t.unsqueeze(1)                            # (B,1,L)
       tables = (embedding(t, w) for w in tables)
     cos, sin = tables                                               # (L,r) or (B,1,L,r)
     def rotate(x:Tensor) -> Tensor:                                 # dims j and r+j are a pair
@@ -368,8 +378,8 @@ class Attention:
 class MLP:
   "D -> mlp_mult D -> D with the tanh approximation of GELU (src/models/ssm_seq.py:44-45)."
   def __init__(self, cfg:H3Config, rng:np.random.Generator):
-    self.fc1 = Linear(cfg.d_model, cfg.mlp_mult * cfg.d_model, rng)
-    self.fc2 = Linear(cfg.mlp_mult * cfg.d_model, cfg.d_model, rng, 0.02 / (2*cfg.n_layer)**0.5)
+    self.fc1 = Linear(cfg.d_model, cfg.mlp_mult * cfg.d_model, rng, cfg.init_std)
+    self.fc2 = Linear(cfg.mlp_mult * cfg.d_model, cfg.d_model, rng, cfg.init_std / (2*cfg.n_layer)**0.5)
   def __call__(self, x:Tensor) -> Tensor: return self.fc2(self.fc1(x).gelu())
 
 class Block:
@@ -398,16 +408,25 @@ class H3LM:
   def __init__(self, config:H3Config, seed:int|None=0):
     self.config, d = config, config.d_model
     rng = Blank() if seed is None else np.random.default_rng(seed)
-    words = SimpleNamespace(weight=param(rng.normal(0, 0.02, (config.padded_vocab, d))))
+    table = lambda rows: SimpleNamespace(weight=param(rng.normal(0, config.init_std, (rows, d))))
+    tables = {"word_embeddings": table(config.padded_vocab)}
+    if config.max_positions: tables["position_embeddings"] = table(config.max_positions)
     self.backbone = SimpleNamespace(
-      embeddings=SimpleNamespace(word_embeddings=words),
+      embeddings=SimpleNamespace(**tables),
       layers=[Block(config, i, rng) for i in range(config.n_layer)],
       ln_f=LayerNorm(d, config.norm_eps))
 
-  def embed(self, tokens:Tensor) -> Tensor:
-    "tokens (B,…) -> (B,…,D)."
-    w = self.backbone.embeddings.word_embeddings.weight
-    return embedding(tokens, w).dropout(self.config.embed_dropout)
+  def embed(self, tokens:Tensor, place:Place|None=None) -> Tensor:
+    """Words, and learned positions if there are any: tokens (B,L), or (B,), -> (B,L,D), or (B,D). ValueError for more
+    tokens than positions."""
+    e, L = self.backbone.embeddings, 1 if tokens.ndim == 1 else tokens.shape[1]
+    x = embedding(tokens, e.word_embeddings.weight)
+    if n := self.config.max_positions:
+      if place is None and L > n: raise ValueError(f"{L} tokens where the model has positions for {n}.")
+      table = e.position_embeddings.weight
+      rows = table[:L] if place is None else embedding(place.positions(L), table)     # (L,D) or (B,L,D)
+      x = x + (rows if tokens.ndim > 1 else rows.squeeze(-2))
+    return x.dropout(self.config.embed_dropout)
 
   def head(self, x:Tensor) -> Tensor:
     words = self.backbone.embeddings.word_embeddings.weight
@@ -466,7 +485,8 @@ class H3LM:
     pos = state[0] if state[0].shape[0] == 1 else state[0][-1:].contiguous()
     start = None if pos is state[0] else state[0][:-1].contiguous()
     cap = self.capacity(state) or 1
-    place, x, new, i = Place(pos, start, cap if tokens.ndim == 1 else min(room or cap, cap)), self.embed(tokens), [], 1
+    place, new, i = Place(pos, start, cap if tokens.ndim == 1 else min(room or cap, cap)), [], 1
+    x = self.embed(tokens, place)
     for j, layer in enumerate(self.backbone.layers):
       n = len(layer.mixer.state_shapes(self.config, 1, 1))
       x, s = layer(x, state[i:i+n], place, tables[j] if tables else None)
@@ -483,7 +503,7 @@ class H3LM:
     """A prompt, or a piece of one: tokens (B,L) int -> logits (B,V) after the last, and the state.
 
     With `chunk` it is taken that many tokens at a time, which bounds the memory; the result is the
-    same. ValueError if L is 0, or if an attention layer's cache would overflow."""
+    same. ValueError if L is 0, or if an attention layer's cache, or the learned positions, would not hold it."""
     B, L = tokens.shape
     if L == 0: raise ValueError("the prompt is empty: prefill needs at least one token.")
     if chunk is not None and chunk < 1: raise ValueError(f"chunk must be at least 1, not {chunk}.")
@@ -493,6 +513,9 @@ class H3LM:
     if self.config.attn_layers and pos + L > (T := self.capacity(state)):
       raise ValueError(f"{pos + L} tokens do not fit the attention cache of {T}: "
                        "make the state with a larger max_length.")
+    padding = min(state[0].numpy()[:-1], default=0)
+    if (n := self.config.max_positions) and pos + L - padding > n:
+      raise ValueError(f"{pos + L - padding} tokens where the model has positions for {n}.")
     for i in range(0, L, step := chunk or L):
       piece = tokens[:, i:i+step]
       logits = self.advance(piece.contiguous(), state, 1 << (pos + i + piece.shape[1] - 1).bit_length())
@@ -602,6 +625,8 @@ def official_config(tensors:Weights, source:str, n_heads:int|None=None) -> H3Con
   h3 = next((i for i in range(n) if i not in attn), None)
   config = dict(vocab_size=50257 if rows == 50264 else rows, d_model=D, n_layer=n, attn_layers=attn,
                 mlp_mult=shape("layers.0.mlp.fc1.weight", 2)[0] // D)
+  if "backbone.embeddings.position_embeddings.weight" in tensors:
+    config["max_positions"] = shape("embeddings.position_embeddings.weight", 2)[0]
   if h3 is not None:
     config |= dict(d_state=shape(f"layers.{h3}.mixer.ssm_k_kernel.kernel.B", 2)[1],
                    head_dim=D // shape(f"layers.{h3}.mixer.D", 1)[0])
@@ -656,7 +681,7 @@ def save_official(path:str, model:H3LM) -> None:
                 ssm_cfg=dict(mode="diag", measure="diag-lin", d_state=c.d_state, head_dim=c.head_dim),
                 attn_layer_idx=list(c.attn_layers), attn_cfg=dict(num_heads=c.n_heads, rotary_emb_dim=c.rotary_dim),
                 resid_dropout=c.resid_dropout, embed_dropout=c.embed_dropout, layer_norm_epsilon=c.norm_eps,
-                pad_vocab_size_multiple=c.pad_vocab_multiple)
+                pad_vocab_size_multiple=c.pad_vocab_multiple, max_position_embeddings=c.max_positions)
   text, beside = json.dumps(config, indent=1) + "\n", Path(path).with_name("config.json")
   if beside.exists() and beside.read_text() != text:
     raise CheckpointError(f"{beside} is there and says something else: name a file in a folder of its own")

@@ -761,6 +761,7 @@ def np_lm(model, tokens):
     x = x - x.mean(-1, keepdims=True)
     return x / np.sqrt((x*x).mean(-1, keepdims=True) + c.norm_eps) * w[n+".weight"] + w[n+".bias"]
   x = w["backbone.embeddings.word_embeddings.weight"][tokens]
+  if c.max_positions: x = x + w["backbone.embeddings.position_embeddings.weight"][:tokens.shape[1]]
   for i in range(c.n_layer):
     pre = f"backbone.layers.{i}."
     m = {k[len(pre)+6:]: v for k, v in w.items() if k.startswith(pre + "mixer.")}
@@ -793,7 +794,7 @@ def np_gelu(x): return 0.5*x*(1 + np.tanh((2/np.pi)**0.5*(x + 0.044715*x**3)))
 HYBRIDS = [H3Config(19, 12, 2, (1,), n_heads=2, rotary_dim=4, d_state=10, head_dim=2, head_order="hd2",
                     max_length=12),
            H3Config(19, 12, 2, (), d_state=16, head_dim=3, mlp_mult=2),
-           H3Config(19, 12, 2, (0, 1), n_heads=3, mlp_mult=2)]
+           H3Config(19, 12, 2, (0, 1), n_heads=3, mlp_mult=2, max_length=12, max_positions=40)]
 S4D = H3Config(19, 12, 2, (1,), n_heads=2, d_state=10, max_length=12, ssm="s4d")
 
 @pytest.mark.parametrize("config", [*HYBRIDS, S4D], ids=["hybrid", "h3", "transformer", "s4d"])
@@ -898,8 +899,8 @@ def test_against_torch():
 
 # ---------------------------------------------------------------- one model, three ways to run it
 
-@pytest.mark.parametrize("config", [HYBRIDS[0], *(pytest.param(c, marks=slow) for c in (HYBRIDS[1], S4D))],
-                         ids=["hybrid, hd2", "h3, d2h", "s4d"])
+@pytest.mark.parametrize("config", [HYBRIDS[0], *(pytest.param(c, marks=slow) for c in (*HYBRIDS[1:], S4D))],
+                         ids=["hybrid, hd2", "h3, d2h", "transformer", "s4d"])
 def test_forward_equals_steps_equals_prefill_in_pieces(config):
   model, t = shaken(config), np.random.default_rng(0).integers(0, 19, (2, 7))
   want, state = model(toks(t)).numpy(), model.init_state(2)
@@ -947,8 +948,8 @@ def test_pieces_of_any_size_on_5000_tokens(config):
   assert sum(s.nbytes() for s in last if s.ndim != 4) == sum(s.nbytes() for s in model.init_state(1) if s.ndim != 4)
 
 @slow
-@pytest.mark.parametrize("kw", [dict(attn_layers=(1,), rotary_dim=8), dict(attn_layers=(), head_dim=4)],
-                         ids=["hybrid", "h3"])
+@pytest.mark.parametrize("kw", [dict(attn_layers=(1,), rotary_dim=8, max_positions=77),
+                                dict(attn_layers=(), head_dim=4)], ids=["hybrid", "h3"])
 def test_texts_of_different_length_side_by_side(kw):
   "each as if it were alone: the logits after the prompts, and what is written"
   model, rng = shaken(H3Config(50, 32, 2, n_heads=2, max_length=400, **kw)), np.random.default_rng(0)
@@ -960,6 +961,10 @@ def test_texts_of_different_length_side_by_side(kw):
   together = np.stack([*gen.generate(model, prompts, 6, temperature=0)], 1)
   for row, p in zip(together, prompts):
     assert (row == np.concatenate([*gen.generate(model, p, 6, temperature=0)])).all()
+  if "max_positions" in kw:
+    with pytest.raises(gen.UserError, match="learned positions for 77"): next(gen.generate(model, prompts[1], 8))
+    with pytest.raises(ValueError, match="positions for 77"): model(toks(np.zeros((1, 78), np.int32)))
+    with pytest.raises(ValueError, match="positions for 77"): model.prefill(toks(np.zeros((1, 78), np.int32)))
 
 def direct_conv(u, k, D=None, v=None, q=None, channels_last=False):
   "The definition as a sum over taps: no FFT, so no rounding noise crosses from one position to another."
@@ -990,7 +995,8 @@ def test_causality(monkeypatch, exact):
 def test_config():
   for bad, why in [({"attn_layers": (4,)}, "layers are 0 to 3"), ({"n_heads": 3}, "multiple of n_heads"),
                    ({"d_state": 7}, "even"), ({"head_dim": 5}, "multiple of head_dim"),
-                   ({"rotary_dim": 34}, "rotary_dim"), ({"n_layer": 0}, "n_layer")]:
+                   ({"rotary_dim": 34}, "rotary_dim"), ({"n_layer": 0}, "n_layer"),
+                   ({"max_positions": -1}, "max_positions"), ({"init_std": 0}, "init_std")]:
     with pytest.raises(ValueError, match=why): H3Config(**bad)
   c = H3Config.named("2.7B-rotary")
   assert (c.padded_vocab, c.d_model, c.attn_layers, c.rotary_dim) == (50264, 2560, (10, 21), 64)
@@ -2458,10 +2464,15 @@ def test_readme_commands(section, tmp_path, monkeypatch, capfd):
         table = capfd.readouterr().out
         assert re.search(r"^train +\d+\.\d +\d+", table, re.M) and "second start" in table
       elif "--reproduce" in words:
-        metrics = dict.fromkeys(["accuracy", "accuracy at 40"], 0.5)
-        meta = dict(held_out=json.dumps([[1, 1.0, metrics]]), seconds="6")
+        metrics = dict.fromkeys(["accuracy", "accuracy at 40", "1 attractor"], 0.5)
+        metrics |= {f"{n} attractors": 0.5 for n in (0, 2, 3, 4)}
+        meta, asked = dict(held_out=json.dumps([[1, 1.0, metrics]]), seconds="6"), []
         monkeypatch.setattr(train, "finished", lambda f: meta)
-        assert train.main(words[2:]) == 0 and (tmp_path/"reproduced"/"table2"/"table.csv").exists(), command
+        monkeypatch.setattr(train, "child", lambda code, **env: asked.append(code) or "step 1/2  64,000 tokens/s")
+        for _ in range(2): assert train.main(words[2:]) == 0 and (Path("reproduced")/words[3]/"table.csv").exists()
+        said = capfd.readouterr().out
+        if words[3] == "lra":                                      # timed once, kept, and shown again
+          assert len(asked) == 12 and said.count("10.00 (1.0x)") == 12 and said.count("8.00 (1.0x)") == 12, said
       elif words[1] == "train.py" and "pixels" in words:
         np.savez("mnist.npz", x_train=rng.integers(0, 256, (9, 4, 4)), y_train=np.arange(9) % 3)
         small = "--d-model 8 --n-layer 1 --d-state 4 --batch 2 --steps 1".split()

@@ -5,6 +5,7 @@
   python train.py --resume --out book                goes on where a run stopped, to the bit as if it never had
   python train.py --task mlm --out masked            BiGS: fill in what is masked, see generate.py --fill
   python train.py --task classify --data train.tsv --dev dev.tsv --init masked/checkpoint.safetensors --out classes
+  python train.py --reproduce table2                 a table of the papers, trained here with three seeds
   python train.py --help                             every option
 
 From top to bottom: options, data, tasks, optimiser, checkpoints, what is shown, the loop. The models are in h3tiny.py
@@ -105,6 +106,10 @@ def parser() -> Parser:
   add(g, "--attn-layers", layer_list, None, "layers that are attention, from 0", "by --model", metavar="I,J")
   add(g, "--rotary-dim", number(int, 0), None, "rotated dimensions of an attention head; 0: no positions",
       "all in a transformer, else 0", metavar="N")
+  add(g, "--max-positions", number(int, 0), 0, "learned positions: so many tokens, and no more, can be read; 0: none",
+      metavar="N")
+  add(g, "--init-std", number(float, above=0), None, "standard deviation of the first weights",
+      "0.02; where attention learns induction or recall 0.112, sqrt(2/(5 width))", metavar="X")
   add(g, "--d-state", positive, 64, "state size of the SSMs", metavar="N")
   add(g, "--head-dim", positive, 1, "size of an H3 head", metavar="N")
   add(g, "--mlp-mult", positive, None, "width of the MLP, or the gate, over --d-model", "4; gated 3, stack 5",
@@ -160,11 +165,12 @@ def parser() -> Parser:
                  help="time training and decoding on this machine, beside PyTorch if it is installed, and stop")
   return p
 
-SHAPE = ("d_model", "n_layer", "n_heads", "attn_layers", "rotary_dim", "d_state", "head_dim", "mlp_mult",
-         "embed_dropout", "resid_dropout")
+SHAPE = ("d_model", "n_layer", "n_heads", "attn_layers", "rotary_dim", "max_positions", "d_state", "head_dim",
+         "mlp_mult", "init_std", "embed_dropout", "resid_dropout")
 # options that a checkpoint may lack, as it was written before they were there
 NEWER = dict(truncate=None, dev=None, vocab=None, mask_run=None, accumulate=1, checkpoint_activations=False,
-             dtype="float32", devices=1, sample_every=None, log=None, plot=None, symbols=None)
+             dtype="float32", devices=1, sample_every=None, log=None, plot=None, symbols=None,
+             max_positions=0, init_std=None)
 PRECISIONS = ("float32", "float16", "bfloat16")
 FIXED = ("task", "symbols", "tokenizer", "model", "size", "seed", "holdout", *SHAPE)    # what --resume can't change
 
@@ -185,7 +191,8 @@ def make_config(args:argparse.Namespace, vocab_size:int) -> H3Config|BiGSConfig:
   d_model, n_layer, n_heads = (getattr(args, k) or size[k] for k in ("d_model", "n_layer", "n_heads"))
   attn, rotary = args.attn_layers, args.rotary_dim
   if (block := block_of(args)) is not None:
-    for k, default in (("attn_layers", None), ("rotary_dim", None), ("head_dim", 1), ("resid_dropout", 0)):
+    for k, default in (("attn_layers", None), ("rotary_dim", None), ("max_positions", 0), ("head_dim", 1),
+                       ("init_std", None), ("resid_dropout", 0)):
       if getattr(args, k) != default:
         raise UserError(f"--{k.replace('_', '-')} is for {', '.join(KINDS)}, not {args.model}")
     if args.n_layer is None and block.startswith("gated"): n_layer -= n_layer // 24       # 13 D^2 to the others' 12
@@ -195,12 +202,15 @@ def make_config(args:argparse.Namespace, vocab_size:int) -> H3Config|BiGSConfig:
   # The paper's hybrid has two attention layers, the 2nd and the (2 + N/2)th; a shallow one does with one
   if attn is None: attn = {"h3": (), "s4d": (), "transformer": range(n_layer),
                            "hybrid": (1, 1 + n_layer//2) if n_layer >= 8 else (n_layer//2,)}[args.model]
-  if rotary is None: rotary = d_model // n_heads // 2 * 2 if args.model == "transformer" else 0
+  if rotary is None:
+    rotary = d_model // n_heads // 2 * 2 if args.model == "transformer" and not args.max_positions else 0
+  # the official 0.02 is for wide models: with it attention of width 32 has no induction head after 62,800 steps
+  std = args.init_std or (math.sqrt(2/5/d_model) if args.symbols and attn else 0.02)
   try:
     return H3Config(vocab_size, d_model, n_layer, tuple(attn), n_heads, rotary, args.d_state, args.head_dim,
                     args.mlp_mult or 4, ssm="s4d" if args.model == "s4d" else "h3",
-                    embed_dropout=args.embed_dropout, resid_dropout=args.resid_dropout,
-                    max_length=max(2048, 2*args.length))
+                    embed_dropout=args.embed_dropout, resid_dropout=args.resid_dropout, init_std=std,
+                    max_length=max(2048, 2*args.length), max_positions=args.max_positions)
   except ValueError as e: raise UserError(str(e)) from None
 
 # ---- data -----------------------------------------------------------------------------------------
@@ -747,6 +757,7 @@ def listops_task(args:argparse.Namespace) -> Task:
   "The value, a digit, of nested operations; --length 200 is a laptop's size, 2000 the Arena's own."
   low, high, L = (500, 2000, 2000) if args.length >= 2000 else (args.length//10, args.length, args.length)
   if L < 20: raise UserError("--task listops wants a --length of at least 20")
+  @functools.lru_cache(4096)                     # to make one takes half a millisecond, and more epochs may come
   def row(split:int, i:int) -> Batch:
     tokens, value = listops(random.Random(f"{args.seed} {split} {i}"), low, high)
     fill = L - len(tokens)
@@ -1302,6 +1313,10 @@ def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str
   def new_model() -> H3LM|BiGS: return make_model(args, task, tensors, meta, source if args.resume else args.init)
   source, devices = str(path), open_devices(args)
   model = new_model()
+  longest = max(b[0].shape[1] for b in task.held_out)
+  if isinstance(model, H3LM) and longest > (model.config.max_positions or longest):
+    raise UserError(f"the model has learned positions for {model.config.max_positions} tokens, and the task has rows "
+                    f"of {longest}: give a larger --max-positions, or a smaller --length")
   vocab = task.tokenizer.path.read_bytes() if task.tokenizer and args.tokenizer == "bert" else None
   if devices:
     for p in get_state_dict(model).values(): p.shard_(devices).realize()
@@ -1597,7 +1612,7 @@ GRIDS = {
   "table2": Grid(
     "H3 paper, Table 2: accuracy of the last symbol, %", UNVERIFIED,
     {"S4D": "--model s4d", "H3": "--model h3", "attention": "--model transformer"},
-    {"induction": ("--task induction --eval-every 785", "accuracy"),
+    {"induction": ("--task induction --steps 31400 --eval-every 785", "accuracy"),
      "recall": ("--task recall --eval-every 785", "accuracy"),
      "recall at 40": ("--task recall --eval-every 785", "accuracy at 40")},
     {("S4D", "induction"): "35.6", ("S4D", "recall"): "86.0", ("H3", "induction"): "100", ("H3", "recall"): "99.8",
@@ -1605,7 +1620,8 @@ GRIDS = {
   "lm": Grid(
     "H3 paper, Table 3 in small: held-out bits per byte of Python's library",
     f"{UNVERIFIED}: perplexities of OpenWebText at 125M",
-    {"H3": "--model h3", "hybrid H3": "--model hybrid", "Transformer": "--model transformer"},
+    # 0.99, 0.95 and 0.96 million parameters
+    {"H3": "--model h3", "hybrid H3": "--model hybrid", "Transformer": "--model transformer --mlp-mult 5"},
     {"bits per byte": ("--task text --steps 1000 --eval-every 100", "loss")},
     {("H3", "bits per byte"): "21.0", ("hybrid H3", "bits per byte"): "19.6", ("Transformer", "bits per byte"): "20.6"},
     percent=False),
@@ -1615,7 +1631,8 @@ GRIDS = {
     {"BiGS": "--model bigs", "STACK/SSM": "--model stack", "gated attention": "--model gated-attention",
      "BERT": "--model bert"},
     {"masked bytes, %": ("--task mlm --steps 1000 --eval-every 100", "accuracy"),
-     **{f"agreement, {n}": ("--task agreement --steps 700 --eval-every 100", f"{n} attractor{'s'*(n != 1)}") for n in range(5)}},
+     **{f"agreement, {n}": ("--task agreement --steps 700 --eval-every 100", f"{n} attractor{'s'*(n != 1)}")
+        for n in range(5)}},
     {("BiGS", "masked bytes, %"): "83.3", ("BERT", "masked bytes, %"): "83.3", ("STACK/SSM", "masked bytes, %"): "77.2",
      ("gated attention", "masked bytes, %"): "81.8", **{("BiGS", f"agreement, {n}"): x for n, x in
                                                        zip(range(1, 5), ("97.4", "97.4", "96.6", "96.5"))}}),
@@ -1623,7 +1640,7 @@ GRIDS = {
     "Long Range Arena, ListOps of 20 to 200 tokens: accuracy, %", f"{UNVERIFIED}: lists of 500 to 2,000 tokens",
     # steps that take about the same time on one core
     {"S4D": "--model s4d --steps 3000", "BiGS": "--model bigs --steps 1000",
-     "Transformer": "--model transformer --steps 1500"},
+     "Transformer": "--model transformer --steps 1300"},
     {"ListOps": ("--task listops --n-layer 4 --eval-every 250", "accuracy")},
     {("S4D", "ListOps"): "59.6 (S4)", ("Transformer", "ListOps"): "36.37"})}
 
@@ -1708,25 +1725,34 @@ def reproduce(name:str, out:Path, seeds:int|None) -> int:
   try: plot_curves(grid, found, out/"curves.png")
   except ImportError: print(f"wrote {out/'table.csv'} (pip install matplotlib, and the curves are drawn too)")
   else: print(f"wrote {out/'table.csv'}, {out/'curves.png'}")
-  if name == "lra": arena_speed(grid)
+  if name == "lra": arena_speed(grid, out/"speed.csv")
   return 0
 
-def arena_speed(grid:Grid) -> None:
-  "How fast the models of the Long Range Arena train, with and without the kernels; beside it the H3 paper's figures."
-  print(f"\ntraining steps a second, batch 32, all cores (times the Transformer's)\n{'':16}" + "".join(
-    f"{what:>30}" for what in ("200 tokens", "200, FLASH=0", "2,000 tokens", "2,000, FLASH=0")))
-  task, found = next(iter(grid.columns.values()))[0].split(), {}
-  for row in reversed(grid.rows):                        # the Transformer is the last
-    cells = []
-    for length, flash in itertools.product((200, 2000), "10"):
+ARENA = {200: (32, 12), 2000: (4, 6)}            # length: sequences a step, steps that are timed
+
+def arena_speed(grid:Grid, path:Path) -> None:
+  "How fast the Long Range Arena's models train, with and without the kernels; kept in a CSV, and not timed again."
+  names = [*grid.rows]                                   # the Transformer is the last
+  if path.exists():
+    with open(path) as f: rates = {(r, int(L), flash): float(x) for r, L, flash, x in [*csv.reader(f)][1:]}
+  else:
+    rates, task = {}, next(iter(grid.columns.values()))[0].split()
+    for (L, (batch, steps)), flash, row in itertools.product(ARENA.items(), "10", names):
       with tempfile.TemporaryDirectory() as folder:
-        few = ["--steps", str(2400//length), "--eval-every", "10000", "--length", str(length), "--batch", "32"]
+        few = ["--steps", str(steps), "--eval-every", "1000", "--length", str(L), "--batch", str(batch)]
         args = [*task, *grid.rows[row].split(), *few, "--sample", "0", "--out", folder]
-        out = child(f"train.LISTOPS = 2000, 32; train.main({args})", FLASH=flash)
-      found[row, length, flash] = rate = int(re.findall(r"([\d,]+) tokens/s", out)[-1].replace(",", "")) / (32*length)
-      cells.append(f"{rate:.2f} ({rate/found['Transformer', length, flash]:.1f}x)")
-    print(f"{row:16}" + "".join(f"{c:>30}" for c in cells), flush=True)
+        out = child(f"train.LISTOPS = 64, {batch}; train.main({args})", FLASH=flash)
+      rates[row, L, flash] = int(re.findall(r"([\d,]+) tokens/s", out)[-1].replace(",", "")) / (batch*L)
+  columns = [*itertools.product(ARENA, "10")]
+  print("\ntraining steps a second, on all cores (times the Transformer's)\n" + " "*16 + "".join(
+    f"{f'{ARENA[L][0]} x {L:,}' + ', FLASH=0'*(flash == '0'):>26}" for L, flash in columns))
+  for row in names:
+    cells = [f"{rates[row, *c]:.2f} ({rates[row, *c]/rates[names[-1], *c]:.1f}x)" for c in columns]
+    print(f"{row:16}" + "".join(f"{c:>26}" for c in cells))
   print("the H3 paper, over a Transformer: S4 2.9x, with FlashConv 5.8x (unverified)")
+  with open(path, "w", newline="") as f:
+    csv.writer(f).writerows([["model", "length", "flash", "steps_per_second"],
+                             *([*k, round(x, 4)] for k, x in rates.items())])
 
 def plot_curves(grid:Grid, found:dict, path:Path) -> None:
   "A panel for each column, a line for each seed."
