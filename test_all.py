@@ -1527,6 +1527,8 @@ def bad(tmp:Path, run8:Path) -> dict[str, tuple]:
     "negative rate": (train, [*ok, "--lr", "-1"], "above 0"),
     "rate not a number": (train, [*ok, "--lr", "nan"], "is not a number"),
     "heads do not fit": (train, [*ok, "--n-heads", "3"], "n_heads"),
+    "too few positions": (train, [*ok, "--max-positions", "5"], "positions for 5 tokens"),
+    "positions of another model": (train, [*ok, "--task", "mlm", "--max-positions", "5"], "--max-positions is for h3"),
     "no such layer": (train, [*ok, "--attn-layers", "5"], "layer 5"),
     "layers not numbers": (train, [*ok, "--attn-layers", "a,b"], "a,b"),
     "unwritable folder": (train, [*TINY, *data, "--out", str(tmp/"text.txt"/"sub")], "can't write"),
@@ -2351,7 +2353,8 @@ def test_reproduce(tmp_path, monkeypatch, capsys):
   for _ in range(2):
     assert train.main(["--reproduce", "table2", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert len(ran) == 4 and re.search(r"^A +37\.5 \(25\.0 to 50\.0\) \[99\].* 0\.1$", said, re.M)
+    assert len(ran) == 4 and re.search(r"^x +37\.5 \(25\.0-50\.0\) \[99\] +37\.5 \(", said, re.M), said
+    assert re.search(r"^ +A +B\n", said, re.M) and re.search(r"^minutes a seed +0\.1 +0\.1$", said, re.M)
   assert len((tmp_path/"table2"/"table.csv").read_text().splitlines()) == 9
 
 @slow
@@ -2369,13 +2372,13 @@ def test_reproduce_stops_and_goes_on(tmp_path):
   deadline = time.monotonic() + 120
   while not steps() and time.monotonic() < deadline: time.sleep(0.5)
   grid.terminate()
-  assert "go on with: python train.py --reproduce table2" in grid.communicate()[0] and grid.returncode == 130
+  assert "the same command goes on" in grid.communicate()[0] and grid.returncode == 130
   before = steps()
   assert before and max(before) < 4000
   time.sleep(2)
   assert steps() == before                                          # nobody trains any more
   said = start().communicate()[0]
-  assert said.count("4,000 steps") == 2 and steps() == [4000]*2 and re.search(r"^B +\d", said, re.M), said
+  assert said.count("4,000 steps") == 2 and steps() == [4000]*2 and re.search(r"^x +\d.*\d\)$", said, re.M), said
 
 def test_bert_tokens(tmp_path, monkeypatch, capsys):
   "WordPiece of a vocab.txt, which goes along with the checkpoint; a line where the library or the file is missing"
