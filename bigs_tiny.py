@@ -72,6 +72,7 @@ class BiGSConfig:
         raise ValueError(f"{f} must be a whole number of at least 1, not {getattr(self, f)!r}.")
     if "attention" in self.block and self.d_model % self.n_heads:
       raise ValueError(f"d_model ({self.d_model}) must be a multiple of n_heads ({self.n_heads}).")
+    if self.block == "s4d" and self.d_state % 2: raise ValueError(f"d_state must be even, not {self.d_state}.")
     if self.gelu not in ("tanh", "erf"): raise ValueError(f"gelu must be 'tanh' or 'erf', not {self.gelu!r}.")
     if self.pooler not in ("non_padding_mean", "mean"):
       raise ValueError(f"pooler must be 'non_padding_mean' or 'mean', not {self.pooler!r}.")

@@ -184,7 +184,7 @@ def generate(model:H3LM, prompts:np.ndarray|list[np.ndarray], n:int, temperature
   if model.config.attn_layers and longest + n > room:
     raise UserError(f"{longest} tokens of prompt and {n} to generate exceed the cache of {room}: "
                     f"ask for fewer tokens, or give --max-length {longest + n}")
-  if (most := model.config.max_positions) and longest + n > most:
+  if (most := model.config.max_positions) and longest + n - 1 > most:          # the last one is not read
     raise UserError(f"{longest} tokens of prompt and {n} to generate, where the model has learned positions for "
                     f"{most}: ask for fewer tokens")
   piece = piece_size(longest, B) if longest == shortest else max(32, piece_size(longest, B))
@@ -391,10 +391,12 @@ class TextStream:
 
 def write(model:H3LM, tokenizer, prompts:list[str], n:int, stop:str|None=None, **kw) -> tuple[int, int, float]:
   """Prints a prompt and its continuation as it comes, up to <|endoftext|> or `stop`; of several prompts, all of them
-  at the end. Returns tokens of the prompts, tokens generated, tokens per second; kw as of `generate`."""
+  at the end, or to the model's last position. Returns tokens of the prompts, tokens generated, tokens per second; kw as
+  of `generate`."""
   # an empty prompt is the beginning of a text
   ids, batch = [tokenizer.encode(p) if p else np.array([tokenizer.eot]) for p in prompts], len(prompts)
   show = (lambda text: print(text, end="", flush=True)) if batch == 1 else (lambda text: None)
+  if most := model.config.max_positions: n = max(1, min(n, most + 1 - max(map(len, ids))))
   show(prompts[0])
   streams, texts, times = [TextStream(stop) for _ in prompts], list(prompts), []
   for tokens in generate(model, ids, n, **kw):
@@ -578,9 +580,9 @@ def run(args:argparse.Namespace) -> None:
   if model.config.vocab_size != tokenizer.vocab_size:
     raise UserError(f"{path} has a vocabulary of {model.config.vocab_size}, not the {tokenizer.vocab_size} of {name}"
                     + ("" if meta else ": give another --tokenizer"))
-  window = getattr(args, "window", options.get("length") or model.config.max_length)
-  if (most := model.config.max_positions) and window > most and {"perplexity", "score"} & vars(args).keys():
-    raise UserError(f"--window {window}: the model has learned positions for {most} tokens")
+  most = model.config.max_positions or math.inf
+  window = getattr(args, "window", min(most, options.get("length") or model.config.max_length))
+  if window > most: raise UserError(f"--window {window}: the model has learned positions for {most} tokens")
   if hasattr(args, "perplexity"):
     if (stride := getattr(args, "stride", -(-window//2))) > window:
       raise UserError(f"--stride {stride} is longer than a window of {window}: tokens would be left out")

@@ -441,6 +441,7 @@ class H3LM:
     Differentiable in both. ValueError for a state where there is attention: `prefill` knows its caches."""
     if 0 in tokens.shape: raise ValueError(f"tokens of shape {tokens.shape} hold no token.")
     if state and self.config.attn_layers: raise ValueError("attention layers have no state to train with.")
+    if state and self.config.max_positions: raise ValueError("learned positions begin anew with each piece of a text.")
     x, filters, after = self.embed(tokens), self.filters(math.inf if state else tokens.shape[1]), []
     for i, layer in enumerate(self.backbone.layers):
       n = len(layer.mixer.state_shapes(self.config, 1, 1))

@@ -962,7 +962,7 @@ def test_texts_of_different_length_side_by_side(kw):
   for row, p in zip(together, prompts):
     assert (row == np.concatenate([*gen.generate(model, p, 6, temperature=0)])).all()
   if "max_positions" in kw:
-    with pytest.raises(gen.UserError, match="learned positions for 77"): next(gen.generate(model, prompts[1], 8))
+    with pytest.raises(gen.UserError, match="learned positions for 77"): next(gen.generate(model, prompts[1], 9))
     with pytest.raises(ValueError, match="positions for 77"): model(toks(np.zeros((1, 78), np.int32)))
     with pytest.raises(ValueError, match="positions for 77"): model.prefill(toks(np.zeros((1, 78), np.int32)))
 
@@ -1505,9 +1505,9 @@ def bad(tmp:Path, run8:Path) -> dict[str, tuple]:
     "zero steps": (train, [*ok, "--steps", "0"], "at least 1"),
     "--truncate with attention": (train, [*ok, "--truncate", "8"], "--model h3"),
     "--truncate that does not divide": (train, [*ok, "--model", "h3", "--truncate", "5"], "does not divide"),
-    "a task for another model": (train, [*ok, "--task", "mlm", "--model", "h3"], "give bigs or stack"),
+    "a task for another model": (train, [*ok, "--task", "mlm", "--model", "h3"], "or bert or transformer or s4d"),
     "another task for a model": (train, [*ok, "--model", "bigs"], "give h3 or hybrid"),
-    "an option of another model": (train, [*ok, "--task", "mlm", "--attn-layers", "1"], "--attn-layers is for h3"),
+    "an option of another model": (train, [*ok, "--task", "mlm", "--attn-layers", "1"], "--attn-layers is for models"),
     "classify without a file": (train, [*TINY, *out, "--task", "classify"], "one TSV file"),
     "--truncate of another task": (train, [*out, "--task", "agreement", "--model", "h3", "--truncate", "8"],
                                    "--task text"),
@@ -1528,7 +1528,12 @@ def bad(tmp:Path, run8:Path) -> dict[str, tuple]:
     "rate not a number": (train, [*ok, "--lr", "nan"], "is not a number"),
     "heads do not fit": (train, [*ok, "--n-heads", "3"], "n_heads"),
     "too few positions": (train, [*ok, "--max-positions", "5"], "positions for 5 tokens"),
-    "positions of another model": (train, [*ok, "--task", "mlm", "--max-positions", "5"], "--max-positions is for h3"),
+    "positions of another model": (train, [*ok, "--task", "mlm", "--max-positions", "5"], "--max-positions is for mod"),
+    "--truncate with positions": (train, [*ok, *"--model h3 --max-positions 99 --truncate 8".split()], "have none"),
+    "short lists": (train, [*ok, "--task", "listops"], "from 48 to 2000"),
+    "an odd state": (train, [*ok, *"--task listops --model s4d --length 50 --d-state 3".split()], "d_state must be"),
+    "a grid with options": (train, ["--reproduce", "lm", "--steps", "3"], "not --steps"),
+    "seeds of nothing": (train, [*ok, "--seeds", "3"], "for --reproduce"),
     "no such layer": (train, [*ok, "--attn-layers", "5"], "layer 5"),
     "layers not numbers": (train, [*ok, "--attn-layers", "a,b"], "a,b"),
     "unwritable folder": (train, [*TINY, *data, "--out", str(tmp/"text.txt"/"sub")], "can't write"),
@@ -2284,7 +2289,7 @@ def test_languages():
   assert len(seen) == 5000 and sum(len(b[0]) for b in task.held_out) == 1000 and task.aside == 5
   x, y = task.held_out[0]
   assert (y[:, :-1] == -1).all() and (y[:, -1] >= 4).all()
-  assert 0.4 < float(re.search(r"right at ([\d.]+)", task.guess)[1]) < 0.6
+  assert 0.43 < float(re.search(r"right at ([\d.]+)", task.guess)[1]) < 0.57      # 0.503 of many; 3 standard errors
   hits = [np.float32([0, 100])]*5 + [np.float32([0, 40])]*5
   assert task.metrics(hits) == {"accuracy": 1.0, "accuracy at 40": 0.4}
 
@@ -2309,7 +2314,12 @@ def test_listops_and_pixels(tmp_path):
   x, y = rng.integers(0, 256, (40, 9)), rng.integers(0, 3, 40)
   np.savez(tmp_path/"a.npz", x_train=x.reshape(40, 3, 3), y_train=y, x_test=x[:5].reshape(5, 3, 3), y_test=y[:5])
   np.savetxt(tmp_path/"a.csv", np.concatenate([y[:, None], x], 1), "%d", ",", header="label,pixels", comments="")
-  for file, held in (("a.npz", 5), ("a.csv", 2)):
+  np.savetxt(tmp_path/"b.csv", np.concatenate([y[:, None], x], 1), "%6.1f", ",")                    # no header
+  np.savez(tmp_path/"b.npz", x=x, y=y[:, None])                           # labels as CIFAR has them
+  assert len(train.read_images(tmp_path/"b.csv")[0]) == 40
+  np.savez(tmp_path/"c.npz", x=x, y=y, x_test=x, y_test=y[:5])
+  with pytest.raises(gen.UserError, match="no table of images"): train.read_images(tmp_path/"c.npz")
+  for file, held in (("a.npz", 5), ("a.csv", 2), ("b.csv", 2), ("b.npz", 2)):
     args = train.settle(["--task", "pixels", "--data", str(tmp_path/file)])[0]
     task = train.pixels_task(args)
     assert args.length == 9 and sum(len(b[0]) for b in task.held_out) == held and task.labels == ["0", "1", "2"]
@@ -2329,9 +2339,9 @@ def test_enough_ends_a_run(tmp_path, monkeypatch, capsys):
   small = "--d-model 8 --n-layer 1 --d-state 4 --sample 0".split()
   assert train.main(["--task", "recall", "--steps", "9", "--eval-every", "1", *small, "--out", str(tmp_path/"r")]) == 0
   assert "that is enough" in capsys.readouterr().out
-  assert read_checkpoint(str(tmp_path/"r"/gen.CHECKPOINT))[1]["step"] == "3"
+  assert train.finished(tmp_path/"r")["step"] == "3" and train.finished(tmp_path/"none") is None
   for model in ("s4d", "transformer"):
-    args = [*"--task listops --length 30 --batch 4 --steps 1 --n-heads 1".split(), "--model", model, *small]
+    args = [*"--task listops --length 50 --batch 4 --steps 1 --n-heads 1".split(), "--model", model, *small]
     monkeypatch.setattr(train, "LISTOPS", (64, 8))
     assert train.main([*args, "--out", str(tmp_path/model)]) == 0
     assert ("S4D both ways" if model == "s4d" else "BERT") in capsys.readouterr().out
@@ -2359,26 +2369,30 @@ def test_reproduce(tmp_path, monkeypatch, capsys):
 
 @slow
 def test_reproduce_stops_and_goes_on(tmp_path):
-  "SIGTERM while two models are trained: both save, nothing goes on behind one's back; then they are finished"
-  code = ("import train; train.GRIDS['table2'] = train.Grid('t', 'a', {'A': '--model h3', 'B': '--model s4d'}, {'x': "
-          "('--task recall --d-model 8 --n-layer 1 --d-state 4 --steps 4000 --save-every 1', 'accuracy')}, {}, seeds=1);"
+  "SIGTERM while two models are trained: both save, and nothing goes on behind one's back; the next start goes on."
+  code = ("import train; small = '--task recall --d-model 8 --n-layer 1 --d-state 4 --steps 60000 --save-every 50';"
+          "train.GRIDS['table2'] = train.Grid('t', 'a', {'A': '--model h3', 'B': '--model s4d'}, "
+          "{'x': (small, 'accuracy')}, {}, seeds=1);"
           f"train.sys.exit(train.main(['--reproduce', 'table2', '--out', {str(tmp_path)!r}]))")
-  def start() -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
   def steps() -> list[int]:
     return [int(read_checkpoint(str(f))[1]["step"]) for f in sorted(tmp_path.rglob(gen.CHECKPOINT))]
-  grid = start()
-  deadline = time.monotonic() + 120
-  while not steps() and time.monotonic() < deadline: time.sleep(0.5)
-  grid.terminate()
-  assert "the same command goes on" in grid.communicate()[0] and grid.returncode == 130
-  before = steps()
-  assert before and max(before) < 4000
-  time.sleep(2)
-  assert steps() == before                                          # nobody trains any more
-  said = start().communicate()[0]
-  assert said.count("4,000 steps") == 2 and steps() == [4000]*2 and re.search(r"^x +\d.*\d\)$", said, re.M), said
+  before = [0, 0]
+  for again in range(2):
+    grid = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env=os.environ | {"NUM_CPU_THREADS": "2"})
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not (len(now := steps()) == 2 and all(a > b for a, b in zip(now, before))):
+      time.sleep(0.2)
+    grid.terminate()
+    assert "the same command goes on" in (said := grid.communicate()[0]) and grid.returncode == 130, said
+    now = steps()
+    assert len(now) == 2 and all(b < a < 60000 for a, b in zip(now, before)), (now, before)
+    time.sleep(1)
+    assert steps() == now                                             # nobody trains any more
+    before = now
+  outputs = [f.read_text() for f in tmp_path.rglob("output.txt")]
+  assert len(outputs) == 2 and all("going on after step" in text for text in outputs)
+  assert not any(train.finished(f.parent) for f in tmp_path.rglob("output.txt"))
 
 def test_bert_tokens(tmp_path, monkeypatch, capsys):
   "WordPiece of a vocab.txt, which goes along with the checkpoint; a line where the library or the file is missing"
