@@ -1804,6 +1804,23 @@ def test_ctrl_c_saves(run8, tmp_path):
   assert int(read_checkpoint(str(out/gen.CHECKPOINT))[1]["step"]) >= 1 and (out/"log.csv").exists()
   assert {f.name for f in out.iterdir()} - {"loss.png"} == {"checkpoint.safetensors", "log.csv"}
 
+def test_signal_during_an_evaluation(run8, tmp_path, monkeypatch, capsys):
+  "One that comes where no checkpoint is due waits for the next step: what is said to be saved is."
+  make = train.make_eval
+  def make_eval(*a):
+    ask = make(*a)
+    def once(batch):
+      if not seen: os.kill(os.getpid(), signal.SIGTERM)
+      seen.append(batch)
+      return ask(batch)
+    return once
+  seen = []
+  monkeypatch.setattr(train, "make_eval", make_eval)
+  args = [*run8[1], "--steps", "8", "--eval-every", "2", "--save-every", "8", "--out", str(tmp_path)]
+  assert train.main(args) == 128 + signal.SIGTERM
+  assert "stopped after step 3 of 8, saved" in capsys.readouterr().out
+  assert read_checkpoint(str(tmp_path/gen.CHECKPOINT))[1]["step"] == "3"
+
 # -- the pieces
 
 @slow
