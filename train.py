@@ -1751,7 +1751,7 @@ def reproduce(name:str, out:Path, seeds:int|None) -> int:
   if name == "lra": arena_speed(grid, out/f"speed-{Device.DEFAULT.lower()}.csv")
   return 0
 
-ARENA = {200: (32, 12), 2000: (4, 6)}            # length: sequences a step, steps that are timed
+ARENA = {200: (32, 6), 2000: (4, 4)}             # length: sequences a step, steps that are timed
 
 def arena_speed(grid:Grid, path:Path) -> None:
   "How fast the Long Range Arena's models train, with and without the kernels; kept in a CSV, and not timed again."
@@ -1781,9 +1781,9 @@ def plot_curves(grid:Grid, found:dict, path:Path) -> None:
   import matplotlib
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
-  n = len(grid.columns)
-  fig, axes = plt.subplots(1, n, figsize=(4.2*n, 3.6), dpi=150, layout="constrained", squeeze=False)
-  for ax, (column, (_, metric)) in zip(axes[0], grid.columns.items()):
+  rows, wide = -(-len(grid.columns)//3), min(3, len(grid.columns))
+  fig, axes = plt.subplots(rows, wide, figsize=(4.2*wide, 3.6*rows), dpi=150, layout="constrained", squeeze=False)
+  for ax, (column, (_, metric)) in zip(axes.flat, grid.columns.items()):
     for color, row in zip(("#4c78a8", "#e45756", "#54a24b", "#b279a2"), grid.rows):
       for i, evals in enumerate(found[row, column]):
         y = [figure_of(e, metric)*(100 if grid.percent else 1) for e in evals]
@@ -1792,6 +1792,7 @@ def plot_curves(grid:Grid, found:dict, path:Path) -> None:
     ax.set(title=what, xlabel="step", ylabel="%" if grid.percent else what)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
+  for ax in [*axes.flat][len(grid.columns):]: ax.set_visible(False)
   axes[0][0].legend(frameon=False)
   fig.savefig(path)
   plt.close(fig)
