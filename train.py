@@ -1711,8 +1711,8 @@ def reproduce(name:str, out:Path, seeds:int|None) -> int:
   grid, out = GRIDS[name], out / name
   seeds = seeds or grid.seeds
   at_once = Device["CPU"].renderer.global_max[0] if Device.DEFAULT == "CPU" else 1
-  print(f"{grid.title}\n{grid.about}; seeds 0 to {seeds-1}, {at_once} at once, into {out}; stopped, it goes on with "
-        "the same command", flush=True)
+  print(f"{grid.title}\n{grid.about}\n{len(grid.rows)} models, {seeds} seed{'s'*(seeds > 1)}, {at_once} at a time, into "
+        f"{out}; stopped, it goes on with the same command", flush=True)
   check_writable(out)
   runs, places = {}, {}                                  # a run is of several columns, if they have the same options
   for seed, row, column in itertools.product(range(seeds), grid.rows, grid.columns):
@@ -1740,8 +1740,8 @@ def reproduce(name:str, out:Path, seeds:int|None) -> int:
   table.append(["minutes a seed", *(f"{sum(minutes[f] for f in fs)/seeds:.1f}" for fs in of_row.values())])
   print()
   show_table(["", *grid.rows], table)
-  print(f"the mean of {seeds} seeds (least-most) [the paper's]" + "; a run has one core"*(Device.DEFAULT == "CPU"),
-        flush=True)
+  print(f"the mean of {seeds} seed{'s'*(seeds > 1)} (least-most) [the paper's]"
+        + "; a run has one core"*(Device.DEFAULT == "CPU"), flush=True)
   with open(out/"table.csv", "w", newline="") as f:
     csv.writer(f).writerows([["model", "task", "seed", "steps", "figure", "paper", "minutes"], *lines])
   found = {k: [evals[f] for f in folders] for k, folders in places.items()}
