@@ -1711,8 +1711,8 @@ def reproduce(name:str, out:Path, seeds:int|None) -> int:
   grid, out = GRIDS[name], out / name
   seeds = seeds or grid.seeds
   at_once = Device["CPU"].renderer.global_max[0] if Device.DEFAULT == "CPU" else 1
-  print(f"{grid.title}\n{grid.about}\n{len(grid.rows)} models, {seeds} seed{'s'*(seeds > 1)}, {at_once} at a time, into "
-        f"{out}; stopped, it goes on with the same command", flush=True)
+  print(f"{grid.title}\n{grid.about}\n{len(grid.rows)} models, {seeds} seed{'s'*(seeds > 1)}, {at_once} at a time, "
+        f"into {out}; stopped, it goes on with the same command", flush=True)
   check_writable(out)
   runs, places = {}, {}                                  # a run is of several columns, if they have the same options
   for seed, row, column in itertools.product(range(seeds), grid.rows, grid.columns):
