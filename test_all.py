@@ -2506,7 +2506,7 @@ def test_readme_commands(section, tmp_path, monkeypatch, capfd):
         for _ in range(2): assert train.main(words[2:]) == 0 and (Path("reproduced")/words[3]/"table.csv").exists()
         said = capfd.readouterr().out
         if words[3] == "lra":                                      # timed once, kept, and shown again
-          assert len(asked) == 12 and said.count("10.00 (1.0x)") == 12 and said.count("8.00 (1.0x)") == 12, said
+          assert len(asked) == 9 and said.count("10.00 (1.0x)") == 12 and said.count("8.00 (1.0x)") == 6, said
       elif words[1] == "train.py" and "pixels" in words:
         np.savez("mnist.npz", x_train=rng.integers(0, 256, (9, 4, 4)), y_train=np.arange(9) % 3)
         small = "--d-model 8 --n-layer 1 --d-state 4 --batch 2 --steps 1".split()
