@@ -62,6 +62,7 @@ class BiGSConfig:
   embed_dropout: float = 0.0         # 0.1 in the official recipe
   n_labels: int = 2                  # of a classifier
   rotary_dim: ClassVar[int] = 0      # attention gets its positions from the embedding
+  init_std: ClassVar[property] = property(lambda self: std(self.d_model))           # of attention's first weights
 
   def __post_init__(self):
     if self.block not in (*BLOCKS, "s4d"):
@@ -150,7 +151,7 @@ class Layer:
     self.gated, self.ssm, self.gelu = cfg.block.startswith("gated"), "attention" not in cfg.block, cfg.gelu
     self.LayerNorm = LayerNorm(D, cfg.norm_eps)
     if self.ssm: self.fs4, self.bs4 = S4D(cfg.d_state, rng), S4D(cfg.d_state, rng)
-    else: self.attention = Attention(cfg, rng, causal=False, std=std(D))
+    else: self.attention = Attention(cfg, rng, causal=False)
     if self.gated and self.ssm:
       self.du_forward, self.du_backward, self.duc_forward, self.duc_backward = (dense(D, D, rng) for _ in range(4))
     elif self.ssm: self.mix = dense(2*D, D, rng)

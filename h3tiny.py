@@ -336,11 +336,10 @@ class Attention:
   State: keys and values so far, (B,heads,T,hd) each, T the capacity; keys are kept rotated.
   flash-attention 33e0860c, flash_attn/modules/mha.py:346-522 and layers/rotary.py:125-202.
   """
-  def __init__(self, cfg:H3Config, rng:np.random.Generator, causal:bool=True, std:float|None=None):
+  def __init__(self, cfg:H3Config, rng:np.random.Generator, causal:bool=True):
     D, self.n_heads, self.rotary_dim, self.causal = cfg.d_model, cfg.n_heads, cfg.rotary_dim, causal
-    std = std or cfg.init_std
-    self.Wqkv = Linear(D, 3*D, rng, std)
-    self.out_proj = Linear(D, D, rng, std / (2*cfg.n_layer)**0.5)
+    self.Wqkv = Linear(D, 3*D, rng, cfg.init_std)
+    self.out_proj = Linear(D, D, rng, cfg.init_std / (2*cfg.n_layer)**0.5)
 
   def state_shapes(self, cfg:H3Config, batch:int, capacity:int) -> list[tuple[int, ...]]:
     return [(batch, cfg.n_heads, capacity, cfg.d_model // cfg.n_heads)] * 2

@@ -2383,6 +2383,10 @@ def test_reproduce(tmp_path, monkeypatch, capsys):
     assert len(ran) == 4 and re.search(r"^x +37\.5 \(25\.0-50\.0\) \[99\] +37\.5 \(", said, re.M), said
     assert re.search(r"^ +A +B\n", said, re.M) and re.search(r"^minutes a seed +0\.1 +0\.1$", said, re.M)
   assert len((tmp_path/"table2"/"table.csv").read_text().splitlines()) == 9
+  def stopped(*a): raise KeyboardInterrupt
+  monkeypatch.setattr(train, "finished", lambda f: None)
+  monkeypatch.setattr(train, "start_run", stopped)
+  assert train.main(["--reproduce", "table2", "--out", str(tmp_path)]) == 130
 
 @slow
 def test_reproduce_stops_and_goes_on(tmp_path):

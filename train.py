@@ -765,9 +765,10 @@ LISTOPS = 96000, 2000                            # to train on, held out
 
 def listops_task(args:argparse.Namespace) -> Task:
   "The value, a digit, of nested operations; --length 200 is a laptop's size, 2000 the Arena's own."
-  low, high, L = (500, 2000, 2000) if args.length >= 2000 else (args.length//10, args.length, args.length)
-  if not 48 <= args.length <= 2000:              # of shorter ones many would come twice
+  L = args.length
+  if not 48 <= L <= 2000:                        # of shorter ones many would come twice
     raise UserError("--task listops wants a --length from 48 to 2000")
+  low, high = 500 if L == 2000 else L//10, L
   @functools.lru_cache(4096)                     # to make one takes half a millisecond, and more epochs may come
   def row(split:int, i:int) -> Batch:
     tokens, value = listops(random.Random(f"{args.seed} {split} {i}"), low, high)
@@ -1001,6 +1002,10 @@ def read_newest(out:Path) -> tuple[Path, Weights, dict[str, str]]:
     return path, tensors, meta
   raise worse or UserError(f"no checkpoint at {out/CHECKPOINT}: leave --resume out to start a run")
 
+def read_evals(meta:dict[str, str]) -> list[list]:
+  "What a checkpoint's metadata say of the evaluations, as in `Log.evals`; old ones have no metrics."
+  return [[*e, {}][:3] for e in json.loads(meta["held_out"])]
+
 def restore(tensors:Weights, state:dict[str, Tensor], source:Path) -> None:
   for k, t in state.items():
     if k not in tensors and k.startswith("optim.rng."): continue
@@ -1146,8 +1151,9 @@ class Interrupt:
   signals = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s) and
              not (s == "SIGHUP" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)]
   seen = 0
+  def __init__(self, handler:Callable|None=None): self.handler = handler or self.note
   def __enter__(self) -> "Interrupt":
-    self.old = [signal.signal(s, self.note) for s in self.signals]
+    self.old = [signal.signal(s, self.handler) for s in self.signals]
     return self
   def __exit__(self, *_) -> None:
     for s, old in zip(self.signals, self.old): signal.signal(s, old)
@@ -1339,7 +1345,7 @@ def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str
   if args.resume:
     restore(tensors, state, Path(source))
     first, log.rows = int(meta["step"]), json.loads(meta["losses"])
-    log.evals = [[*e, {}][:3] for e in json.loads(meta["held_out"])]
+    log.evals = read_evals(meta)
     log.before = float(meta.get("seconds", 0))
     if "scale" in meta: scale.value, scale.good = json.loads(meta["scale"])
     if meta.get("data", task.about) != task.about:
@@ -1659,16 +1665,18 @@ GRIDS = {
     {"ListOps": ("--task listops --n-layer 4 --eval-every 250", "accuracy")},
     {("S4D", "ListOps"): "59.6 (S4)", ("Transformer", "ListOps"): "36.37"})}
 
+def has_begun(folder:Path) -> bool: return any((folder/f).exists() for f in (CHECKPOINT, PREVIOUS))
+
 def finished(folder:Path) -> dict[str, str]|None:
   "The metadata of a run's last checkpoint, if it is done."
-  if not any((folder/f).exists() for f in (CHECKPOINT, PREVIOUS)): return None
+  if not has_begun(folder): return None
   meta = read_newest(folder)[2]
   return meta if meta.get("done") == "true" else None
 
 def start_run(folder:Path, options:list[str]) -> subprocess.Popen:
   "A run in a process of its own, on one core of a CPU, from where it stopped if it did."
   folder.mkdir(parents=True, exist_ok=True)
-  again = ["--resume"] if any((folder/f).exists() for f in (CHECKPOINT, PREVIOUS)) else options
+  again = ["--resume"] if has_begun(folder) else options
   command = [sys.executable, __file__, *again, "--sample", "0", "--out", str(folder)]
   with open(folder/"output.txt", "a") as f:
     # a session of its own: a Ctrl-C is for the grid, which passes it on once
@@ -1679,22 +1687,21 @@ def run_all(runs:dict[Path, tuple[str, list[str]]], at_once:int) -> dict[Path, d
   "Trains what is not finished; the metadata of all. KeyboardInterrupt, once those that are going have saved."
   found = {f: finished(f) for f in runs}
   todo, going = [f for f in runs if not found[f]], {}
-  old = [signal.signal(s, signal.default_int_handler) for s in Interrupt.signals]
-  try:
-    while todo or going:
-      while todo and len(going) < at_once:
-        f = todo.pop(0)
-        going[f] = start_run(f, runs[f][1])
-      for f in [f for f, p in going.items() if p.poll() is not None]:
-        code, found[f] = going.pop(f).returncode, finished(f)
-        if found[f] is None and code > 128: raise KeyboardInterrupt          # somebody has stopped it
-        if found[f] is None: raise UserError(f"a run failed, see the end of {f/'output.txt'}")
-        print(f"{runs[f][0]}: {int(found[f]['step']):,} steps in {duration(float(found[f]['seconds']))}", flush=True)
-      time.sleep(0.2)
-  finally:
-    for p in going.values(): p.terminate()
-    for p in going.values(): p.wait()
-    for s, handler in zip(Interrupt.signals, old): signal.signal(s, handler)
+  with Interrupt(signal.default_int_handler):
+    try:
+      while todo or going:
+        while todo and len(going) < at_once:
+          f = todo.pop(0)
+          going[f] = start_run(f, runs[f][1])
+        for f in [f for f, p in going.items() if p.poll() is not None]:
+          code, found[f] = going.pop(f).returncode, finished(f)
+          if found[f] is None and code > 128: raise KeyboardInterrupt        # somebody has stopped it
+          if found[f] is None: raise UserError(f"a run failed, see the end of {f/'output.txt'}")
+          print(f"{runs[f][0]}: {int(found[f]['step']):,} steps in {duration(float(found[f]['seconds']))}", flush=True)
+        time.sleep(0.2)
+    finally:
+      for p in going.values(): p.terminate()
+      for p in going.values(): p.wait()
   return found
 
 def show_table(head:list[str], rows:list[list[str]]) -> None:
@@ -1725,7 +1732,7 @@ def reproduce(name:str, out:Path, seeds:int|None) -> int:
   except KeyboardInterrupt:
     print("\nstopped; the same command goes on", file=sys.stderr)
     return 130
-  evals = {f: [[*e, {}][:3] for e in json.loads(metas[f]["held_out"])] for f in runs}
+  evals = {f: read_evals(metas[f]) for f in runs}
   minutes = {f: float(metas[f]["seconds"]) / 60 for f in runs}
   scale, digits, table, lines = (100, 1, [], []) if grid.percent else (1, 3, [], [])
   for column, (_, metric) in grid.columns.items():
@@ -1751,9 +1758,8 @@ def reproduce(name:str, out:Path, seeds:int|None) -> int:
   if name == "lra": arena_speed(grid, out/f"speed-{Device.DEFAULT.lower()}.csv")
   return 0
 
-ARENA = {200: (32, 6), 2000: (4, 4)}             # length: sequences a step, steps that are timed
-# length, FLASH; without the kernels the Transformer had not done four steps of 2,000 tokens in 200 seconds
-ARENA_SPEEDS = [(200, "1"), (200, "0"), (2000, "1")]
+# length, FLASH: sequences a step, steps that are timed. Not (2000, "0"): the Transformer had not done 4 in 200 seconds
+ARENA = {(200, "1"): (32, 6), (200, "0"): (32, 6), (2000, "1"): (4, 4)}
 
 def arena_speed(grid:Grid, path:Path) -> None:
   "How fast the Long Range Arena's models train, with and without the kernels; kept in a CSV, and not timed again."
@@ -1761,10 +1767,9 @@ def arena_speed(grid:Grid, path:Path) -> None:
   try:
     with open(path) as f: rates = {(r, int(L), flash): float(x) for r, L, flash, x in [*csv.reader(f)][1:]}
   except (OSError, ValueError): rates = {}
-  if {*rates} != {(row, *cell) for row in names for cell in ARENA_SPEEDS}:
+  if {*rates} != {(row, *cell) for row in names for cell in ARENA}:
     rates, task = {}, next(iter(grid.columns.values()))[0].split()
-    for (L, flash), row in itertools.product(ARENA_SPEEDS, names):
-      batch, steps = ARENA[L]
+    for ((L, flash), (batch, steps)), row in itertools.product(ARENA.items(), names):
       with tempfile.TemporaryDirectory() as folder:
         few = ["--steps", str(steps), "--eval-every", "1000", "--length", str(L), "--batch", str(batch)]
         args = [*task, *grid.rows[row].split(), *few, "--sample", "0", "--out", folder]
@@ -1774,9 +1779,9 @@ def arena_speed(grid:Grid, path:Path) -> None:
       csv.writer(f).writerows([["model", "length", "flash", "steps_per_second"],
                                *([*k, round(x, 4)] for k, x in rates.items())])
   print("\ntraining steps a second, on all cores (times the Transformer's)")
-  show_table(["", *names], [[f"{ARENA[L][0]} x {L:,} tokens" + ", FLASH=0"*(flash == "0"), *(
+  show_table(["", *names], [[f"{batch} x {L:,} tokens" + ", FLASH=0"*(flash == "0"), *(
     f"{rates[n, L, flash]:.2f} ({rates[n, L, flash]/rates[names[-1], L, flash]:.1f}x)" for n in names)]
-    for L, flash in ARENA_SPEEDS])
+    for (L, flash), (batch, _) in ARENA.items()])
   print("the H3 paper, over a Transformer: S4 2.9x, with FlashConv 5.8x (unverified)")
 
 def plot_curves(grid:Grid, found:dict, path:Path) -> None:
@@ -1846,12 +1851,12 @@ def main(argv:list[str]|None=None) -> int:
   if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")
   try:
     args = parser().parse_args(argv)
-    if (more := given(argv).keys() - {"reproduce", "seeds", "out"}) and hasattr(args, "reproduce"):
-      raise UserError(f"--reproduce takes --seeds and --out alone, not --{sorted(more)[0].replace('_', '-')}")
-    if hasattr(args, "seeds") and not hasattr(args, "reproduce"): raise UserError("--seeds is for --reproduce")
     if hasattr(args, "reproduce"):
+      if more := given(argv).keys() - {"reproduce", "seeds", "out"}:
+        raise UserError(f"--reproduce takes --seeds and --out alone, not --{sorted(more)[0].replace('_', '-')}")
       out = Path("reproduced" if args.out == OUT else args.out)
       return reproduce(args.reproduce, out, getattr(args, "seeds", None))
+    if hasattr(args, "seeds"): raise UserError("--seeds is for --reproduce")
     if hasattr(args, "bench"): return bench()
     # a run that goes on keeps others out before its checkpoint is read, a new one where it makes its folder
     with alone(out) if args.resume and (out := Path(args.out)).is_dir() else contextlib.nullcontext():
