@@ -33,7 +33,7 @@ from typing import ClassVar
 import numpy as np
 from tinygrad import GlobalCounters, Tensor
 from tinygrad.nn.state import get_state_dict
-from flashconv import Vandermonde, check_kernels, cmul, embedding, fftconv, matmul, setup_device
+from flashconv import Vandermonde, check_kernels, cmul, embedding, fftconv, matmul, setup_device, stored
 from h3tiny import (MODELS, Attention, Blank, CheckpointError, DiagSSM, LayerNorm, Linear, Stored, Weights,
                     download, joined, load_weights, param, read_checkpoint, read_torch)
 
@@ -245,10 +245,10 @@ class BiGS:
     layers = self.bigs.encoder.layer
     if not layers[0].ssm: return [(None, None)] * len(layers)
     if self.config.block == "s4d":
-      K = joined([s.kernel for l in layers for s in (l.fs4, l.bs4)]).filter(L).contiguous().chunk(2*len(layers))
+      K = stored(joined([s.kernel for l in layers for s in (l.fs4, l.bs4)]).filter(L)).chunk(2*len(layers))
       return [*zip(K[::2], K[1::2])]
-    K = filters([s for l in layers for s in (l.fs4, l.bs4)], L).contiguous()
-    parts = (toeplitz(K).contiguous() if L <= BY_TOEPLITZ else K.unsqueeze(1)).chunk(K.shape[0])
+    K = stored(filters([s for l in layers for s in (l.fs4, l.bs4)], L))
+    parts = (stored(toeplitz(K)) if L <= BY_TOEPLITZ else K.unsqueeze(1)).chunk(K.shape[0])
     return [(f.squeeze(0), b.squeeze(0)) for f, b in zip(parts[::2], parts[1::2])]
 
   def encode(self, tokens:Tensor, token_type:Tensor|None=None) -> Tensor:

@@ -26,9 +26,9 @@ H=256, CPU), and its backward pass would do two transforms more, to compute anew
 from __future__ import annotations
 import argparse, cmath, ctypes, dataclasses, functools, hashlib, importlib.metadata, importlib.util, itertools
 import math, operator, os, queue, subprocess, sys, threading, time
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Sequence
 import numpy as np
-from tinygrad import Device, Tensor, TinyJit, UOp, codegen, dtypes
+from tinygrad import Device, Tensor, TinyJit, UOp, codegen, dtypes, tensor
 from tinygrad.codegen import to_program
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
 from tinygrad.codegen.opt.postrange import Scheduler
@@ -37,7 +37,8 @@ from tinygrad.engine.realize import capturing
 from tinygrad.helpers import (NOOPT, Context, ContextVar, GlobalCounters, Target, all_int, cache_dir,
                               diskcache_get, diskcache_put, prod)
 from tinygrad.renderer import Estimates, Renderer, cstyle
-from tinygrad.uop.ops import AxisType, KernelInfo, Ops, PatternMatcher, UPat, graph_rewrite
+from tinygrad.uop.ops import (AxisType, KernelInfo, Ops, ParamArg, PatternMatcher, UPat, graph_rewrite,
+                               shape_to_shape_arg)
 
 FLASH = ContextVar("FLASH", 1)  # 0: plain tinygrad ops everywhere
 HALF = ContextVar("HALF", 0)    # what products with weights take in. 1: float16, 2: bfloat16; their sums are float32
@@ -51,11 +52,105 @@ def capture(f:Callable, **options) -> TinyJit:
   jit.cnt = 1
   return jit
 
-def constant(x:np.ndarray, device:str) -> Tensor:
-  "float32, made at once, even where a TinyJit captures what is done: it is not made again in every replay."
+def constant(x:np.ndarray, device:str, dtype:type=np.float32) -> Tensor:
+  "A Tensor realised at once, even while a TinyJit captures, so that replays do not make it again."
   held, capturing[:] = capturing[:], []
-  try: return Tensor(np.asarray(x, np.float32), device=device).realize()
+  try: return Tensor(np.asarray(x, dtype), device=device).realize()
   finally: capturing[:] = held
+
+# ---------------------------------------------------------------- launching a kernel
+# Tensor.realize replaces every AFTER and CONTIGUOUS of a graph by its buffer, in all Tensors, and a
+# custom kernel's call with its gradient goes with them: after `loss.item()` all gradients would be
+# zero. What is inside a FUNCTION is not replaced. So `launch` puts the call of a kernel into one,
+# and `stored` the CONTIGUOUS. `precompile` lets the kernel write straight into the buffer that the
+# caller realises; without it there would be a copy.
+
+@functools.cache
+def bound(f:Callable, **options) -> Callable:
+  """Returns `functools.partial(f, **options)`, the same object for the same f and options.
+
+  tinygrad's cache of schedules compares the functions that compute gradients by identity: with a
+  new one for each call, a loop without TinyJit would be scheduled again at every step.
+  """
+  return functools.partial(f, **options)
+
+@functools.cache
+def no_second_gradient(name:str) -> Callable:
+  "Returns the gradient function of a kernel that is a gradient itself. It raises RuntimeError."
+  def gradient(*_) -> tuple:
+    raise RuntimeError(f"{name} can be differentiated once: the kernel of its gradient has none of its own. "
+                       "For second derivatives use plain ops, Context(FLASH=0).")
+  return gradient
+
+@functools.cache
+def _as_grad_fxn(gradient:Callable|str) -> Callable:
+  "Returns `gradient`, as `launch` takes it, in the form that tinygrad calls."
+  def grad_fxn(dy:UOp, call:UOp) -> tuple[UOp|None, ...]:
+    if isinstance(gradient, str): raise RuntimeError(gradient)
+    if dy.op is Ops.CONTIGUOUS: dy = dy.src[0]       # of contiguous_backward; it would be replaced
+    grads = gradient(Tensor(dy), Tensor(call.gettuple(0)), *(Tensor(x) for x in call.src[1:]))
+    return tuple(None if g is None else g.uop for g in grads)
+  return grad_fxn
+
+Shape = tuple[int, ...]
+
+@functools.cache
+def _call_of(kernel:Callable, shapes:tuple[Shape, ...], params:tuple[UOp, ...]) -> UOp:
+  "The body of a FUNCTION: float32 buffers of these shapes, after the kernel has written them."
+  device = params[0].device
+  buffers = [UOp(Ops.BUFFER, src=(shape_to_shape_arg(s),), arg=ParamArg(-1-i, dtypes.float, device=device))
+             for i, s in enumerate(shapes)]
+  return UOp.maketuple(*UOp.custom_kernel(*buffers, *params, fxn=kernel)[:len(shapes)])
+
+def launch(kernel:Callable, outputs:Sequence[Shape|Tensor], inputs:Sequence[Tensor],
+           gradient:Callable|str) -> list[Tensor]:
+  """Runs one kernel, `kernel(*outputs, *inputs) -> sink` over UOps, and returns its outputs.
+
+  outputs: the shapes of new float32 Tensors. Inputs that are views or expressions are stored first.
+  gradient(dy, y, *inputs) returns a Tensor, or None, for each input; dy is the gradient of the
+  first output, y. Both functions have to be the same objects at each call, see `bound`.
+  A gradient that is a str says why there is none. Such a kernel may overwrite Tensors: they stand
+  among the outputs in place of shapes.
+  """
+  if isinstance(gradient, str):
+    new = [x if isinstance(x, Tensor) else Tensor.empty(*x, dtype=dtypes.float, device=inputs[0].device)
+           for x in outputs]
+    given = [x.contiguous() if x.uop.base.op is Ops.BUFFER else x for x in inputs]   # a view costs no copy
+    return Tensor.custom_kernel(*new, *given, fxn=kernel, grad_fxn=_as_grad_fxn(gradient))[:len(new)]
+  params = tuple(x.uop.param_like(i) for i, x in enumerate(inputs))
+  call = _call_of(kernel, tuple(outputs), params).call(
+    *(x.uop for x in inputs), grad_fxn=_as_grad_fxn(gradient), precompile=True)
+  # tinygrad 0.14.0 does not replace a GETTUPLE by the buffer that it realised; what stands on it, it does
+  return [Tensor(call.gettuple(i)).contiguous_backward() for i in range(len(outputs))]
+
+# tinygrad stores the inputs of such a FUNCTION, and would copy one that is stored but reshaped
+tensor.pm_early_transform_tensor_graph = PatternMatcher([
+  (UPat(Ops.CONTIGUOUS, src=(UPat(Ops.RESHAPE, name="x"),), name="c"),
+   lambda c, x: x if c.tag is None and x.has_buffer_identity(after_ok=True) else None)
+]) + tensor.pm_early_transform_tensor_graph
+
+def _same_gradient(dy:Tensor, y:Tensor, x:Tensor) -> tuple[Tensor]: return dy,
+
+def stored(x:Tensor) -> Tensor:
+  "Returns x.contiguous(), but its gradient survives when a Tensor that depends on it is realised."
+  if x.uop.has_buffer_identity() or x.device is None: return x
+  body = UOp.maketuple(x.uop.param_like(0).contiguous())
+  return Tensor(body.call(x.uop, grad_fxn=_as_grad_fxn(_same_gradient)).gettuple(0))
+
+@functools.cache
+def _zero(device:str|tuple[str, ...], floating:bool) -> Tensor:
+  return constant(np.zeros(1), device, np.float32 if floating else np.int32).reshape(())
+
+def on_one_device(*tensors:Tensor|None) -> list[Tensor|None]:
+  """Returns the Tensors, those without a device on that of the others.
+
+  tinygrad gives constants (`Tensor.eye`, `arange`, `linspace`, `Tensor(3)`) no device and no
+  storage; a kernel needs both. Adding a zero that has them keeps the value and the gradient.
+  """
+  device = next((t.device for t in tensors if t is not None and t.device is not None),
+                Device.DEFAULT)
+  return [t if t is None or t.device is not None else t + _zero(device, t.is_floating_point())
+          for t in tensors]
 
 # ---------------------------------------------------------------- complex numbers: pairs (re, im) of Tensors or of UOps
 Pair = tuple
@@ -65,21 +160,22 @@ def conj(a:Pair) -> Pair: return a[0], -a[1]
 
 # ---------------------------------------------------------------- the definition, in plain ops
 @functools.cache
-def _roots(rows:int, cols:int, n:int, device:str) -> Pair:
-  "exp(-2πi jk/n), j < rows, k < cols, rounded once from float64."
+def _roots(rows:int, cols:int, n:int, device:str, dtype:type) -> Pair:
+  "exp(-2πi jk/n), j < rows, k < cols, computed in float64."
   w = np.exp(-2j*np.pi/n * (np.outer(np.arange(rows), np.arange(cols)) % n))
-  return tuple(constant(p, device) for p in (w.real, w.imag))
+  return tuple(constant(p, device, dtype) for p in (w.real, w.imag))
 
 def fft(x:Pair, inverse:bool=False) -> Pair:
   """X[k] = Σ_n x[n] exp(∓2πi nk/N) over the last axis, N a power of two, by matrix products.
   The inverse comes without its 1/N."""
-  N, dev, sign = x[0].shape[-1], x[0].device, conj if inverse else lambda w: w
+  N, sign = x[0].shape[-1], conj if inverse else lambda w: w
+  kind = x[0].device, np.float64 if x[0].dtype == dtypes.double else np.float32
   if N <= 32:
-    (re, im), (c, s) = x, sign(_roots(N, N, N, dev))
+    (re, im), (c, s) = x, sign(_roots(N, N, N, *kind))
     return re@c - im@s, re@s + im@c
   N1 = 32 if N >= 1024 else 16 if N >= 256 else 8         # n = n1 N2 + n2, k = k1 + N1 k2
   a = tuple(p.reshape(*p.shape[:-1], N1, N//N1).transpose(-1, -2) for p in x)  # (…, n2, n1)
-  a = cmul(fft(a, inverse), sign(_roots(N//N1, N1, N, dev)))                   # (…, n2, k1)
+  a = cmul(fft(a, inverse), sign(_roots(N//N1, N1, N, *kind)))                 # (…, n2, k1)
   a = fft(tuple(p.transpose(-1, -2) for p in a), inverse)                      # (…, k1, k2)
   return tuple(p.transpose(-1, -2).reshape(x[0].shape) for p in a)
 
@@ -482,13 +578,6 @@ def _float_on_cpu(*tensors:Tensor|None, small:tuple[Tensor, ...]=()) -> bool:
     and all(t is None or 0 not in t.shape for t in tensors + small) \
     and whole(*tensors, *small) and not machine((small + tensors)[0].device).gpu
 
-def _stored(x:Tensor) -> Tensor:
-  "x in storage of its own, copied only if it is a view or an expression: the kernels take no views."
-  return x if x.uop.has_buffer_identity(after_ok=True) else x.contiguous()
-
-def _launch(fxn:Callable, outs:list[Tensor], ins:list[Tensor], grad_fxn:Callable|None=None) -> list[Tensor]:
-  return outs[0].custom_kernel(*outs[1:], *(_stored(x) for x in ins), fxn=fxn, grad_fxn=grad_fxn)[:len(outs)]
-
 def levels(device:str|tuple, N:int) -> int:
   """How a transform of length N runs: 1 in one launch, R > 1 in two levels, R of them of length N/R;
   0 where plain ops have to do it. Asked of the device's limits, never of its name."""
@@ -497,39 +586,56 @@ def levels(device:str|tuple, N:int) -> int:
   if not m.gpu: return int(N <= MAX_N)
   return next((R for R in (1, 2, 4, 8, 16) if 8*N <= R*m.scratch), 0)   # a complex number is 8 bytes
 
+def _written(shape:tuple[int, ...], H:int, S:int, kind:type) -> tuple[int, ...]:
+  "The shape of the buffer into which a kernel writes rows, or parts, of this shape."
+  if kind is not Rows: return shape
+  rows, columns = _padded(shape[0], shape[2], S)
+  return rows, H, columns
+
+def _trimmed(y:Tensor, shape:tuple[int, ...], kind:type) -> Tensor:
+  "The part of such a buffer that is of this shape."
+  return y[:shape[0], :, :shape[2]] if kind is Rows else y
+
 def _one(x:dict[str, Tensor], k:Tensor, N:int, kind:type) -> Tensor:
   "The convolution in one launch, of rows (B,H,L) or of parts (P,H,2,N); k (1,H,K), (1,1,K) or (1,H,2,N)."
-  u, m, names, tw = x["u"], machine(k.device), tuple(x), _twiddles(RADIX, N//RADIX, k.device)
+  u, m, names, S = x["u"], machine(k.device), tuple(x), N//RADIX
   if u.shape[0]*u.shape[1]*N < ONE_CORE: m = m._replace(cores=1)
-  def buffer(shape:tuple[int, ...]) -> Tensor:
-    if kind is Rows: shape = (*(p := _padded(shape[0], shape[2], N//RADIX))[:1], u.shape[1], p[1])
-    return Tensor.empty(*shape, dtype=dtypes.float, device=u.device)
-  def cut(y:Tensor, shape:tuple[int, ...]) -> Tensor: return y[:shape[0], :, :shape[2]] if kind is Rows else y
-  def grad(dy:UOp, call:UOp) -> tuple:
-    tw, k, *ins = (Tensor(s) for s in call.src[2:])
-    shapes = {"k": k.shape, **{n: u.shape for n in names if n != "D"}}
-    outs = _launch(_conv_grad(names, m, kind), [buffer(s) for s in shapes.values()],
-                   [tw, k, cut(Tensor(dy), u.shape), *ins])
-    d = {n: cut(o, s) for o, (n, s) in zip(outs, shapes.items())}
-    dk = d["k"]
-    d["D"] = dk[0, :, 0]                                                                   # dD = dk at lag 0
-    if k.shape[1] == 1: dk = dk.sum(1, keepdim=True)
-    return None, None, dk.uop, *(d[n].uop for n in names)
-  return cut(_launch(_conv(names, m, kind), [buffer(u.shape)], [tw, k, *x.values()], grad)[0], u.shape)
+  y, = launch(_conv(names, m, kind), [_written(u.shape, u.shape[1], S, kind)],
+              [_twiddles(RADIX, S, k.device), k, *x.values()],
+              bound(_one_gradient, names=names, m=m, kind=kind))
+  return _trimmed(y, u.shape, kind)
+
+def _one_gradient(dy:Tensor, _:Tensor, tw:Tensor, k:Tensor, *inputs:Tensor, names:tuple[str, ...],
+                  m:Machine, kind:type) -> tuple[Tensor|None, ...]:
+  "The gradient of `_one`: None for the roots, dk, and one for each of `names`."
+  shape = inputs[names.index("u")].shape
+  shapes = {"k": k.shape} | {n: shape for n in names if n != "D"}
+  outputs = launch(_conv_grad(names, m, kind),
+                   [_written(s, shape[1], tw.shape[2], kind) for s in shapes.values()],
+                   [tw, k, _trimmed(dy, shape, kind), *inputs], no_second_gradient("fftconv"))
+  d = {n: _trimmed(o, s, kind) for o, (n, s) in zip(outputs, shapes.items())}
+  dk = d["k"]
+  d["D"] = dk[0, :, 0]                                                                     # dD = dk at lag 0
+  if k.shape[1] == 1: dk = dk.sum(1, keepdim=True)
+  return None, dk, *(d[n] for n in names)
 
 def _parts(x:Tensor, R:int, S:int) -> Tensor:
   "Rows (B,H,L) -> the R sub-transforms of a transform of length R S: (⌈B/2⌉,H R,2,S)."
-  def grad(dX:UOp, call:UOp) -> tuple: return None, None, _rows(Tensor(dX), x.shape, R, S).uop
-  X = Tensor.empty(Rows.count(x.shape), x.shape[1]*R, 2, S, dtype=dtypes.float, device=x.device)
-  return _launch(_split(machine(x.device)), [X], [_twiddles(R, S, x.device), x], grad)[0]
+  return launch(_split(machine(x.device)), [(Rows.count(x.shape), x.shape[1]*R, 2, S)],
+                [_twiddles(R, S, x.device), x], _parts_gradient)[0]
+
+def _parts_gradient(dX:Tensor, _:Tensor, tw:Tensor, x:Tensor) -> tuple[Tensor|None, ...]:
+  return None, _rows(dX, x.shape, *tw.shape[1:])
 
 def _rows(X:Tensor, shape:tuple[int, ...], R:int, S:int) -> Tensor:
   "The way back, without its 1/R, and the adjoint of `_parts`."
   B, H, L = shape
-  def grad(dy:UOp, call:UOp) -> tuple: return None, None, _parts(Tensor(dy)[:B, :, :L], R, S).uop
-  Bp, Lp = _padded(B, L, S)
-  y = Tensor.empty(Bp, H, Lp, dtype=dtypes.float, device=X.device)
-  return _launch(_join(machine(X.device), B, L), [y], [_twiddles(R, S, X.device), X], grad)[0][:B, :, :L]
+  y, = launch(_join(machine(X.device), B, L), [_written(shape, H, S, Rows)],
+              [_twiddles(R, S, X.device), X], bound(_rows_gradient, shape=shape))
+  return _trimmed(y, shape, Rows)
+
+def _rows_gradient(dy:Tensor, _:Tensor, tw:Tensor, X:Tensor, shape:tuple[int, ...]) -> tuple[Tensor|None, ...]:
+  return None, _parts(_trimmed(dy, shape, Rows), *tw.shape[1:])
 
 def _overlapped(w:Tensor, k:Tensor, D:Tensor|None, N:int) -> Tensor:
   """A short filter along a long sequence, in pieces of N - K + 1 steps, each with the K-1 before it (overlap-save):
@@ -562,12 +668,13 @@ def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor
   if channels_last:
     u, v, q = (None if x is None else x.transpose(1, 2) for x in (u, v, q))
     return fftconv(u, k, D, v, q).transpose(1, 2)
+  u, k, D, v, q = on_one_device(u, k, D, v, q)
   L = u.shape[2]
   k = k[:, :L]
   N, short = _length(L, k.shape[1]), max(SHORT, _length(8*k.shape[1], 1))
   R, cut = levels(u.device, N), N > 2*short and levels(u.device, short) == 1
-  if not (R or cut) or not whole(u, k, D, *gates) or any(x is not None and x.dtype != dtypes.float
-                                                         for x in (u, k, D, *gates)):
+  given = [x for x in (u, k, D, v, q) if x is not None]
+  if not (R or cut) or not whole(*given) or any(x.dtype != dtypes.float for x in given):
     return fftconv_ref(u, k, D, v, q)
   if cut:
     y = _overlapped(u if v is None else u*v, k, D, short)
@@ -718,21 +825,20 @@ def product(a:Tensor, b:Tensor, *bias:Tensor, ta:bool=False, tb:bool=False, tota
 
   ta, tb: a, b are transposed first. One of them may have a single group, for all. Differentiable, any number of times.
   """
-  G = max(a.shape[0], b.shape[0])
-  def grad(dy:UOp, call:UOp) -> tuple[UOp|None, ...]:
-    g, a, b = Tensor(dy), *(Tensor(s) for s in call.src[2:4])
-    # dA = dY B^T, dB = A^T dY, or their transposes B dY^T, dY^T A; summed where one A or B has served all groups
-    one = [x.shape[0] < G for x in (a, b)]
-    da = product(b, g, ta=tb, tb=True, total=one[0]) if ta else product(g, b, tb=not tb, total=one[0])
-    db = product(g, a, ta=True, tb=ta, total=one[1]) if tb else product(a, g, ta=not ta, total=one[1])
-    # tinygrad's own sum over rows takes 8 ms where this takes 0.2 ms, (4096,128) on a CPU
-    ones = _ones(g.shape[1], g.device)
-    dbias = [product(ones, g, total=g.shape[0] > 1).reshape(x.shape).uop for x in bias]
-    return None, da.uop, db.uop, *dbias
+  G, m = max(a.shape[0], b.shape[0]), machine(a.device)
   M, N = a.shape[2 if ta else 1], b.shape[1 if tb else 2]
-  y = Tensor.empty(1 if total else G, M, N, dtype=dtypes.float, device=a.device)
-  kernel = dots if M <= 4 and tb and not ta and not total else functools.partial(gemm, ta=ta, tb=tb)
-  return _launch(functools.partial(kernel, m=machine(a.device)), [y], [a, b, *bias], grad)[0]
+  kernel = bound(dots, m=m) if M <= 4 and tb and not ta and not total else bound(gemm, ta=ta, tb=tb, m=m)
+  return launch(kernel, [(1 if total else G, M, N)], [a, b, *bias], bound(_product_gradient, ta=ta, tb=tb))[0]
+
+def _product_gradient(dy:Tensor, _:Tensor, a:Tensor, b:Tensor, *bias:Tensor, ta:bool, tb:bool) -> tuple[Tensor, ...]:
+  "dA = dY B^T, dB = A^T dY, or their transposes B dY^T, dY^T A; summed where one A or B has served all groups."
+  one = [x.shape[0] < max(a.shape[0], b.shape[0]) for x in (a, b)]
+  da = product(b, dy, ta=tb, tb=True, total=one[0]) if ta else product(dy, b, tb=not tb, total=one[0])
+  db = product(dy, a, ta=True, tb=ta, total=one[1]) if tb else product(a, dy, ta=not ta, total=one[1])
+  # tinygrad's own sum over rows takes 8 ms where this takes 0.2 ms, (4096,128) on a CPU
+  ones = _ones(dy.shape[1], dy.device)
+  dbias = [product(ones, dy, total=dy.shape[0] > 1).reshape(x.shape) for x in bias]
+  return da, db, *dbias
 
 def _plain_product(x:Tensor, w:Tensor, sums:DType|None) -> Tensor:
   """x (…,M,K) @ w by tinygrad's own product, as a GPU does it best: x and the gradient are stored, lest what makes
@@ -740,8 +846,8 @@ def _plain_product(x:Tensor, w:Tensor, sums:DType|None) -> Tensor:
   products. PoCL, two cores, (4096,1024) x (1024,256): 42 ms, dw 48 ms and not 270; after GELU 42 ms and not 700."""
   M = prod(x.shape[:-1])
   G = next(g for g in range(max(1, M//256), 0, -1) if M % g == 0) if w.ndim == 2 else 1
-  if G == 1: return _stored(x).dot(w, dtype=sums).contiguous_backward()
-  y = _stored(x).reshape(G, M//G, -1).dot(w.expand(G, *w.shape).contiguous_backward(), dtype=sums)
+  if G == 1: return stored(x).dot(w, dtype=sums).contiguous_backward()
+  y = stored(x).reshape(G, M//G, -1).dot(w.expand(G, *w.shape).contiguous_backward(), dtype=sums)
   return y.contiguous_backward().reshape(*x.shape[:-1], -1)
 
 def matmul(x:Tensor, w:Tensor, transposed:bool=False, bias:Tensor|None=None) -> Tensor:
@@ -752,6 +858,7 @@ def matmul(x:Tensor, w:Tensor, transposed:bool=False, bias:Tensor|None=None) -> 
   in all three. w may be in half precision (WEIGHTS), which is widened as it is read: all sums are float32.
   A kernel of our own on the CPU, from SMALL multiplications on; else tinygrad's.
   """
+  x, w, bias = on_one_device(x, w, bias)
   K, N = w.shape[-2:][::-1 if transposed else 1] if w.ndim > 1 else (0, 0)
   sums = dtypes.float if HALF and w.ndim == 2 and x.dtype == w.dtype == dtypes.float else None
   if sums: x, w = (t.cast((dtypes.half, dtypes.bfloat16)[HALF.value-1]) for t in (x, w))
@@ -787,7 +894,7 @@ def powers(a:Pair, n:int, step:int=1) -> Pair:
   """
   if n > 16:
     I = -(-n // (J := 1 << n.bit_length() // 2))
-    lo, hi = ([t.contiguous() for t in powers(a, m, s)] for m, s in ((J, step), (I, J*step)))
+    lo, hi = ([stored(t) for t in powers(a, m, s)] for m, s in ((J, step), (I, J*step)))
     both = cmul([t.unsqueeze(-1) for t in hi], [t.unsqueeze(-2) for t in lo])                    # (…,I,J)
     return tuple(t.flatten(-2)[..., :n] for t in both)
   const = (a[0].detach().unsqueeze(-1), a[1].detach().unsqueeze(-1))
@@ -815,7 +922,7 @@ class Vandermonde:
     self.L, self.J = L, 1 << ((L-1).bit_length() + 1) // 2
     self.I, self.M = -(-L // self.J), A[0].shape[-1]
     self.hi = powers(A, self.I, self.J)                             # (H,M,I) each
-    self.lo = Tensor.cat(*powers(A, self.J), dim=-2).contiguous()   # (H,2M,J), re above im
+    self.lo = stored(Tensor.cat(*powers(A, self.J), dim=-2))        # (H,2M,J), re above im
 
   def sum(self, c:Pair) -> Tensor:
     "2 Re sum_n c[n] A[n]^l, l < L: c (…,H,M) -> (…,H,L)."
@@ -1054,7 +1161,7 @@ def _walk_sizes(device:str|tuple, S:int, L:int, chunk:int|None) -> tuple[Machine
 
 def _walk_tables(A:Pair, B:Pair, C:Pair, D:Tensor|None, c:int) -> tuple[Tensor, Tensor, Tensor]:
   "Q (H,c,S), P above T (H,S+c,c), and a (H,S): see above. S = 2M, re and then im."
-  pw = [p.contiguous() for p in powers(A, c + 1)]                                                # (H,M,c+1)
+  pw = [stored(p) for p in powers(A, c + 1)]                                                     # (H,M,c+1)
   upto, after = (tuple(p[..., i:i+c] for p in pw) for i in (0, 1))
   wide = lambda z: (z[0].unsqueeze(-1), z[1].unsqueeze(-1))
   k = 2*cmul(wide(cmul(C, B)), upto)[0].sum(-2)                                                  # (H,c)
@@ -1062,7 +1169,18 @@ def _walk_tables(A:Pair, B:Pair, C:Pair, D:Tensor|None, c:int) -> tuple[Tensor, 
   T = k.pad((None, (c-1, 0))).unfold(-1, c, 1).flip(1)                                           # T[j,l] = k[l-j]
   P, Q = cmul(wide(C), after), cmul(wide(B), upto)
   tables = Tensor.cat(*Q, dim=1).flip(-1).transpose(1, 2), Tensor.cat(2*P[0], -2*P[1], T, dim=1)
-  return *(t.contiguous() for t in tables), Tensor.cat(*(p[..., c] for p in pw), dim=1).contiguous()
+  return *(stored(t) for t in tables), stored(Tensor.cat(*(p[..., c] for p in pw), dim=1))
+
+def _walk_gradient(dout:Tensor, _:Tensor, x0:Tensor, Q:Tensor, P:Tensor, a:Tensor, *inputs:Tensor,
+                   names:tuple[str, ...], m:Machine, shape:tuple[int, int, int], S:int, c:int, R:int
+                   ) -> list[Tensor]:
+  "The gradients of `_walk`'s inputs, in their order."
+  PT, TQ = P[:, :S].transpose(1, 2), Tensor.cat(P[:, S:].transpose(1, 2), Q.transpose(1, 2), dim=1)
+  given = (x0, Q, P, a, *inputs)
+  states = shape[1] * -(-shape[2]//(R*c)) * S                        # kept on the walk forward
+  outputs = launch(_walk_grad(names, m, shape, S, c, R), [*((x.numel(),) for x in given), (states,)],
+                   [dout, x0, Q, P, a, PT, TQ, *inputs], no_second_gradient("ssm_conv"))
+  return [d.reshape(x.shape) for d, x in zip(outputs, given)]
 
 def ssm_conv_ref(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None=None, q:Tensor|None=None,
                  state:Pair|None=None, chunk:int|None=None) -> tuple[Tensor, Pair]:
@@ -1087,7 +1205,10 @@ def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None
   measurements. Differentiable once in every argument. Raises ValueError when shapes don't fit.
   Source: paper section 4 (state passing); not in the official code.
   """
-  gates, xs, (n, H, L) = [x for x in (v, q) if x is not None], [*(state or ())], u.shape if u.ndim == 3 else (0, 0, 0)
+  u, D, v, q, *rest = on_one_device(u, D, v, q, *A, *B, *C, *(state or ()))
+  A, B, C = (tuple(rest[i:i+2]) for i in (0, 2, 4))
+  state = tuple(rest[6:]) or None
+  gates, xs, (n, H, L) = [x for x in (v, q) if x is not None], rest[6:], u.shape if u.ndim == 3 else (0, 0, 0)
   pairs, M = [*A, *B, *C], A[0].shape[-1]
   if 0 in (n, H, L, chunk) or any(x.shape != u.shape for x in gates) or any(x.shape != (H, M) for x in pairs) \
      or any(x.shape != (n, H, M) for x in xs) or (D is not None and D.shape != (H,)) or (chunk or 1) < 1:
@@ -1102,17 +1223,9 @@ def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None
   if prod(shape)*4 < ONE_CORE: m = m._replace(cores=1)
   Q, P, a = _walk_tables(A, B, C, D, c)
   x0 = Tensor.zeros(n, H, S, device=u.device).contiguous() if state is None else Tensor.cat(*state, dim=-1)
-  empty = functools.partial(Tensor.empty, dtype=dtypes.float, device=u.device)
-  def grad(dout:UOp, call:UOp) -> tuple:
-    x0, Q, P, a, *ins = (Tensor(s) for s in call.src[2:])
-    PT, TQ = P[:, :S].transpose(1, 2), Tensor.cat(P[:, S:].transpose(1, 2), Q.transpose(1, 2), dim=1)
-    outs = [empty(n*H*S), empty(Q.numel()), empty(P.numel()), empty(a.numel()), *(empty(prod(shape)) for _ in ins),
-            empty(H*-(-L//(R*c))*S)]
-    d = _launch(_walk_grad(names, m, shape, S, c, R), outs, [Tensor(dout), x0, Q, P, a, PT, TQ, *ins])
-    return None, *(t.reshape(o.shape).uop for t, o in zip(d, (x0, Q, P, a, *ins)))
-  out = empty(_state_at(shape) + n*H*S)
-  ins = [x0.flatten(), Q, P, a, *(x.flatten() for x in (u, *gates))]
-  out = _launch(_walk(names, m, shape, S, c, R), [out], ins, grad)[0]
+  inputs = [x0.flatten(), Q, P, a, *(x.flatten() for x in (u, *gates))]
+  out, = launch(_walk(names, m, shape, S, c, R), [(_state_at(shape) + n*H*S,)], inputs,
+                bound(_walk_gradient, names=names, m=m, shape=shape, S=S, c=c, R=R))
   y, x = out[:prod(shape)].reshape(shape), out[_state_at(shape):].reshape(n, H, S)
   re, im = x[..., :M], x[..., M:]
   if rest := L % c:                                  # after the last whole chunk: A^rest x + Σ_j A^(rest-1-j) B w_j
@@ -1178,20 +1291,23 @@ def _norm_grad(dx:UOp, dw:UOp, db:UOp, x:UOp, w:UOp, dy:UOp, eps:float, m:Machin
 
 def layernorm(x:Tensor, w:Tensor, b:Tensor, eps:float=1e-5) -> Tensor:
   "(x - mean)/sqrt(variance + eps) · w + b over the last axis: x (…,D), w, b (D,). Differentiable once in all three."
+  x, w, b = on_one_device(x, w, b)
   if not _float_on_cpu(x, w, b): return x.layernorm(eps=eps)*w + b
-  rows, empty = x.reshape(-1, x.shape[-1]), functools.partial(Tensor.empty, dtype=dtypes.float, device=x.device)
-  m = machine(x.device)
+  rows, m = x.reshape(-1, x.shape[-1]), machine(x.device)
   if rows.numel() < ONE_CORE//8: m = m._replace(cores=1)
-  def grad(dy:UOp, call:UOp) -> tuple:
-    x, w = (Tensor(s) for s in call.src[2:4])
-    cores = next(c for c in range(m.cores, 0, -1) if x.shape[0] % c == 0)
-    outs = [empty(*x.shape), empty(cores, *w.shape), empty(cores, *w.shape)]
-    dx, *sums = _launch(functools.partial(_norm_grad, eps=eps, m=m), outs, [x, w, Tensor(dy)])
-    return None, dx.uop, *((s[0] if cores == 1 else s.sum(0)).uop for s in sums)
-  return _launch(functools.partial(_norm, eps=eps, m=m), [empty(*rows.shape)], [rows, w, b], grad)[0].reshape(x.shape)
+  y, = launch(bound(_norm, eps=eps, m=m), [rows.shape], [rows, w, b], bound(_norm_gradient, eps=eps, m=m))
+  return y.reshape(x.shape)
+
+def _norm_gradient(dy:Tensor, _:Tensor, x:Tensor, w:Tensor, b:Tensor, eps:float, m:Machine) -> tuple[Tensor, ...]:
+  cores = next(c for c in range(m.cores, 0, -1) if x.shape[0] % c == 0)
+  dx, *sums = launch(bound(_norm_grad, eps=eps, m=m), [x.shape, (cores, *w.shape), (cores, *w.shape)], [x, w, dy],
+                     no_second_gradient("layernorm"))
+  return dx, *(s[0] if cores == 1 else s.sum(0) for s in sums)
 
 # ---------------------------------------------------------------- attention's softmax: one launch forward, one back
 # (32,2048,2048) with its gradient, two cores: tinygrad 5 launches and 1.7 s.
+LOWEST = float(np.finfo(np.float32).min)
+
 def _softmax(p:UOp, s:UOp, *place:UOp, m:Machine) -> UOp:
   (G, L, T), ids = s.shape, itertools.count()
   row, turn, _, core = _share(G*L, m, ids)
@@ -1200,7 +1316,7 @@ def _softmax(p:UOp, s:UOp, *place:UOp, m:Machine) -> UOp:
   first = place[1][g//(G//place[1].shape[0])].load() if len(place) > 1 else None
   seen = lambda i: i <= own if first is None else (i <= own) & ((i >= first) | i.eq(own))
   total = _row_sums(turn, T, ids)
-  largest = total(lambda i: seen(i).where(s[g, l, i], -1e30), UOp.maximum, -1e30)
+  largest = total(lambda i: seen(i).where(s[g, l, i], LOWEST), UOp.maximum, LOWEST)
   e = UOp.placeholder((T,), dtypes.float, slot=next(ids), addrspace=AddrSpace.REG)
   e = e.after(e.after(turn)[i].store(seen(i).where((s[g, l, i] - largest).exp(), 0.0)).end(i))
   scale = 1/total(lambda i: e[i])
@@ -1217,7 +1333,8 @@ def _softmax_grad(ds:UOp, p:UOp, dp:UOp, m:Machine) -> UOp:
 
 def causal_softmax(s:Tensor, pos:Tensor|None=None, start:Tensor|None=None) -> Tensor:
   """Over the last axis of s (B,…,L,T), where row i sees columns up to pos + i, pos (1,) int, by default T - L; and
-  none before start (B,) int, except its own. Differentiable once, without pos and start."""
+  none before start (B,) int, except its own. Differentiable once, in s."""
+  s, pos, start = on_one_device(s, pos, start)
   *lead, L, T = s.shape
   place = [x for x in (pos, start) if x is not None]
   if not _float_on_cpu(s):
@@ -1225,14 +1342,16 @@ def causal_softmax(s:Tensor, pos:Tensor|None=None, start:Tensor|None=None) -> Te
     seen, t = Tensor.arange(T) <= own, Tensor.arange(T)
     if start is not None: seen = seen & ((t >= start.reshape(-1, *[1]*(s.ndim-1))) | (t == own))
     return seen.where(s, -math.inf).softmax(-1)
-  m, empty = machine(s.device), functools.partial(Tensor.empty, dtype=dtypes.float, device=s.device)
+  m = machine(s.device)
   if s.numel() < ONE_CORE//8: m = m._replace(cores=1)
-  def grad(dp:UOp, call:UOp) -> tuple:
-    flat = [x.reshape(-1, T) for x in (p, Tensor(dp))]
-    ds, = _launch(functools.partial(_softmax_grad, m=m), [empty(*flat[0].shape)], flat)
-    return None, ds.reshape(call.src[2].shape).uop
-  p, = _launch(functools.partial(_softmax, m=m), [empty(prod(lead), L, T)], [s.reshape(-1, L, T), *place], grad)
+  p, = launch(bound(_softmax, m=m), [(prod(lead), L, T)], [s.reshape(-1, L, T), *place],
+              bound(_softmax_gradient, m=m))
   return p.reshape(s.shape)
+
+def _softmax_gradient(dp:Tensor, p:Tensor, s:Tensor, *place:Tensor, m:Machine) -> tuple[Tensor|None, ...]:
+  rows = [x.reshape(-1, x.shape[-1]) for x in (p, dp)]
+  ds, = launch(bound(_softmax_grad, m=m), [rows[0].shape], rows, no_second_gradient("softmax"))
+  return ds.reshape(s.shape), *(None for _ in place)
 
 def softmax(s:Tensor) -> Tensor:
   "Over all of the last axis. Differentiable once."
@@ -1260,17 +1379,18 @@ def _embed_grad(dw:UOp, dy:UOp, tokens:UOp, m:Machine) -> UOp:
 
 def embedding(tokens:Tensor, w:Tensor) -> Tensor:
   "w[tokens]: tokens (…) int from 0 to V-1, w (V,D) of any of WEIGHTS -> (…,D) float32. Differentiable once in w."
+  tokens, w = on_one_device(tokens, w)
   if not _float_on_cpu(small=(w,)) or 0 in tokens.shape:
     onehot = tokens.unsqueeze(-1) == Tensor.arange(w.shape[0])
     if w.shape[0] <= 1024: return matmul(onehot.float(), w)        # for the sake of its gradient
     return widened(onehot.unsqueeze(-1).where(w, 0).sum(-2, dtype=w.dtype))      # tinygrad makes this a look-up
-  m, empty = machine(w.device), functools.partial(Tensor.empty, dtype=dtypes.float, device=w.device)
-  def grad(dy:UOp, call:UOp) -> tuple:
-    kernel, tokens = functools.partial(_embed_grad, m=m), Tensor(call.src[3])
-    return None, _launch(kernel, [empty(w.numel())], [Tensor(dy), tokens])[0].uop, None
-  y = empty(prod(tokens.shape), w.shape[1])
-  y, = _launch(functools.partial(_embed, m=m), [y], [w.reshape(-1), tokens.reshape(-1).clip(0, w.shape[0]-1)], grad)
+  m = machine(w.device)
+  y, = launch(bound(_embed, m=m), [(prod(tokens.shape), w.shape[1])],
+              [w.reshape(-1), tokens.reshape(-1).clip(0, w.shape[0]-1)], bound(_embed_gradient, m=m))
   return y.reshape(*tokens.shape, -1)
+
+def _embed_gradient(dy:Tensor, _:Tensor, w:Tensor, tokens:Tensor, m:Machine) -> tuple[Tensor|None, ...]:
+  return launch(bound(_embed_grad, m=m), [w.shape], [dy, tokens], no_second_gradient("embedding"))[0], None
 
 # ---------------------------------------------------------------- decoding: states are overwritten
 def _write(cache:UOp, x:UOp, pos:UOp) -> UOp:
@@ -1283,7 +1403,9 @@ def write(cache:Tensor, x:Tensor, pos:Tensor) -> Tensor:
   "cache (B,heads,T,hd) with rows pos, pos+1, … made x (B,heads,L,hd), in place where kernels are on; pos (1,) int."
   B, H, L, D = x.shape
   if FLASH and whole(x):
-    return cache.reshape(-1).custom_kernel(_stored(x.reshape(B*H, L, D)), pos, fxn=_write)[0].reshape(cache.shape)
+    made, = launch(_write, [cache.reshape(-1)], [x.reshape(B*H, L, D), pos],
+                   "write overwrites a cache: it has no gradient.")
+    return made.reshape(cache.shape)
   T = cache.shape[2]
   at = Tensor.arange(T).reshape(1, 1, T, 1) - pos.reshape(1, 1, 1, 1)
   if L > 1: x = (at.squeeze(-1).unsqueeze(2) == Tensor.arange(L).reshape(L, 1)).float().transpose(-1, -2) @ x
@@ -1296,18 +1418,19 @@ def _attend(y:UOp, q:UOp, k:UOp, v:UOp, pos:UOp, *start:UOp, m:Machine) -> UOp:
   reg = lambda n: UOp.placeholder((n,), dtypes.float, slot=next(ids), addrspace=AddrSpace.REG)
   loop = lambda n, axis=AxisType.LOOP: UOp.range(n, next(ids), axis)
   s, largest, sums, acc, total, at = reg(T), reg(1), reg(W), reg(D), reg(1), lambda t, d: (g*T + t)*D + d
-  largest = largest.after(largest.after(turn)[0].store(-1e30))
+  largest = largest.after(largest.after(turn)[0].store(LOWEST))
   t, z, c, w = loop(n, AxisType.REDUCE), loop(W), loop(D//W, AxisType.REDUCE), loop(W)
   sums = sums.after(sums.after(t)[z].store(0.0).end(z))
   p = sums.after(c)
   sums = sums.after(p[w].store(p[w] + q[g, c*W + w]*k[at(t, c*W + w)]).end(w).end(c))
   def tree(x:list[UOp]) -> UOp: return x[0] if len(x) == 1 else tree([a + b for a, b in zip(x[::2], x[1::2])])
   dot = tree([sums[i] for i in range(W)])*D**-0.5                                                # s = q k / sqrt D
-  if start: dot = (t >= start[0][g//(G//start[0].shape[0])].load()).where(dot, -1e30)
+  first = start[0][g//(G//start[0].shape[0])].load() if start else None
+  seen = lambda t, x, otherwise: x if first is None else (t >= first).where(x, otherwise)
   now = largest.after(t)
-  scores = UOp.group(s.after(turn, t)[t].store(dot), now[0].store(now[0].maximum(dot))).end(t)
+  scores = UOp.group(s.after(turn, t)[t].store(dot), now[0].store(now[0].maximum(seen(t, dot, LOWEST)))).end(t)
   s, largest, t = s.after(scores), largest.after(scores), loop(n)
-  s = s.after(s[t].store((s[t] - largest[0]).exp()).end(t))                                      # s = exp(s - max)
+  s = s.after(s[t].store(seen(t, (s[t] - largest[0]).exp(), 0.0)).end(t))                        # s = exp(s - max)
   z, t, d, o = loop(D), loop(n, AxisType.REDUCE), loop(D), loop(D)
   zero = UOp.group(acc.after(turn, s)[z].store(0.0).end(z), total.after(turn, s)[0].store(0.0))
   a, all = acc.after(zero, t), total.after(zero, t)
@@ -1322,9 +1445,10 @@ def attend_step(q:Tensor, k:Tensor, v:Tensor, pos:Tensor, start:Tensor|None=None
   On a CPU the time is that of reading these rows, whatever T; elsewhere all are read. Not differentiable."""
   B, H, D = q.shape
   if _float_on_cpu(q, k, v) and k.shape[2] <= 1 << 20:             # the scores are on the stack
-    y, place = Tensor.empty(B*H*D, dtype=dtypes.float, device=q.device), [x for x in (pos, start) if x is not None]
-    ins = [q.reshape(B*H, D), *(x.reshape(-1) for x in (k, v)), *place]
-    return _launch(functools.partial(_attend, m=machine(q.device)), [y], ins)[0].reshape(B, H, D)
+    inputs = [q.reshape(B*H, D), *(x.reshape(-1) for x in (k, v)), *(x for x in (pos, start) if x is not None)]
+    y, = launch(bound(_attend, m=machine(q.device)), [(B*H*D,)], inputs,
+                "attend_step, which is for decoding, has no gradient.")
+    return y.reshape(B, H, D)
   s = matmul(q.unsqueeze(2) * D**-0.5, k, transposed=True)                                       # (B,heads,1,T)
   return matmul(causal_softmax(s, pos, start), v).squeeze(2)
 
@@ -1358,8 +1482,8 @@ def h3_step(q:Tensor, k:Tensor, v:Tensor, state:tuple[Tensor, Tensor, Tensor], w
   of dA, dB and C (D,M), and D (D,), of the diagonal SSM. Not differentiable.
   """
   if not _float_on_cpu(q, k, v, *state, *weights): return None
-  y = Tensor.empty(*q.shape, dtype=dtypes.float, device=q.device)
-  y, *new = _launch(functools.partial(_step, m=machine(q.device)), [y, *state], [q, k, v, *weights])
+  y, *new = launch(bound(_step, m=machine(q.device)), [q.shape, *state], [q, k, v, *weights],
+                   "h3_step, which overwrites a state, has no gradient.")
   return y, tuple(new)
 
 # ---------------------------------------------------------------- the device

@@ -32,7 +32,7 @@ from tinygrad.dtype import DType
 from tinygrad.helpers import cache_dir, tqdm
 from tinygrad.nn.state import get_state_dict
 from flashconv import (WEIGHTS, Pair, Vandermonde, attend_step, causal_softmax, cmul, constant, embedding, fftconv,
-                       h3_step, layernorm, matmul, softmax, ssm_conv, write)
+                       h3_step, layernorm, matmul, softmax, ssm_conv, stored, write)
 
 BY_FFT = 2048     # sequences up to this length go through the FFT in training, longer ones by state passing (README)
 State = tuple[Tensor, ...]  # of a mixer: () where there is none. Of the model: see H3LM.init_state
@@ -288,7 +288,7 @@ class H3Mixer:
 
   def tables(self) -> tuple[Tensor, ...]:
     "dA, dB, C of the diagonal SSM, re and im, (H,M) each."
-    return tuple(x.contiguous() for pair in self.kernel.kernel.discretize() for x in pair)
+    return tuple(stored(x) for pair in self.kernel.kernel.discretize() for x in pair)
 
   def step(self, u:Tensor, state:State, tables:Tables) -> tuple[Tensor, State]:
     q, k, v = self.q_proj(u), self.k_proj(u), self.v_proj(u)        # (B,D)
@@ -453,9 +453,9 @@ class H3LM:
     mixers = [l.mixer for l in self.backbone.layers if not isinstance(l.mixer, Attention)]
     if not mixers: return iter(())
     S = [None]*len(mixers) if self.config.ssm == "s4d" else \
-      joined([m.ssm_k_kernel.kernel for m in mixers]).filter().contiguous().chunk(len(mixers))
+      stored(joined([m.ssm_k_kernel.kernel for m in mixers]).filter()).chunk(len(mixers))
     if L > BY_FFT: return zip(S, [None]*len(mixers))
-    K = joined([m.kernel.kernel for m in mixers]).filter(L).contiguous()
+    K = stored(joined([m.kernel.kernel for m in mixers]).filter(L))
     return zip(S, K.chunk(len(mixers)))
 
   def init_state(self, batch:int, max_length:int|None=None, start:list[int]|None=None) -> State:
