@@ -25,17 +25,19 @@ H=256, CPU), and its backward pass would do two transforms more, to compute anew
 """
 from __future__ import annotations
 import argparse, cmath, ctypes, dataclasses, functools, hashlib, importlib.metadata, importlib.util, itertools
-import math, operator, os, queue, subprocess, sys, threading, time
+import math, mmap, operator, os, queue, subprocess, sys, threading, time
 from typing import Callable, NamedTuple, Sequence
 import numpy as np
-from tinygrad import Device, Tensor, TinyJit, UOp, codegen, dtypes, tensor
+from tinygrad import Device, Tensor, TinyJit, UOp, codegen, dtypes, helpers, tensor
 from tinygrad.codegen import to_program
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
 from tinygrad.codegen.opt.postrange import Scheduler
 from tinygrad.dtype import AddrSpace, DType
+from tinygrad.engine import worker
+from tinygrad.engine.jit import _TinyJit
 from tinygrad.engine.realize import capturing
 from tinygrad.helpers import (NOOPT, Context, ContextVar, GlobalCounters, Target, all_int, cache_dir,
-                              diskcache_get, diskcache_put, prod)
+                              diskcache_get, diskcache_put, mv_address, prod)
 from tinygrad.renderer import Estimates, Renderer, cstyle
 from tinygrad.uop.ops import (AxisType, KernelInfo, Ops, ParamArg, PatternMatcher, UPat, graph_rewrite,
                                shape_to_shape_arg)
@@ -52,11 +54,14 @@ def capture(f:Callable, **options) -> TinyJit:
   jit.cnt = 1
   return jit
 
+TURN = threading.RLock()        # held by the thread that realises Tensors or calls a TinyJit
+
 def constant(x:np.ndarray, device:str, dtype:type=np.float32) -> Tensor:
   "A Tensor realised at once, even while a TinyJit captures, so that replays do not make it again."
-  held, capturing[:] = capturing[:], []
-  try: return Tensor(np.asarray(x, dtype), device=device).realize()
-  finally: capturing[:] = held
+  with TURN:
+    held, capturing[:] = capturing[:], []
+    try: return Tensor(np.asarray(x, dtype), device=device).realize()
+    finally: capturing[:] = held
 
 # ---------------------------------------------------------------- launching a kernel
 # Tensor.realize replaces every AFTER and CONTIGUOUS of a graph by its buffer, in all Tensors, and a
@@ -1492,33 +1497,95 @@ def _is_clang(command:str) -> bool:
   try: return "clang" in subprocess.run([command, "--version"], capture_output=True, text=True).stdout
   except OSError: return False
 
-class Cores:
-  "Python threads, one for each further core, that wait for work and leave Python for as long as it runs."
-  waiting: list[queue.SimpleQueue] = []
-  @staticmethod
-  def serve(jobs:queue.SimpleQueue):
-    while True:
-      fxn, args, done = jobs.get()
-      fxn(*args)
-      done.release()
-  @classmethod
-  def run(cls, fxn:Callable, shares:list[tuple]):
-    "fxn(*share) for every share at once, each on a core of its own."
-    while len(cls.waiting) < len(shares) - 1:
-      cls.waiting.append(queue.SimpleQueue())
-      threading.stack_size(16 << 20)                  # scratch memory is on the stack
-      threading.Thread(target=cls.serve, args=cls.waiting[-1:], daemon=True).start()
-      threading.stack_size(0)
-    locks = []
-    for share, jobs in zip(shares[1:], cls.waiting):
-      locks.append(done := threading.Lock())
-      done.acquire()
-      jobs.put((fxn, share, done))
-    try: fxn(*shares[0])
-    finally:                                          # Ctrl-C too leaves nobody writing
-      for done in locks: done.acquire()
+WORDS = 64                             # of an entry in a list of kernels: a function and its arguments
 
-WORDS = 64                             # of a replay's entry: a function and its arguments
+class Job:
+  """Kernels that all cores run together: a list for each core, `entries` (cores,n,WORDS), see `_replay`.
+
+  done[8 c] counts those that core c is through with. `memory` is kept alive until all are.
+  """
+  def __init__(self, function:Callable, entries:np.ndarray, pause:np.ndarray, memory:object):
+    cores, n, _ = entries.shape
+    self.function, self.memory = function, (entries, pause, memory)
+    self.done, self.taken = np.zeros(8*cores, np.uint64), threading.Lock()
+    at = entries.ctypes.data, self.done.ctypes.data, pause.ctypes.data
+    self.shares = [tuple(map(ctypes.c_uint64, (at[0] + c*entries.strides[0], *at[1:], n, c))) for c in range(cores)]
+
+  def run(self, core:int): self.function(*self.shares[core])
+
+class Cores:
+  """Python threads, one for each further core, that leave Python while they run their share of a job.
+
+  One of them, the leader, takes the jobs from a queue, one after the other, and hands out the
+  shares. So two jobs that are asked for at the same time never wait for each other's cores.
+  """
+  def __init__(self):
+    self.jobs, self.workers, self.leading = queue.SimpleQueue(), [], threading.Lock()
+
+  def run(self, job:Job):
+    "Runs a job, whose first share falls to the thread that asks for it."
+    if len(job.shares) == 1: return job.run(0)
+    if not self.leading.locked(): self.start(self.lead)
+    try:
+      self.jobs.put(job)
+      job.run(0)
+    except BaseException:
+      # An interrupt. Either the leader has not taken the job, and now never will, or the others wait
+      # for this thread's share: then it runs here, unless it has run already.
+      if not job.taken.acquire(blocking=False) and not job.done[0]: job.run(0)
+      raise
+
+  def start(self, loop:Callable, *args:object):
+    threading.stack_size(16 << 20)                    # a kernel's private arrays are on the stack
+    threading.Thread(target=loop, args=args, daemon=True).start()
+    threading.stack_size(0)
+
+  def lead(self):
+    if not self.leading.acquire(blocking=False): return
+    while True:
+      job = self.jobs.get()
+      if not job.taken.acquire(blocking=False): continue
+      for core in range(2, len(job.shares)):
+        if len(self.workers) < core - 1:
+          self.workers.append(queue.SimpleQueue())
+          self.start(self.serve, self.workers[-1])
+        self.workers[core-2].put((job, core))
+      job.run(1)
+      del job                                         # and the memory that it keeps alive
+
+  def serve(self, shares:queue.SimpleQueue):
+    while True:
+      job, core = shares.get()
+      job.run(core)
+      del job
+
+CORES = Cores()
+
+@functools.cache
+def allow_threads_and_forks():
+  """Lets several Python threads use tinygrad 0.14.0 at once, and a child process go on after a fork.
+
+  What tinygrad captures and compiles it keeps in tables that all threads share, and its cache on
+  disk is open for one thread alone: so one thread at a time realises Tensors or calls a TinyJit.
+  After a fork the child has none of the other threads and processes that its tables name.
+  """
+  own = threading.local()
+  def in_turn(method:Callable) -> Callable:
+    @functools.wraps(method)
+    def call(*args, **options):
+      with TURN:
+        others, helpers._db_connection = helpers._db_connection, getattr(own, "cache", None)
+        try: return method(*args, **options)
+        finally: own.cache, helpers._db_connection = helpers._db_connection, others
+    return call
+  for owner, name in ((Tensor, "realize"), (Tensor, "_buffer"), (_TinyJit, "__call__")):
+    setattr(owner, name, in_turn(getattr(owner, name)))
+  def in_child():
+    CORES.__init__()
+    worker.worker_pool = own.cache = helpers._db_connection = None
+    TURN.release()
+  if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=TURN.acquire, after_in_parent=TURN.release, after_in_child=in_child)
 
 def _replay(cores:int) -> UOp:
   """A core's part of a list of kernels: n entries of WORDS words. done[8 c]: how many of them core c is through
@@ -1566,12 +1633,11 @@ def _shared(call:UOp) -> UOp:
 def use_all_cores():
   """tinygrad 0.14.0 runs the threads of a CPU kernel one after the other, and each kernel of a TinyJit from Python,
   0.1 ms each. From here on threads run at once, and a TinyJit's kernels run without Python between them."""
-  from tinygrad.runtime.ops_cpu import CPUProgram
+  from tinygrad.runtime.ops_cpu import BufferSpec, CPUAllocator, CPUProgram, HCQBuffer
   from tinygrad.codegen import do_to_program
   from tinygrad.engine import realize
   from tinygrad.engine.jit import GraphRunner, get_call_arg_uops
   one_by_one = CPUProgram.__call__
-  def share(args:list, place:int, core:int) -> tuple: return (*args[:place], ctypes.c_uint64(core), *args[place+1:])
   @functools.wraps(one_by_one)
   def call(self, *bufs, global_size:tuple=(1, 1, 1), local_size:tuple=(1, 1, 1), vals:tuple=(), wait:bool=False,
            timeout:int|None=None) -> float|None:
@@ -1579,10 +1645,23 @@ def use_all_cores():
     if global_size[0] == 1 or place is None or self.lvp:
       return one_by_one(self, *bufs, global_size=global_size, local_size=local_size, vals=vals, wait=wait,
                         timeout=timeout)
-    args = [ctypes.c_uint64(x or 0) for x in (*(b.va_addr for b in bufs), *vals)]
-    Cores.run(self.fxn, [share(args, place, i) for i in range(global_size[0])])
+    args = [self.addr, *(b.va_addr for b in bufs), *(x or 0 for x in vals)]
+    entries = np.zeros((global_size[0], 1, WORDS), np.uint64)
+    entries[:, 0, :len(args)] = args
+    entries[:, 0, 1 + place] = np.arange(global_size[0])
+    CORES.run(Job(replay(global_size[0]).fxn, entries, pause, bufs))
     return time.perf_counter() - start if wait else None
   CPUProgram.__call__ = call
+
+  # tinygrad's memory is shared with a child after a fork: what one of them computes would overwrite the other's
+  shared = CPUAllocator._alloc
+  def private(self, size:int, options:BufferSpec) -> HCQBuffer:
+    if os.name != "posix" or options.external_ptr is not None: return shared(self, size, options)
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer = shared(self, size, dataclasses.replace(options, external_ptr=mv_address(memory)))
+    buffer.meta = memory                              # freed with the buffer
+    return buffer
+  CPUAllocator._alloc = private
 
   def program(name:str, body:UOp) -> CPUProgram:
     device = Device["CPU"]
@@ -1602,18 +1681,16 @@ def use_all_cores():
         mine[:, 0] = program.addr
         for j, b in enumerate(p.globals): mine[:, 1 + j] = bufs[b]._buf.va_addr
         if (place := program.runtimevars.get("core_id")) is not None: mine[:, 1 + place] = np.arange(len(mine))
-      self.done = np.zeros(8*self.cores, np.uint64)
-      self.shares = [tuple(map(ctypes.c_uint64, (e.ctypes.data, self.done.ctypes.data, pause.ctypes.data, n, c)))
-                     for c, e in enumerate(self.entries)]
       # where the buffers of the inputs, and contiguous parts of them, go
       self.places = [(i, 1 + j, args[i][p]) for i, info in enumerate(infos) for j, p in enumerate(info.globals)
                      if any(u.op is Ops.PARAM for u in args[i][p].toposort())]
       self.calls = []                                 # lets go of the first call's inputs
     def __call__(self, input_uops:tuple[UOp, ...], var_vals:dict[str, int], wait:bool=False) -> float|None:
-      start, self.done[:] = time.perf_counter(), 0
+      start, inputs = time.perf_counter(), []
       for i, j, arg in self.places:
-        self.entries[:, i, j] = realize._resolve(arg, input_uops).buffer.ensure_allocated()._buf.va_addr
-      Cores.run(replay(self.cores).fxn, self.shares)
+        inputs.append(realize._resolve(arg, input_uops).buffer.ensure_allocated()._buf)
+        self.entries[:, i, j] = inputs[-1].va_addr
+      CORES.run(Job(replay(self.cores).fxn, self.entries, pause, inputs))
       return time.perf_counter() - start if wait else None
     @staticmethod
     def supports_uop(devices:list, call:UOp) -> bool:
@@ -1660,6 +1737,7 @@ def setup_device():
     device = Device[Device.DEFAULT]
     if _compiler_says(device.renderer, "__AVX512F__") and WIDE not in device.arch: device.arch += f",{WIDE}"
     use_all_cores()
+  allow_threads_and_forks()
   # tinygrad's compile workers live on instead of starting anew: the first step 9.6 s, not 12.3
   os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "100000")
 
