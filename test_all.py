@@ -8,7 +8,7 @@ without it what takes long is left out.
 """
 import gc, time
 gc.set_threshold(500_000, 50, 1000)          # tinygrad's graphs are many small objects: a quarter less time
-import contextlib, dataclasses, http.server, importlib.util, io, json, math, os, pickle, re, shlex, shutil, signal
+import contextlib, ctypes, dataclasses, http.server, importlib.util, io, json, math, os, pickle, re, shlex, shutil, signal
 import subprocess, sys, threading, urllib.error, urllib.request, zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +19,12 @@ flashconv.setup_device()
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit, UOp, dtypes
 from tinygrad.device import Buffer
 from tinygrad.helpers import Context
+from tinygrad.nn.optim import AdamW
 from tinygrad.nn.state import get_state_dict
 from tinygrad.runtime.ops_cpu import CPUProgram
 import bigs_tiny, generate as gen, h3tiny, train
 from bigs_tiny import BLOCKS, BiGS, BiGSConfig
-from flashconv import capture, fftconv, layernorm, matmul, product, ssm_conv
+from flashconv import capture, embedding, fftconv, layernorm, matmul, product, softmax, ssm_conv
 from h3tiny import CheckpointError, H3Config, H3LM, H3Mixer, load_weights, read_checkpoint, save_checkpoint
 
 HERE = Path(__file__).resolve().parent
@@ -87,8 +88,11 @@ def test_kernel_fftconv_on_all_cores(monkeypatch):
   monkeypatch.setattr(flashconv, "machine", lambda device, m=flashconv.machine: m(device)._replace(cores=4))
   check_fftconv(3, 12, 20, 20, "Dvq")
   all_here, seen = threading.Barrier(4), []
-  program = SimpleNamespace(runtimevars={"core_id": 1}, lvp=False,
-                            fxn=lambda a, i: (all_here.wait(timeout=10), seen.append((a.value, i.value))))
+  @ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint64)
+  def share(a:int, i:int) -> None:
+    all_here.wait(timeout=10)
+    seen.append((a, i))
+  program = SimpleNamespace(runtimevars={"core_id": 1}, lvp=False, addr=ctypes.cast(share, ctypes.c_void_p).value)
   CPUProgram.__call__(program, SimpleNamespace(va_addr=7), global_size=(4, 1, 1), vals=(None,))
   assert sorted(seen) == [(7, i) for i in range(4)]
 
@@ -618,6 +622,290 @@ def test_kernel_replay_on_two_cores(monkeypatch):
     assert np.abs(got - want).max() <= 1e-5*np.abs(want).max()
   flashconv._threaded.cache_clear()
 
+# ================================================================ kernels: in a loop of one's own
+
+def small_ssm_conv(u, dt, B, C) -> Tensor:
+  A = dt.sin()*0.8, dt.cos()*0.5
+  y, (re, im) = ssm_conv(u, A, (B, dt), (C, B))
+  return Tensor.cat(y.flatten(), re.flatten(), im.flatten())
+
+# Each kernel with all its inputs, floats drawn for each shape. `cut`: overlap-save; `levels`: two launches of short
+# transforms; both at lengths where one launch would do, so on every device.
+OWN = {
+  "fftconv": (fftconv, (2, 3, 20), (3, 20), (3,), (2, 3, 20), (2, 3, 20)),
+  "fftconv, one filter": (fftconv, (1, 3, 20), (1, 9)),
+  "fftconv, levels": (fftconv, (2, 2, 100), (2, 100), (2,)),
+  "fftconv, cut": (fftconv, (1, 2, 700), (2, 5)),
+  "ssm_conv": (small_ssm_conv, (2, 3, 40), (3, 4), (3, 4), (3, 4)),
+  "matmul": (lambda x, w, b: matmul(x, w, bias=b), (2, 5, 12), (12, 9), (9,)),
+  "matmul, batched": (lambda x, w: matmul(x, w, transposed=True), (2, 5, 12), (2, 9, 12)),
+  "layernorm": (layernorm, (2, 5, 12), (12,), (12,)),
+  "softmax": (softmax, (2, 3, 7)),
+  "causal_softmax": (flashconv.causal_softmax, (2, 3, 7, 7)),
+  "embedding": (lambda w: embedding(Tensor([[1, 0, 3], [3, 3, 1]]), w), (5, 8))}
+
+@pytest.fixture
+def own(request, monkeypatch):
+  "A function of OWN and its inputs, realised."
+  monkeypatch.setattr(flashconv, "SMALL", 0)
+  if "levels" in request.param: monkeypatch.setattr(flashconv, "levels", lambda device, N: 4)
+  if "cut" in request.param: monkeypatch.setattr(flashconv, "SHORT", 64)
+  f, *shapes = OWN[request.param]
+  return f, [Tensor(normal(*s)).realize() for s in shapes]
+
+every_kernel = pytest.mark.parametrize("own", OWN, indirect=True)
+
+# What may come between the loss and its gradient: loss, output and inputs -> gradients of the inputs
+def nothing_read(loss, y, x): return loss.gradient(*x)
+def loss_read(loss, y, x):
+  loss.item()
+  return loss.gradient(*x)
+def output_read(loss, y, x):
+  y.numpy()
+  return loss.gradient(*x)
+def intermediate_read(loss, y, x):
+  (y*2 + 1).numpy()
+  return loss.gradient(*x)
+def gradient_then_read(loss, y, x):
+  grads = loss.gradient(*x)
+  loss.item(), y.numpy()
+  return grads
+def backward_twice(loss, y, x):
+  for t in x: t.grad = None
+  for _ in range(2):
+    loss.item()
+    loss.backward()
+  return [t.grad/2 for t in x]
+READS = [nothing_read, loss_read, output_read, intermediate_read, gradient_then_read, backward_twice]
+
+@every_kernel
+def test_kernel_gradients_survive_what_is_read(own):
+  "in any order, to the bit; and they are those of plain ops"
+  f, x = own
+  w = Tensor(normal(*f(*x).shape)).realize()
+  def gradients(read:Callable) -> list[np.ndarray]:
+    y = f(*x)
+    return [g.numpy() for g in read((y*w).square().sum(), y, x)]
+  ours = {read.__name__: gradients(read) for read in READS}
+  with Context(FLASH=0): plain = gradients(nothing_read)
+  for name, grads in ours.items():
+    for got, first, want in zip(grads, ours["nothing_read"], plain):
+      assert (got == first).all() and np.abs(want).max() > 0, name
+      assert np.abs(got - want).max() <= 1e-5*np.abs(want).max(), name
+
+@every_kernel
+def test_kernel_output_realised_and_used_again(own):
+  "A Tensor on which `realize` was called is a constant from then on, as after plain ops; another call is not."
+  f, x = own
+  def gradients(y:Tensor) -> list[np.ndarray]: return [g.numpy() for g in (f(*x)*y + y).sum().gradient(*x)]
+  y = f(*x).realize()
+  for a, b in zip(gradients(y), gradients(Tensor(y.numpy()).realize())): assert (a == b).all() and a.any()
+
+@every_kernel
+def test_kernel_gradients_in_the_jit(own):
+  "with an intermediate realised on the way, replayed with other data"
+  f, x = own
+  w = Tensor(normal(*f(*x).shape)).realize()
+  def step(*x:Tensor) -> list[Tensor]:
+    y = f(*x)
+    (read := y*2).realize()
+    (loss := (y*w).square().sum()).contiguous().realize()
+    return [read, *(g.realize() for g in loss.gradient(*x))]
+  jit = TinyJit(step)
+  for _ in range(3):
+    x = [Tensor(normal(*t.shape)).realize() for t in x]
+    got = [t.numpy() for t in jit(*x)]
+    with Context(FLASH=0): want = [f(*x).numpy()*2, *(g.numpy() for g in (f(*x)*w).square().sum().gradient(*x))]
+    for a, b in zip(got, want): assert np.abs(a - b).max() <= 1e-5*np.abs(b).max()
+
+@every_kernel
+def test_kernel_second_derivative(own):
+  "is that of plain ops, or one sentence that says how to get it; read or not"
+  f, x = own
+  def second() -> list[Tensor]:
+    g = f(*x).square().sum().gradient(*x)
+    g[-1].numpy()
+    return g[-1].square().sum().gradient(*x)
+  try: ours = [g.numpy() for g in second()]
+  except RuntimeError as e:
+    assert re.fullmatch(r"\w+ can be differentiated once: .*Context\(FLASH=0\)\.", str(e)), e
+    return
+  with Context(FLASH=0): plain = [g.numpy() for g in second()]
+  for a, b in zip(ours, plain): assert np.abs(a - b).max() <= 1e-4*max(np.abs(b).max(), 1e-3)
+
+@on_cpu
+def test_kernels_for_decoding_have_no_gradient():
+  q, k, pos = (Tensor(normal(*s)).realize() for s in ((1, 2, 4), (1, 2, 8, 4), (1,)))
+  with pytest.raises(RuntimeError, match="attend_step.* has no gradient"):
+    flashconv.attend_step(q, k, k, pos.int()).sum().gradient(q)
+
+@pytest.mark.parametrize("impulse", [Tensor.eye(8)[:1].unsqueeze(0), Tensor.arange(8).reshape(1, 1, 8).float(),
+                                     Tensor.linspace(0, 1, 8).reshape(1, 1, 8), Tensor.full((1, 1, 8), 0.5, buffer=False)])
+def test_kernel_inputs_without_a_device(impulse, flash):
+  "Constants have no storage yet. Whatever they are given to, it is what their values give; with a gradient."
+  x = impulse.numpy()
+  k, D = Tensor(normal(1, 8)), Tensor(normal(1))
+  stored = Tensor(x.astype(np.float32)).realize()
+  for f in (lambda u: fftconv(u, k, D), lambda u: fftconv(k.unsqueeze(0), u[0], D), layernorm_of, softmax,
+            lambda u: matmul(u, Tensor(k.numpy().T)), lambda u: small_ssm_conv(u, k[:, :4], k[:, :4], k[:, 4:])):
+    np.testing.assert_allclose(f(impulse).numpy(), f(stored).numpy(), atol=1e-6)
+  if impulse.dtype == dtypes.float:
+    loss = lambda u: fftconv(u, k, D).square().sum()
+    np.testing.assert_allclose(loss(impulse).gradient(impulse)[0].numpy(), loss(stored).gradient(stored)[0].numpy(), atol=1e-5)
+
+def layernorm_of(u:Tensor) -> Tensor: return layernorm(u, Tensor.ones(8), Tensor.zeros(8))
+
+def test_kernel_embedding_of_one_token(flash):
+  w = normal(5, 8)
+  np.testing.assert_array_equal(embedding(Tensor(3), Tensor(w)).numpy(), w[3])
+  np.testing.assert_array_equal(embedding(Tensor.arange(4), Tensor(w)).numpy(), w[:4])
+
+def test_kernel_softmax_of_low_scores(flash):
+  "The lowest scores that float32 has get equal shares; an infinity or NaN in a row makes NaN of that row alone."
+  s = np.full((5, 4), -1e31, np.float32)
+  s[1], s[2, 0], s[3, 1], s[4, 2] = np.finfo(np.float32).min, 1, np.inf, np.nan
+  p = softmax(Tensor(s)).numpy()
+  np.testing.assert_allclose(p[:3], [[0.25]*4, [0.25]*4, [1, 0, 0, 0]], atol=1e-6)
+  assert np.isnan(p[3:]).any(1).all()
+  q, k = np.full((1, 1, 4), 1e18, np.float32), np.full((1, 1, 6, 4), -1e18, np.float32)
+  v, start = normal(1, 1, 6, 4), Tensor([2], dtype=dtypes.int)
+  y = flashconv.attend_step(*map(Tensor, (q, k, v)), Tensor([4], dtype=dtypes.int), start)
+  np.testing.assert_allclose(y.numpy()[0, 0], v[0, 0, 2:5].mean(0), atol=1e-5)
+
+def test_fftconv_of_float64_is_exact_to_float64():
+  x = {n: rng.standard_normal(s) for n, s in dict(u=(2, 3, 300), k=(3, 300), D=(3,), v=(2, 3, 300), q=(2, 3, 300)).items()}
+  want = np_fftconv(*(x[n] for n in "ukDvq"), x["u"])[0]
+  y = fftconv(**{n: Tensor(a) for n, a in x.items()})
+  assert y.dtype == dtypes.double and np.abs(y.numpy() - want).max() <= 1e-13*np.abs(want).max()
+
+# ---------------------------------------------------------------- threads, forks, interrupts: the processor's cores
+
+# Programs of their own, with a limit of time: a process that hangs says where and fails
+OWN_PROCESS = """
+import faulthandler, sys
+faulthandler.dump_traceback_later(240, exit=True)
+from flashconv import capture, fftconv, matmul, setup_device
+import flashconv, numpy as np
+from tinygrad import Device, Tensor, TinyJit
+def normal(seed, *shape): return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+def matrices(n, jit=lambda f: f):
+  "relu(a b) summed over rows, of size n, is right 20 times"
+  b = normal(n, 64, n)
+  B = Tensor(b).realize()
+  f = jit(lambda x: (x @ B).relu().sum(0).realize())
+  for i in range(20):
+    a = normal(i, 512, 64)
+    y, want = f(Tensor(a).realize()).numpy(), np.maximum(a.astype(np.float64) @ b, 0).sum(0)
+    assert np.abs(y - want).max() <= 1e-5*np.abs(want).max(), (n, i)
+  return n
+"""
+
+THREADS = """
+import threading
+setup_device()
+flashconv.ONE_CORE, failed = 1, []
+def convolutions(n):
+  L = 40 + n
+  k, w = (Tensor(normal(n, *s)).realize() for s in ((8, L), (L, 32)))
+  def step(u):
+    loss = matmul(fftconv(u, k), w).square().mean()
+    return [t.realize() for t in (loss, *loss.gradient(k, w, u))]
+  jit = TinyJit(step)
+  for i in range(20):
+    u = Tensor(normal(i, 4, 8, L)).realize()
+    got = [t.numpy() for t in jit(u)]
+    if i % 9 == 0:
+      for a, b in zip(got, step(u)): assert np.abs(a - b.numpy()).max() <= 1e-5*np.abs(a).max(), (n, i)
+def attempt(work, n):
+  try: work(n)
+  except BaseException as e: failed.append(repr(e))
+for work in (convolutions, lambda n: matrices(96 + 16*n, TinyJit)):
+  threads = [threading.Thread(target=attempt, args=(work, n)) for n in range(4)]
+  for t in threads: t.start()
+  for t in threads: t.join()
+assert not failed, failed
+"""
+
+FORKS = """
+import multiprocessing, os
+def in_child(n):
+  setup_device()
+  return matrices(n)
+if __name__ == "__main__":
+  setup_device()
+  matrices(128, TinyJit)
+  W, state = Tensor(np.eye(64, dtype=np.float32)*2).realize(), Tensor(np.zeros(1 << 18, np.float32)).realize()
+  jit = TinyJit(lambda x: (x @ W + 1).relu().realize())
+  def replays(seed):
+    "of what the parent captured, in all processes at the same time, and a state that each has for itself"
+    for i in range(20):
+      x = normal(100*seed + i, 512, 64)
+      state.assign(state + 1).realize()
+      if np.abs(jit(Tensor(x).realize()).numpy() - np.maximum(2*x + 1, 0)).max() > 1e-5: return False
+    return bool((state.numpy() == 20*(1 + (seed > 0))).all())
+  assert replays(0)
+  children = []
+  for seed in (1, 2):
+    if (child := os.fork()) == 0: os._exit(0 if replays(seed) and matrices(112 + 16*seed, capture) else 1)
+    children.append(child)
+  assert replays(3)
+  assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+  for method in ("fork", "spawn"):
+    with multiprocessing.get_context(method).Pool(2) as pool: assert pool.map(in_child, [80, 96, 128]) == [80, 96, 128]
+  matrices(192, TinyJit)
+"""
+
+INTERRUPTS = """
+setup_device()
+from tinygrad.runtime.ops_cpu import CPUProgram
+x = Tensor(np.zeros(1 << 18, np.float32)).realize()
+def add(): return x.assign(x + 1).realize()
+def thrice():
+  for _ in range(3): add()
+  return x
+jit = capture(thrice)
+jit(), jit()
+watched = {f.__code__ for f in (flashconv.Cores.run, flashconv.Job.__init__, flashconv.Job.run, CPUProgram.__call__,
+                                Device["CPU"].graph.__call__)}
+def interrupted(work, place):
+  "Whether work was, by an exception at the opcode with this number among those of the functions that are watched."
+  seen = 0
+  def opcode(frame, event, arg):
+    nonlocal seen
+    if event == "opcode":
+      seen += 1
+      if seen == place: raise KeyboardInterrupt
+    return opcode
+  def called(frame, event, arg):
+    if frame.f_code not in watched: return None
+    frame.f_trace_opcodes = True
+    return opcode
+  sys.settrace(called)
+  try: work()
+  except KeyboardInterrupt: return True
+  finally: sys.settrace(None)
+  return False
+for work, most in ((jit, 3), (add, 1)):
+  place = 1
+  while interrupted(work, place):
+    before, place = x.numpy()[0], place + 1
+    work()
+    now = x.numpy()
+    assert (now == before + most).all(), (place, np.unique(now))   # no core is left behind, none ran twice
+  assert place > 100
+"""
+
+@on_cpu
+@pytest.mark.parametrize("cores", [2, 4])
+@pytest.mark.parametrize("script", [THREADS, FORKS, INTERRUPTS], ids=["threads", "forks", "interrupts"])
+def test_cores(script, cores, tmp_path):
+  "threads with a TinyJit each, forks after use, an interrupt at every single step: no hang, right results"
+  if script is FORKS and not hasattr(os, "fork"): pytest.skip("this system has no fork")
+  (tmp_path/"own.py").write_text(OWN_PROCESS + script)
+  env = os.environ | {"NUM_CPU_THREADS": str(cores), "PYTHONPATH": str(HERE), "DEV": "CPU"}
+  done = subprocess.run([sys.executable, tmp_path/"own.py"], env=env, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr[-3000:]
+
 # ================================================================ the model
 
 @slow
@@ -635,6 +923,57 @@ def test_flash_switch_on_a_whole_model():
   with Context(FLASH=0): plain = results()
   for name, a, b in zip(["logits", "loss", *params], ours, plain):
     assert np.abs(a - b).max() <= 1e-5*max(np.abs(b).max(), 1e-3), name
+
+def language_model(**kw) -> Callable: return lambda: H3LM(H3Config(20, 16, 2, n_heads=2, d_state=8, **kw))
+def masked_model(block:str) -> Callable:
+  return lambda: BiGS(BiGSConfig(20, 16, 2, block, n_heads=2, d_state=8, max_length=12))
+
+@pytest.mark.parametrize("make", [
+  language_model(embed_dropout=0.2, resid_dropout=0.2), language_model(attn_layers=(1,), head_dim=2),
+  language_model(ssm="s4d"), language_model(attn_layers=(0, 1)), *map(masked_model, ("gated", "stack", "s4d"))],
+  ids=["h3", "hybrid", "s4d", "transformer", "BiGS", "STACK/SSM", "S4D both ways"])
+def test_gradients_of_models_survive_what_is_read(make):
+  "every parameter's, to the bit, after loss.item(), loss.numpy() and logits.numpy(); with dropout where there is any"
+  model, x, y = make(), *(toks(rng.integers(0, 20, (2, 12))) for _ in range(2))
+  params = get_state_dict(model)
+  def gradients(read:Callable) -> list[np.ndarray]:
+    Tensor.manual_seed(3)
+    logits = model.mlm(x) if isinstance(model, BiGS) else model(x)
+    loss = logits.sparse_categorical_crossentropy(y)
+    read(loss, logits)
+    Tensor.realize(*(grads := loss.gradient(*params.values())))
+    return [g.numpy() for g in grads]
+  with Context(TRAINING=1):
+    want = gradients(lambda loss, logits: None)
+    for read in (lambda loss, _: loss.item(), lambda loss, _: loss.numpy(), lambda _, logits: logits.numpy()):
+      for name, a, b in zip(params, gradients(read), want): assert (a == b).all() and a.any(), name
+
+def own_loop(model:H3LM, batches:list, jit:bool) -> list[float]:
+  "tinygrad's own optimizer, with train.py's constants; without TinyJit the loss is read before `backward`."
+  losses = []
+  def step(x:Tensor, y:Tensor) -> Tensor:
+    loss = model(x).sparse_categorical_crossentropy(y)
+    if not jit: losses.append(loss.item())
+    optimizer.zero_grad()
+    loss.backward()
+    return loss.realize(*optimizer.schedule_step())          # at once: later, it would be that of the new weights
+  optimizer = AdamW([*get_state_dict(model).values()], 1e-2, train.BETA1, train.BETA2, train.EPS, weight_decay=0.0)
+  if jit: step = TinyJit(step)
+  with Context(TRAINING=1): after = [step(toks(x), toks(y)).item() for x, y in batches]
+  return losses or after
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_own_loop_learns_what_the_trainer_does(jit):
+  "the same loss at each of 5 steps, to 1e-5 of it, and the same weights after them"
+  config = H3Config(20, 16, 2, n_heads=2, d_state=8, attn_layers=(1,))
+  batches = [(z[:, :-1], z[:, 1:]) for z in rng.integers(0, 20, (5, 4, 13)).astype(np.int32)]
+  own, trained = H3LM(config), H3LM(config)
+  losses = own_loop(own, batches, jit)
+  step = train.make_step(trained, get_state_dict(trained), opt := train.AdamW(get_state_dict(trained)))
+  want = [step(batch, opt.hyper(i, 1e-2, 0.0, 1e9, 1.0))[0] for i, batch in enumerate(batches)]
+  np.testing.assert_allclose(losses, want, rtol=1e-5)
+  for name, a, b in zip(get_state_dict(own), *(get_state_dict(m).values() for m in (own, trained))):
+    assert np.abs(a.numpy() - b.numpy()).max() <= 1e-2*5*2e-2, name     # a step moves a weight by 1e-2 at most
 
 GOLDEN = HERE / "golden" / "h3"
 def golden(name): return np.load(f"{GOLDEN}/{name}")
