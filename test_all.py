@@ -1173,6 +1173,114 @@ def test_damaged_official_files(tiny, tmp_path, monkeypatch):
     else: assert all((v.numpy() == new[k].numpy()).all() for k, v in get_state_dict(got).items()), at
   assert seen >= 80                  # most of the bytes are tensors'; a zip's dates, for one, do not matter
 
+# the names in the pickles of two released files, as their pages list them
+RELEASED_NAMES = {
+  "like_2.7B": {"torch LongStorage", "torch FloatStorage", "torch._utils _rebuild_tensor_v2", "collections OrderedDict",
+                "collections defaultdict", "typing Any", "__builtin__ dict", "__builtin__ list", "__builtin__ long",
+                "omegaconf.base Metadata", "omegaconf.base ContainerMetadata", "omegaconf.dictconfig DictConfig",
+                "omegaconf.listconfig ListConfig", "omegaconf.nodes AnyNode"}}
+RELEASED_NAMES["like_355M"] = RELEASED_NAMES["like_2.7B"] | {"torch Tensor", "torch._tensor _rebuild_from_type_v2"}
+
+@pytest.mark.parametrize("name", ["like_355M", "like_2.7B", "lightning_namespace", "lightning_numpy", "before_torch_1.6"])
+def test_files_in_the_released_forms(tiny, name):
+  "Whole Lightning checkpoints as PyTorch and OmegaConf write them: each tensor, the logits, and which names they hold"
+  path = GOLDEN/"files"/f"{name}.pt"
+  model = H3LM.from_pretrained(str(path))
+  want, got = get_state_dict(tiny), get_state_dict(model)
+  assert got.keys() == want.keys()
+  for k in want: assert (got[k].numpy() == want[k].numpy()).all(), k
+  assert_close(model(toks(golden("tiny_h3/tokens_L7.npy"))), golden("tiny_h3/logits_L7.npy"), 5e-5)
+  if name in RELEASED_NAMES:
+    with zipfile.ZipFile(path) as z: pickled = z.read(f"{name}/data.pkl")
+    assert {arg for op, arg, _ in pickletools.genops(pickled) if op.name == "GLOBAL"} == RELEASED_NAMES[name]
+
+def test_bytes_of_the_released_files():
+  "Four bytes a parameter of each shape, and what the container takes a tensor: as the released files have it."
+  assert checkpoints.RELEASED["125M"].size is None                  # its page was not at hand
+  for name, size, spare in (("1.3B", 5_304_385_536, 462), ("2.7B", 10_681_231_360, 444), ("2.7B-rotary", 10_684_538_880, 444)):
+    shapes = [s for k, s in checkpoints.official_shapes(H3Config.named(name)).items() if not k.endswith("inv_freq")]
+    assert 4*sum(map(math.prod, shapes)) == size
+    assert round((checkpoints.RELEASED[name].size - size) / len(shapes)) == spare
+  parameters = sum(map(math.prod, checkpoints.official_shapes(H3Config.named("355M")).values()))
+  assert parameters == 361_058_304 and checkpoints.RELEASED["355M"].size/(4*parameters) == pytest.approx(3.0004, abs=1e-4)
+
+def word(s:str) -> bytes: return b"X" + struct.pack("<I", len(s.encode())) + s.encode()
+def call(name:str, *words:str) -> bytes:
+  "Instructions of a pickle: a name, called with strings."
+  return b"c" + name.replace(" ", "\n").encode() + b"\n(" + b"".join(map(word, words)) + b"tR"
+
+DEEP = 10_000_000 if os.environ.get("SLOW") else 1_000_000
+TOUCH = "__import__('os').system('touch ran')"
+HOSTILE = {                                                          # what each has beside a model that is whole
+  "os.system": call("os system", "touch ran"), "posix.system": call("posix system", "touch ran"),
+  "eval": call("builtins eval", TOUCH), "exec": call("__builtin__ exec", TOUCH),
+  "subprocess": b"csubprocess\ncheck_call\n(](" + word("touch") + word("ran") + b"etR",
+  "importlib": call("importlib import_module", "hostile"), "runpy": call("runpy run_path", "hostile.py"),
+  "a module's own name": b"chostile\nThing\n)\x81", "by protocol 4": word("os") + word("system") + b"\x93" + word("touch ran") + b"\x85R",
+  "an old instance": b"(" + word("touch ran") + b"ios\nsystem\n", "an object": b"(cos\nsystem\n" + word("touch ran") + b"o",
+  "an extension": b"\x82\x01" + word("touch ran") + b"\x85R",
+  "a call of what a call gave": call("hostile Thing", "a")[:-1] + b"R(" + word("touch ran") + b"tR",
+  "getattr": call("builtins getattr", "a", "b")[:-1] + b"R(" + word("touch ran") + b"tR",
+  "state": b"chostile\nThing\n)\x81}" + word("__setstate__") + call("os system", "touch ran") + b"sb",
+  "state of a dictionary": b"ccollections\nOrderedDict\n)R}" + word("__class__") + b"cos\nsystem\nsb",
+  "state of a name": b"chostile\nThing\n}" + word("x") + word("y") + b"sb",
+  "a storage that is a function": b"(" + word("storage") + b"cos\nsystem\n" + word("0") + word("cpu") + b"K\x01tQ",
+  "a storage of another kind": b"(" + word("module") + b"chostile\nThing\n" + word("hostile.py") + word("") + b"tQ" + word("a") + b"Q0",
+  "a tensor of it": b"ctorch._utils\n_rebuild_tensor_v2\n((" + word("storage") + b"cos\nsystem\n" + word("0") + word("cpu")
+                    + b"K\x01tQK\x00))\x89}tR",
+  "a tensor's function": b"ctorch._tensor\n_rebuild_from_type_v2\n(cos\nsystem\nchostile\nThing\n(" + word("touch ran") + b"t}tR",
+  "a default factory": b"ccollections\ndefaultdict\n(cos\nsystem\ntR" + word("a") + word("touch ran") + b"s",
+  "a subclass of dict": b"chostile\nDict\n)\x81(" + word("a") + call("os system", "touch ran") + word("b") + word("c") + b"u",
+  "a key": b"}((" + call("os system", "touch ran") + b"K\x01(ltK\x02u",
+  "a set": b"\x8f(" + call("os system", "touch ran") + b"\x90",
+  "tuples in tuples": b")" + b"\x85"*DEEP, "a key of tuples in tuples": b"})" + b"\x85"*10_000 + b"K\x01s",
+  "lists in lists": b"]"*(DEEP//10) + b"a"*(DEEP//10 - 1), "dictionaries in dictionaries": b"}" + (word("a") + b"}")*(DEEP//100) + b"s"*(DEEP//100),
+}
+WATCH = """
+import sys, pathlib
+from support import checkpoints
+from h3tiny import H3LM
+from tinygrad.nn.state import get_state_dict
+want = {k: v.numpy() for k, v in get_state_dict(H3LM.from_pretrained("whole.pt")).items()}
+seen, modules = [], set(sys.modules)
+def watch(event, args):
+  if event.split(".")[0] in ("import", "exec", "compile", "os", "subprocess", "pickle", "marshal", "code") and \\
+     event not in ("os.listdir", "os.scandir"): seen.append((event, str(args)[:200]))
+sys.addaudithook(watch)
+for path in sorted(pathlib.Path("files").iterdir()):
+  before = len(seen)
+  model = H3LM.from_pretrained(str(path))
+  right = all((v.numpy() == want[k]).all() for k, v in get_state_dict(model).items())
+  print(path.stem, "|", right, "|", seen[before:], "|", set(sys.modules) - modules, flush=True)
+"""
+
+def test_hostile_pickles(tiny, tmp_path):
+  """Nothing in a pickle is run or imported, wherever it stands, and none brings the interpreter down: Python's own audit
+  events are watched in another process. The model beside it is loaded, each number of it."""
+  torch_file(str(tmp_path/"whole.pt"), {f"model.{k}": v for k, v in get_state_dict(tiny).items()}, ("state_dict",))
+  with zipfile.ZipFile(tmp_path/"whole.pt") as z: parts = {i.filename: z.read(i) for i in z.infolist()}
+  state = parts.pop("m/data.pkl")
+  assert state.startswith(b"\x80\x02}q\0" + word("state_dict")) and state.endswith(b"s.")
+  places = {"": b"%b", "hyper_parameters": word("hyper_parameters") + b"}" + word("model") + b"%bs",
+            "optimizer_states": word("optimizer_states") + b"](}" + word("state") + b"}K\x00%bsse"}
+  (tmp_path/"files").mkdir()
+  (tmp_path/"hostile.py").write_text("import os\nos.system('touch ran')\nclass Thing: pass\nclass Dict(dict): pass\n")
+  for i, (name, code) in enumerate(HOSTILE.items()):
+    for place in places if i < 4 else ["hyper_parameters"]:
+      inside = (places[place] or b"").replace(b"%b", code)
+      first = inside if place else word("callbacks") + code
+      # before the model and after it
+      data = b"\x80\x02}(" + first + state[5:-2] + (word("after") + code if len(code) < 1000 else b"") + b"u."
+      with zipfile.ZipFile(tmp_path/"files"/f"{i:02} {name} {place}.pt", "w") as z:
+        z.writestr("m/data.pkl", data)
+        for part in parts.items(): z.writestr(*part)
+  done = subprocess.run([sys.executable, "-c", WATCH], cwd=tmp_path, capture_output=True, text=True,
+                        env=os.environ | {"DEV": "CPU", "PYTHONPATH": f"{HERE}{os.pathsep}."})
+  assert done.returncode == 0, (done.returncode, done.stdout[-500:], done.stderr[-2000:])
+  lines = done.stdout.splitlines()
+  assert len(lines) == len(HOSTILE) + 8 and not (tmp_path/"ran").exists()
+  for line in lines: assert line.endswith("| True | [] | set()"), line
+
 def test_loading_takes_the_model_and_one_tensor(tmp_path):
   """The peak of a process's memory while it loads, float32 and bfloat16, from a Lightning checkpoint with Adam's moments:
   three times the model's float32s. The moments are not read: their bytes are not what their checksums say."""

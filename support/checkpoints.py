@@ -173,9 +173,11 @@ DICTIONARIES = {"collections OrderedDict", "collections defaultdict", "builtins 
 PARAMETERS = {"torch._utils _rebuild_parameter", "torch._utils _rebuild_parameter_with_state"}
 
 def as_tuple(items:list) -> object:
+  depth = 1 + max([x.depth for x in items if type(x) is Nested], default=0)
+  if depth > DEEPEST: return IGNORED
   made = Nested(items)
-  made.depth = 1 + max((x.depth for x in items if type(x) is Nested), default=0)
-  return made if made.depth <= DEEPEST else IGNORED
+  made.depth = depth
+  return made
 
 def as_dictionary(pairs:list) -> dict[str, object]:
   "Pairs whose key is a string; hashing others could take as deep a recursion as they are nested."
@@ -219,6 +221,7 @@ def unpickled(file:io.BytesIO|mmap.mmap, storages:dict[str, Storage]|None=None) 
   def take_to_mark() -> list: return take(len(stack) - marks.pop())
   for op, arg, _ in pickletools.genops(file):
     match op.name:
+      case "TUPLE1" | "TUPLE2" | "TUPLE3": stack.append(as_tuple(take(len(op.stack_before))))
       case "STOP": return stack.pop()
       case "PROTO" | "FRAME" | "READONLY_BUFFER": pass
       case "MARK": marks.append(len(stack))
@@ -241,7 +244,7 @@ def unpickled(file:io.BytesIO|mmap.mmap, storages:dict[str, Storage]|None=None) 
         else: args = take(len(op.stack_before))
         value = IGNORED
         match op.name:
-          case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "EMPTY_TUPLE": value = as_tuple(args)
+          case "TUPLE" | "EMPTY_TUPLE": value = as_tuple(args)
           case "LIST" | "EMPTY_LIST": value = args
           case "DICT" | "EMPTY_DICT": value = as_dictionary([*zip(args[::2], args[1::2])])
           case "GLOBAL": value = Name(arg)
