@@ -1141,6 +1141,60 @@ def test_hybrid_and_rotary_from_official_files(tmp_path):
   t = np.random.default_rng(0).integers(0, 16, (1, 9))
   assert_close(H3LM.from_pretrained(str(tmp_path/"shared.pt"))(toks(t)), np_lm(model, t), 2e-5)
 
+def test_export_is_true_or_refused(tmp_path):
+  """A config is written where the authors' code makes of it these tensors: the shapes are those of its own files; what was
+  changed in a copy of h3tiny.py, an MLP or a layer more, is refused and nothing written."""
+  c = json.load(open(GOLDEN/"tiny_h3"/"config.json"))
+  config = H3Config(c["vocab_size"], c["d_model"], c["n_layer"], d_state=c["ssm_cfg"]["d_state"])
+  theirs = {k: v.shape for k, v in read_checkpoint(f"{GOLDEN}/tiny_h3/model.safetensors")[0].items()}
+  assert checkpoints.official_shapes(config) == theirs
+  for name, parameters, names in (("125M", 126_387_456, 291), ("2.7B", 2_670_307_840, 765), ("2.7B-rotary", 2_671_134_720, 780)):
+    shapes = checkpoints.official_shapes(H3Config.named(name))
+    buffers = {k for k in shapes if k.endswith("inv_freq")}         # which are no parameters
+    assert sum(math.prod(s) for k, s in shapes.items() if k not in buffers) == parameters and len(shapes) + 1 == names
+  class Gated:
+    "SwiGLU"
+    def __init__(self, mlp): self.fc1, self.fc2, self.gate = mlp.fc1, mlp.fc2, h3tiny.Linear(16, 32, rng, 0.02)
+  def wider(model): model.backbone.layers[0].mlp = h3tiny.MLP(H3Config(19, 16, 2, mlp_mult=2), rng)
+  def gated(model): model.backbone.layers[1].mlp = Gated(model.backbone.layers[1].mlp)
+  def unbiased(model): del model.backbone.layers[1].mixer.q_proj.bias
+  def longer(model): model.backbone.layers.append(model.backbone.layers[0])
+  changes = {wider: "layers.0.mlp.fc1.bias has shape (32,) here and (64,)", gated: "layers.1.mlp.gate.bias has shape (32,) here and none",
+             unbiased: "layers.1.mixer.q_proj.bias has shape none here and (16,)", longer: "layers.2.mixer.D has shape (16,) here and none"}
+  for change, words in changes.items():
+    change(model := H3LM(H3Config(19, 16, 2)))
+    with pytest.raises(CheckpointError, match=re.escape(words)) as e: save_official(str(tmp_path/"m.safetensors"), model)
+    assert str(tmp_path/"m.safetensors") in str(e.value) and "\n" not in str(e.value) and not os.listdir(tmp_path)
+  with pytest.raises(CheckpointError, match="no model of s4d"):
+    save_official(str(tmp_path/"m.safetensors"), H3LM(H3Config(19, 16, 2, ssm="s4d")))
+
+def torch_python() -> str|None:
+  "An interpreter that has PyTorch and safetensors: this one, or TORCH_PYTHON's."
+  here = all(importlib.util.find_spec(m) for m in ("torch", "safetensors"))
+  return os.environ.get("TORCH_PYTHON") or (sys.executable if here else None)
+
+@pytest.mark.skipif(not torch_python(), reason="takes PyTorch and safetensors: pip install them, or set TORCH_PYTHON")
+def test_pytorch_makes_a_pt_of_an_export(tmp_path):
+  "By the two lines of the README: PyTorch then loads it, weights only, and so do we, the same numbers. And its own old form"
+  model = shaken(HYBRIDS[0])
+  (tmp_path/"official").mkdir()
+  save_official(str(tmp_path/"official"/"model.safetensors"), model)
+  lines = next(b for b in re.findall(r"```python\n(.*?)```", (HERE/"README.md").read_text(), re.S) if "safetensors.torch" in b)
+  assert lines == gen.TO_PT.format("official/model") + "\n"
+  check = """
+w = torch.load("official/model.pt", weights_only=True)
+assert (w["lm_head.weight"] == w["backbone.embeddings.word_embeddings.weight"]).all() and len(w) == %d
+torch.save({"state_dict": {"model." + k: v.bfloat16() for k, v in w.items()}}, "official/old.pt", _use_new_zipfile_serialization=False)
+torch.save({k: v.t().contiguous().t() if v.ndim == 2 else v for k, v in w.items()}, "official/strided.ckpt")
+""" % (len(get_state_dict(model)) + 1 + sum(bool(model.config.rotary_dim) for _ in model.config.attn_layers))
+  subprocess.run([torch_python(), "-c", lines + check], cwd=tmp_path, check=True)
+  want = get_state_dict(H3LM.from_pretrained(str(tmp_path/"official"/"model.safetensors")))
+  for name in ("model.pt", "strided.ckpt"):
+    got = get_state_dict(H3LM.from_pretrained(str(tmp_path/"official"/name)))
+    for k in want: assert (got[k].numpy() == want[k].numpy()).all(), (name, k)
+  for k, v in get_state_dict(H3LM.from_pretrained(str(tmp_path/"official"/"old.pt"))).items():
+    assert (v.numpy().view(np.uint32) & 0xffff == 0).all() and abs(v.numpy() - want[k].numpy()).max() <= 2**-8*abs(want[k].numpy()).max(), k
+
 def test_damaged_official_files(tiny, tmp_path, monkeypatch):
   "One line that names the file, and the tensor if it is one; nothing is run, nothing loaded. Flipped bits are seen."
   monkeypatch.chdir(tmp_path)
@@ -1281,6 +1335,7 @@ def test_hostile_pickles(tiny, tmp_path):
   assert len(lines) == len(HOSTILE) + 8 and not (tmp_path/"ran").exists()
   for line in lines: assert line.endswith("| True | [] | set()"), line
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="where Linux says a process's peak of memory")
 def test_loading_takes_the_model_and_one_tensor(tmp_path):
   """The peak of a process's memory while it loads, float32 and bfloat16, from a Lightning checkpoint with Adam's moments:
   three times the model's float32s. The moments are not read: their bytes are not what their checksums say."""
@@ -1293,9 +1348,11 @@ def test_loading_takes_the_model_and_one_tensor(tmp_path):
     f.seek(last + 60)
     f.write(b"\xff"*4)
   sizes = [p.numel() for p in get_state_dict(model).values()]
-  code = ("import sys, numpy; from generate import peak_memory; from h3tiny import H3LM; import flashconv;"
-          "flashconv.setup_device(); H3LM(__import__('h3tiny').H3Config(8, 8, 1)); before = peak_memory();"
-          "model = H3LM.from_pretrained(sys.argv[1], 4, sys.argv[2]); print(peak_memory() - before)")
+  # the peak of this program alone: getrusage's includes that of the process which started it
+  code = ("import sys, re, pathlib, flashconv; from h3tiny import H3Config, H3LM; import support.checkpoints\n"
+          "def peak(): return 1024*int(re.search(r'VmHWM:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1])\n"
+          "flashconv.setup_device(); H3LM(H3Config(8, 8, 1)); before = peak()\n"
+          "model = H3LM.from_pretrained(sys.argv[1], 4, sys.argv[2]); print(peak() - before)")
   for dtype, a_weight in (("float32", 4), ("bfloat16", 2)):
     grown = float(subprocess.run([sys.executable, "-c", code, str(tmp_path/"m.pt"), dtype], cwd=HERE, check=True,
                                  capture_output=True, text=True, env=os.environ | {"DEV": "CPU"}).stdout)
@@ -2833,7 +2890,7 @@ def test_readme_commands(section, tmp_path, monkeypatch, capfd):
   if any("--score" in c for c in readme_commands()[section]):
     (tmp_path/"BoolQ").mkdir()
     (tmp_path/"BoolQ"/"val.jsonl").write_text('{"question": "is it", "passage": "It is.", "label": true}\n'*7)
-    exec(re.search(r"```python\n(.*?)```", (HERE/"README.md").read_text(), re.S)[1])
+    exec(next(b for b in re.findall(r"```python\n(.*?)```", (HERE/"README.md").read_text(), re.S) if "boolq" in b))
     model = H3LM(H3Config(257, 12, 2, (1,), 2))
     meta = {"model": "h3", "config": json.dumps(dataclasses.asdict(model.config))}
     for folder in ("released", "out"): (tmp_path/folder).mkdir()
