@@ -8,8 +8,8 @@ without it what takes long is left out.
 """
 import gc, time
 gc.set_threshold(500_000, 50, 1000)          # tinygrad's graphs are many small objects: a quarter less time
-import bz2, collections, contextlib, copyreg, dataclasses, gzip, hashlib, http.server, importlib.util, io, json, lzma, math
-import os, pickle, pickletools, re, shlex, shutil, signal, socket, struct, subprocess, sys, threading, zipfile
+import bz2, collections, contextlib, copyreg, dataclasses, gzip, hashlib, http.server, importlib.util, io, itertools, json, lzma
+import math, os, pickle, pickletools, re, shlex, shutil, signal, socket, struct, subprocess, sys, threading, zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Callable
@@ -921,6 +921,10 @@ def test_forward_equals_steps_equals_prefill_in_pieces(config):
   logits, s = model.prefill(toks(t[:, :3]))
   for i in range(3, 7): logits, s = model.step(toks(t[:, i]), s)
   same((logits, s))
+  # tables of the weights are for tokens: with a piece of text they change nothing
+  for piece in (t[:, :5], t[:, 5]):
+    state = model.init_state(2)
+    assert_close(model.advance(toks(piece), state, tables=model.tables()), model.advance(toks(piece), model.init_state(2)).numpy(), 2e-5)
   if not config.attn_layers: return
   with pytest.raises(ValueError, match="14 tokens do not fit the attention cache of 12"): model.prefill(toks(t), s)
   with pytest.raises(ValueError, match="empty"): model.prefill(toks(t[:, :0]))
@@ -1773,6 +1777,9 @@ def bad(tmp:Path, run8:Path) -> dict[str, tuple]:
   tensors, meta = read_checkpoint(str(run8/"out"/gen.CHECKPOINT))
   (tmp/"meta").mkdir()
   save_checkpoint(str(tmp/"meta"/gen.CHECKPOINT), tensors, meta | {"args": "[1]"})
+  for task in ("recall", "listops"):
+    (tmp/task).mkdir()
+    save_checkpoint(str(tmp/task/gen.CHECKPOINT), tensors, meta | {"args": json.dumps({"task": task})})
   question = '{"context": "a", "choices": ["bcd"], "answer": 0}\n'
   (tmp/"q1.jsonl").write_text(question + '{"context": "a", "choices": ["b"], "answer": 1}\n')
   (tmp/"q2.jsonl").write_text(question)
@@ -1851,6 +1858,8 @@ def bad(tmp:Path, run8:Path) -> dict[str, tuple]:
     "torn model": (gen, [*prompt, "--model", str(tmp/"torn")], "truncated"),
     "model of another kind": (gen, [*prompt, "--model", str(other)], "not a checkpoint of an H3 model"),
     "no prompt file": (gen, [*ckpt, "--prompt-file", str(tmp/"nope")], "can't read"),
+    "symbols that are no text": (gen, [*prompt, "--model", str(tmp/"recall")], "the symbols of --task recall only"),
+    "lists that are no text": (gen, ["--fill", "x", "--model", str(tmp/"listops")], "the symbols of --task listops only"),
     "two prompts": (gen, [*ckpt, *prompt, "--prompt-file", str(tmp/"text.txt")], "not both"),
     "more than the cache": (gen, [*ckpt, *prompt, "--tokens", "3000"], "--max-length 3003"),
     "--bench of no shape": (gen, ["--bench", "9B"], "no model is called '9B'"),
@@ -2608,6 +2617,43 @@ def test_mlm_learns_goes_on_longer_and_fills(mlm, tmp_path, capsys):
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and words in err, err
 
+def test_tokens_a_second_are_those_of_the_batch(monkeypatch, capsys, tmp_path):
+  "One step a second: what a batch holds, not --length"
+  args = train.settle(["--task", "recall", "--length", "12", "--batch", "3", "--steps", "9", "--out", str(tmp_path)])[0]
+  task, clock = train.TASKS["recall"](args), itertools.count()
+  monkeypatch.setattr(train.time, "perf_counter", lambda: float(next(clock)))
+  log = train.Log(args, task)
+  for step in range(4): log.step(step+1, 1.0, 1e-3, task.batch(step)[0].size)
+  assert "  42 tokens/s  5s left" in capsys.readouterr().out                  # rows of 14: with the special symbol and a key
+
+def test_evaluation_weighs_targets_as_training_does(tmp_path, monkeypatch):
+  "The loss held out is the mean over all masked bytes, whichever batch they are in: rows that are cut short have fewer."
+  (tmp_path/"tale.txt").write_text(TALE)
+  targets = lambda batch: int((batch[-1] >= 0).sum())
+  # a batch's loss: the number of its targets
+  monkeypatch.setattr(train, "make_eval", lambda *a: lambda batch: [np.float32(targets(batch)), np.int32(0), np.int32(1)])
+  args = [*"--task mlm --d-model 16 --n-layer 1 --d-state 4 --length 48 --batch 2 --holdout 0.3 --steps 1 --sample 0".split(),
+          "--data", str(tmp_path/"tale.txt"), "--out", str(tmp_path/"m")]
+  assert train.main(args) == 0
+  said = json.loads(read_checkpoint(str(tmp_path/"m"/gen.CHECKPOINT))[1]["held_out"])[-1][1]
+  counts = np.array([targets(b) for b in train.TASKS["mlm"](train.settle(args)[0]).held_out])
+  assert said*np.log(2) == pytest.approx((counts**2).sum()/counts.sum(), rel=1e-4) and abs(counts.mean()/said/np.log(2) - 1) > 1e-3
+
+def test_another_number_of_columns_in_the_log(run8, tmp_path, capsys):
+  "is no damage: a column that this version lacks is left, one that it has more is empty"
+  tensors, meta = read_checkpoint(str(run8[0]/"out"/gen.CHECKPOINT))
+  rows = json.loads(meta["losses"])
+  for change, want in ((lambda r: [*r, 0.5], rows[0]), (lambda r: r[:2], [*rows[0][:2], pytest.approx(math.nan, nan_ok=True)])):
+    (out := tmp_path/str(len(os.listdir(tmp_path)))).mkdir()
+    save_checkpoint(str(out/gen.CHECKPOINT), tensors, meta | {"losses": json.dumps([*map(change, rows)])})
+    assert train.main(["--resume", "--steps", "9", "--out", str(out), "--sample", "0"]) == 0
+    kept = json.loads(read_checkpoint(str(out/gen.CHECKPOINT))[1]["losses"])
+    assert kept[0] == want and len(kept) == 9 and len((out/"log.csv").read_text().splitlines()) == 10
+  save_checkpoint(str(out/gen.CHECKPOINT), tensors, meta | {"losses": "[1, 2]"})
+  (out/train.PREVIOUS).unlink()
+  with pytest.raises(SystemExit): train.main(["--resume", "--steps", "9", "--out", str(out)])
+  assert "metadata are damaged" in capsys.readouterr().err
+
 def tsv(path:Path, rows) -> str:
   path.write_text("".join("\t".join(map(str, r)) + "\n" for r in rows))
   return str(path)
@@ -2781,7 +2827,8 @@ def test_enough_ends_a_run(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(train, "EXAMPLES", (64, 100))
   small = "--d-model 8 --n-layer 1 --d-state 4 --sample 0".split()
   assert train.main(["--task", "recall", "--steps", "9", "--eval-every", "1", *small, "--out", str(tmp_path/"r")]) == 0
-  assert "that is enough" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert "that is enough" in said and "9 steps of 32 x 22 = 704 tokens" in said     # --length 20, the special symbol, a key
   assert train.finished(tmp_path/"r")["step"] == "3" and train.finished(tmp_path/"none") is None
   for model in ("s4d", "transformer"):
     args = [*"--task listops --length 50 --batch 4 --steps 1 --n-heads 1".split(), "--model", model, *small]
