@@ -2931,6 +2931,8 @@ def test_readme_commands(section, tmp_path, monkeypatch, capfd):
   monkeypatch.setattr(sys, "stdin", None)
   (tmp_path/"notes").mkdir()
   for f in ("book.txt", "notes/a.md"): (tmp_path/f).write_text(TEXT)
+  (tmp_path/"pile.jsonl.gz").write_bytes(gzip.compress(jsonl([TEXT], "content")))
+  tsv(tmp_path/"cola.tsv", [("gj04", i % 2, "*", f"text {i}") for i in range(9)])
   for f in ("train.tsv", "dev.tsv"): tsv(tmp_path/f, [("ab"[i % 2], f"text {i}") for i in range(9)])
   project, seen = (HERE/"pyproject.toml").read_text(), 0
   monkeypatch.setattr(flashconv, "selfcheck", lambda *a: 0.0)             # has a test of its own
