@@ -312,12 +312,13 @@ class BiGS:
 
   @staticmethod
   def from_pretrained(path_or_name:str, head:str|None=None, gelu:str|None=None, n_labels:int|None=None) -> BiGS:
-    """The model in a file or folder, or a released one by its name (BiGS_128, …), which is downloaded once.
+    """The model in a file or folder, or a released one by its name (BiGS_128, …), downloaded once.
 
-    A file is pytorch_model.bin, model.safetensors or flax_model.msgpack with the config.json beside it, or a checkpoint
-    of train.py. Its shape is that of the tensors. head: keep this one only; what of it the file lacks starts untrained,
-    and a line on stderr says so; by default all that are there. n_labels: of a new classifier. gelu: by default "erf"
-    for PyTorch's files and "tanh" for flax's, to get the logits that each of them gives.
+    A file is pytorch_model.bin, model.safetensors or flax_model.msgpack with the config.json beside
+    it, or a checkpoint of train.py. Its shape is that of the tensors. head: keep this one only;
+    what of it the file lacks starts untrained, and a line on stderr says so; by default all that
+    are there. n_labels: of a new classifier. gelu: by default "erf" for PyTorch's files and "tanh"
+    for flax's, to get the logits that each of them gives.
     Raises CheckpointError, one line, for anything else."""
     from support.checkpoints import bigs_model, find, read_weights
     path = find(path_or_name)

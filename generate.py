@@ -25,10 +25,10 @@ import numpy as np
 from flashconv import WEIGHTS, capture, check_kernels, setup_device
 from bigs_tiny import BiGS
 from h3tiny import H3Config, H3LM
-from support.checkpoints import (CHECKPOINT, RELEASED, CheckpointError, bigs_model, find, h3_model, read_weights,
-                                 save_official)
-from support.text import (TEXT_KEY, TOKENIZERS, ByteTokenizer, Tokenizer, UserError, make_tokenizer, read_text,
-                          read_texts)
+from support.checkpoints import (CHECKPOINT, RELEASED, CheckpointError, bigs_model, find, h3_model,
+                                 read_weights, save_official)
+from support.text import (TEXT_KEY, TOKENIZERS, ByteTokenizer, Tokenizer, UserError, make_tokenizer,
+                          read_text, read_texts)
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.device import Buffer
 from tinygrad.helpers import tqdm
@@ -169,9 +169,10 @@ def document(model:H3LM, ids:np.ndarray, window:int, stride:int) -> tuple[np.nda
       out[at[k] + window - fresh[k]:at[k] + window] = row[window - fresh[k]:]
   return out, len(at)
 
-def perplexity(model:H3LM, tokenizer:Tokenizer, path:str, window:int, stride:int, key:str=TEXT_KEY) -> None:
-  """Prints the perplexity of a file, per token and per byte. Each text of it (of a .jsonl, what `key` names in a line) is
-  a document, read from <|endoftext|> on."""
+def perplexity(model:H3LM, tokenizer:Tokenizer, path:str, window:int, stride:int,
+               key:str=TEXT_KEY) -> None:
+  """Prints the perplexity of a file, per token and per byte. Each text of it (of a .jsonl, what
+  `key` names in a line) is a document, read from <|endoftext|> on."""
   texts = [text for text in read_texts(path, key) if text]
   if not texts: raise UserError(f"{path} is empty: there is nothing to foresee")
   size, tokens, windows, total = sum(len(text.encode()) for text in texts), 0, 0, 0.0
@@ -413,14 +414,15 @@ def parser() -> Parser:
              epilog='example: python generate.py --prompt "def main():" --tokens 400 --temperature 0.7',
              formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
   p.add_argument("--model", metavar="PATH", default=OUT,
-                 help=f"a checkpoint, a folder with one, or a released model, which is downloaded once: "
-                 f"{', '.join(RELEASED)}")
+                 help=f"a model's file, a folder with one (its {CHECKPOINT}, if there), or a "
+                 f"released model, which is downloaded once: {', '.join(RELEASED)}")
   p.add_argument("--prompt", metavar="TEXT", nargs="+", default=argparse.SUPPRESS,
                  help="the text to go on from, or several, side by side; without it --prompt-file, or what is "
                  "piped in, or a short one")
   p.add_argument("--prompt-file", metavar="FILE", default=argparse.SUPPRESS,
                  help="read the prompt from a file; of a .jsonl, several, one a line")
-  p.add_argument("--text-key", metavar="KEY", default=TEXT_KEY, help="key of the text in each line of a .jsonl file")
+  p.add_argument("--text-key", metavar="KEY", default=TEXT_KEY,
+                 help="key of the text in each line of a .jsonl file")
   p.add_argument("--tokens", metavar="N", type=number(int, 1), default=400, help="how many tokens to generate")
   p.add_argument("--temperature", metavar="T", type=number(float, 0), default=0.8,
                  help="below 1 safer, above 1 wilder, 0 always the likeliest token")
@@ -449,8 +451,9 @@ def parser() -> Parser:
   p.add_argument("--stride", metavar="N", type=number(int, 1), default=argparse.SUPPRESS,
                  help="of --perplexity: how far a window is from the next; default: half of --window")
   p.add_argument("--export", metavar="FILE", default=argparse.SUPPRESS,
-                 help="write the model as the authors' code reads it, into a .safetensors file, with a config.json "
-                 "beside it, and stop; the README has the two lines of PyTorch that make a .pt of it")
+                 help="write the model as the authors' code reads it, into a .safetensors file, with "
+                 "a config.json beside it, and stop; the README has the two lines of PyTorch that "
+                 "make a .pt of it")
   p.add_argument("--fill", metavar="TEXT", default=argparse.SUPPRESS,
                  help="of a masked model: what could stand at each [MASK] of a text, a word where it reads bytes")
   p.add_argument("--bench", metavar="SIZE", nargs="?", const="125M", default=argparse.SUPPRESS,
@@ -487,7 +490,8 @@ def run(args:argparse.Namespace) -> None:
   try: trained_on = (options := json.loads(meta.get("args", "{}"))).get("data")
   except (ValueError, AttributeError): raise CheckpointError(f"{path}: its metadata are damaged") from None
   if (task := options.get("task", "text")) not in ("text", "mlm", "classify"):
-    raise UserError(f"{path} knows the symbols of --task {task} only, which are no text: train.py shows how well it does")
+    raise UserError(f"{path} knows the symbols of --task {task} only, which are no text: train.py "
+                    "shows how well it does")
   name = meta.get("tokenizer", "bytes" if meta else "bert" if fills else "gpt2")
   if (name := getattr(args, "tokenizer", name)) not in TOKENIZERS:
     raise CheckpointError(f"{path}: its tokenizer, {name!r}, is none of {', '.join(TOKENIZERS)}")
@@ -517,7 +521,7 @@ def run(args:argparse.Namespace) -> None:
       raise UserError(f"--stride {stride} is longer than a window of {window}: tokens would be left out")
     return perplexity(model, tokenizer, args.perplexity, window, stride, args.text_key)
   if hasattr(args, "score"): return score(model, tokenizer, args.score, args.shots, window)
-  prompts = read_prompts(args, "def " if not trained_on and tokenizer.name == "bytes" else "")
+  prompts = read_prompts(args, "def " if not trained_on and isinstance(tokenizer, ByteTokenizer) else "")
   prompts = [p for p in prompts for _ in range(args.batch)]
   asked, count, speed = write(model, tokenizer, prompts, args.tokens, getattr(args, "stop", None), seed=args.seed,
     temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, max_length=getattr(args, "max_length", None))
@@ -532,8 +536,8 @@ def export(model:H3LM, path:str) -> None:
   "Writes the model in the official format, and says so; nothing is written over."
   if Path(path).suffix != ".safetensors":
     two_lines = "; ".join(TO_PT.format(Path(path).with_suffix("")).splitlines())
-    raise UserError(f"--export {path}: official weights are written as .safetensors: name such a file; PyTorch makes a .pt "
-                    f"of it: {two_lines}")
+    raise UserError(f"--export {path}: official weights are written as .safetensors: name such a "
+                    f"file; PyTorch makes a .pt of it: {two_lines}")
   if Path(path).exists(): raise UserError(f"{path} is there already: name another file with --export")
   Path(path).parent.mkdir(parents=True, exist_ok=True)
   save_official(path, model)

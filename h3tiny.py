@@ -25,8 +25,8 @@ from types import SimpleNamespace
 from typing import Iterator, NamedTuple
 import numpy as np
 from tinygrad import Tensor
-from flashconv import (Pair, Vandermonde, attend_step, causal_softmax, cmul, constant, embedding, fftconv, h3_step,
-                       layernorm, matmul, softmax, ssm_conv, write)
+from flashconv import (Pair, Vandermonde, attend_step, causal_softmax, cmul, constant, embedding,
+                       fftconv, h3_step, layernorm, matmul, softmax, ssm_conv, write)
 
 BY_FFT = 2048     # sequences up to this length go through the FFT in training, longer ones by state passing (README)
 State = tuple[Tensor, ...]  # of a mixer: () where there is none. Of the model: see H3LM.init_state
@@ -474,8 +474,8 @@ class H3LM:
 
     Never waits for the device, so TinyJit can capture it, with the state in its closure. It can't see a full
     attention cache for the same reason: the caller counts tokens against `capacity(state)`. room: how much of
-    the caches a piece of text looks at, at least the tokens so far and its own; all by default. tables:
-    what `tables()` gives, which serve a token; a piece of text makes filters of its own."""
+    the caches a piece of text looks at, at least the tokens so far and its own; all by default.
+    tables: what `tables()` gives, which serve a token; a piece of text makes filters of its own."""
     pos = state[0] if state[0].shape[0] == 1 else state[0][-1:].contiguous()
     start = None if pos is state[0] else state[0][:-1].contiguous()
     cap = self.capacity(state) or 1
@@ -525,12 +525,13 @@ class H3LM:
 
   @staticmethod
   def from_pretrained(path_or_name:str, n_heads:int|None=None, dtype:str="float32") -> H3LM:
-    """The model in a file or folder, or a released one by its name ("125M", …), which is downloaded once.
+    """The model in a file or folder, or a released one by its name ("125M", …), downloaded once.
 
-    A file is a checkpoint of train.py, or holds official weights: .safetensors, or of torch.save's, plain or from
-    PyTorch Lightning, under the names of today or the old ones. The shape of official weights is read off the tensors.
-    n_heads: attention heads; by default they go by the width, or are what a config.json beside the file says. dtype:
-    what the matrices are kept in, see `flashconv.WEIGHTS`; in anything but float32 a model can't be trained.
+    A file is a checkpoint of train.py, or holds official weights: .safetensors, or of torch.save's,
+    plain or from PyTorch Lightning, under the names of today or the old ones. The shape of official
+    weights is read off the tensors. n_heads: attention heads; by default they go by the width, or
+    are what a config.json beside the file says. dtype: what the matrices are kept in, see
+    `flashconv.WEIGHTS`; in anything but float32 a model can't be trained.
     Raises CheckpointError, one line, for anything else."""
     from support.checkpoints import find, h3_model, read_weights
     path = find(path_or_name)

@@ -8,8 +8,9 @@ without it what takes long is left out.
 """
 import gc, time
 gc.set_threshold(500_000, 50, 1000)          # tinygrad's graphs are many small objects: a quarter less time
-import bz2, collections, contextlib, copyreg, dataclasses, gzip, hashlib, http.server, importlib.util, io, itertools, json, lzma
-import math, os, pickle, pickletools, re, shlex, shutil, signal, socket, struct, subprocess, sys, threading, zipfile
+import bz2, collections, contextlib, dataclasses, gzip, hashlib, http.server, importlib.util, io
+import itertools, json, lzma, math, os, pickle, pickletools, re, shlex, shutil, signal, socket
+import struct, subprocess, sys, threading, zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Callable
@@ -27,7 +28,8 @@ from support import checkpoints, text as texts
 from bigs_tiny import BLOCKS, BiGS, BiGSConfig
 from flashconv import capture, fftconv, layernorm, matmul, product, ssm_conv
 from h3tiny import H3Config, H3LM, H3Mixer
-from support.checkpoints import CheckpointError, Stored, load_weights, read_checkpoint, save_checkpoint, save_official
+from support.checkpoints import (CheckpointError, Stored, load_weights, read_checkpoint,
+                                 save_checkpoint, save_official)
 
 HERE = Path(__file__).resolve().parent
 # what takes 20 seconds and more: train something until it has learned, or go through the README's commands
@@ -923,8 +925,8 @@ def test_forward_equals_steps_equals_prefill_in_pieces(config):
   same((logits, s))
   # tables of the weights are for tokens: with a piece of text they change nothing
   for piece in (t[:, :5], t[:, 5]):
-    state = model.init_state(2)
-    assert_close(model.advance(toks(piece), state, tables=model.tables()), model.advance(toks(piece), model.init_state(2)).numpy(), 2e-5)
+    with_tables = model.advance(toks(piece), model.init_state(2), tables=model.tables())
+    assert_close(with_tables, model.advance(toks(piece), model.init_state(2)).numpy(), 2e-5)
   if not config.attn_layers: return
   with pytest.raises(ValueError, match="14 tokens do not fit the attention cache of 12"): model.prefill(toks(t), s)
   with pytest.raises(ValueError, match="empty"): model.prefill(toks(t[:, :0]))
@@ -1039,17 +1041,17 @@ def test_checkpoint(tmp_path):
 
 @contextlib.contextmanager
 def named(*names:str):
-  "Classes of these names, 'module.Class', as if the libraries that have them were installed: for pickles that name them."
-  made = {name: type(name.rpartition(".")[2], (), {"__module__": name.rpartition(".")[0]}) for name in names}
-  modules = {}
-  for name, cls in made.items():
-    module = modules.setdefault(cls.__module__, ModuleType(cls.__module__))
-    setattr(module, cls.__name__, cls)
-  with mock.patch.dict(sys.modules, modules): yield made.values()
+  "Classes of these names, 'module.Class', as if installed: for pickles that name them."
+  made, modules = [], {}
+  for name in names:
+    home, _, own = name.rpartition(".")
+    made.append(type(own, (), {"__module__": home}))
+    setattr(modules.setdefault(home, ModuleType(home)), own, made[-1])
+  with mock.patch.dict(sys.modules, modules): yield made
 
-def torch_file(path:str, tensors:dict, wrap:tuple[str, ...]=(), beside:dict={}, protocol:int=2) -> None:
-  """Writes float32 tensors as torch.save does, without torch: wrap: keys of dictionaries around them; beside: what else is
-  in the outermost one. In it an Array is a tensor, too."""
+def torch_file(path:str, tensors:dict, wrap:tuple[str, ...]=(), beside:dict={}) -> None:
+  """Writes float32 tensors as torch.save does, without torch. wrap: keys of dictionaries around
+  them; beside: what else is in the outermost one. In it an Array is a tensor, too."""
   arrays = []
   with named("torch.FloatStorage", "torch._utils._rebuild_tensor_v2") as (storage, rebuild):
     class Pickler(pickle.Pickler):
@@ -1063,10 +1065,11 @@ def torch_file(path:str, tensors:dict, wrap:tuple[str, ...]=(), beside:dict={}, 
         return rebuild, (x.data, 0, x.data.shape, strides, False, collections.OrderedDict())
     tree = collections.OrderedDict((k, Array(v.numpy())) for k, v in tensors.items())
     for key in reversed(wrap): tree = {key: tree}
-    Pickler(out := io.BytesIO(), protocol).dump({**tree, **beside} if beside else tree)
+    Pickler(out := io.BytesIO(), 2).dump({**tree, **beside} if beside else tree)
   with zipfile.ZipFile(path, "w") as z:
     z.writestr("m/data.pkl", out.getvalue())
-    for i, x in enumerate(arrays): z.writestr(f"m/data/{i}", np.ascontiguousarray(x, np.float32).tobytes())
+    for i, x in enumerate(arrays):
+      z.writestr(f"m/data/{i}", np.ascontiguousarray(x, np.float32).tobytes())
 
 @dataclasses.dataclass
 class Array:
@@ -1121,8 +1124,8 @@ def test_official_weights(tiny, tmp_path):
   assert H3LM.from_pretrained(str(tmp_path/"e.pt")).config == hybrid.config
 
 def test_hybrid_and_rotary_from_official_files(tmp_path):
-  """Against float64, as loaded from what `save_official` writes; in the authors' channel order; with rows of A and B that
-  channels share."""
+  """Against float64, as loaded from what `save_official` writes; in the authors' channel order;
+  with rows of A and B that channels share."""
   def same(model:H3LM, name:str) -> None:
     save_official(str(tmp_path/name), model)
     again, t = H3LM.from_pretrained(str(tmp_path/name)), np.random.default_rng(0).integers(0, 19, (2, 11))
@@ -1146,58 +1149,76 @@ def test_hybrid_and_rotary_from_official_files(tmp_path):
   assert_close(H3LM.from_pretrained(str(tmp_path/"shared.pt"))(toks(t)), np_lm(model, t), 2e-5)
 
 def test_export_is_true_or_refused(tmp_path):
-  """A config is written where the authors' code makes of it these tensors: the shapes are those of its own files; what was
-  changed in a copy of h3tiny.py, an MLP or a layer more, is refused and nothing written."""
+  """A config is written where the authors' code makes of it these tensors: their own files' names
+  and shapes. What was changed in a copy of h3tiny.py, an MLP or a layer more, is refused, and
+  nothing written."""
   c = json.load(open(GOLDEN/"tiny_h3"/"config.json"))
   config = H3Config(c["vocab_size"], c["d_model"], c["n_layer"], d_state=c["ssm_cfg"]["d_state"])
-  theirs = {k: v.shape for k, v in read_checkpoint(f"{GOLDEN}/tiny_h3/model.safetensors")[0].items()}
-  assert checkpoints.official_shapes(config) == theirs
-  for name, parameters, names in (("125M", 126_387_456, 291), ("2.7B", 2_670_307_840, 765), ("2.7B-rotary", 2_671_134_720, 780)):
+  theirs = read_checkpoint(f"{GOLDEN}/tiny_h3/model.safetensors")[0]
+  assert checkpoints.official_shapes(config) == {k: v.shape for k, v in theirs.items()}
+  for name, parameters, names in (("125M", 126_387_456, 291), ("2.7B", 2_670_307_840, 765),
+                                  ("2.7B-rotary", 2_671_134_720, 780)):
     shapes = checkpoints.official_shapes(H3Config.named(name))
-    buffers = {k for k in shapes if k.endswith("inv_freq")}         # which are no parameters
-    assert sum(math.prod(s) for k, s in shapes.items() if k not in buffers) == parameters and len(shapes) + 1 == names
-  class Gated:
-    "SwiGLU"
-    def __init__(self, mlp): self.fc1, self.fc2, self.gate = mlp.fc1, mlp.fc2, h3tiny.Linear(16, 32, rng, 0.02)
-  def wider(model): model.backbone.layers[0].mlp = h3tiny.MLP(H3Config(19, 16, 2, mlp_mult=2), rng)
-  def gated(model): model.backbone.layers[1].mlp = Gated(model.backbone.layers[1].mlp)
-  def unbiased(model): del model.backbone.layers[1].mixer.q_proj.bias
-  def longer(model): model.backbone.layers.append(model.backbone.layers[0])
-  changes = {wider: "layers.0.mlp.fc1.bias has shape (32,) here and (64,)", gated: "layers.1.mlp.gate.bias has shape (32,) here and none",
-             unbiased: "layers.1.mixer.q_proj.bias has shape none here and (16,)", longer: "layers.2.mixer.D has shape (16,) here and none"}
+    assert len(shapes) + 1 == names                        # and lm_head.weight
+    # rotary_emb.inv_freq is no parameter
+    assert sum(math.prod(v) for k, v in shapes.items() if "inv_freq" not in k) == parameters
+  def wider(layers): layers[0].mlp = h3tiny.MLP(H3Config(19, 16, 2, mlp_mult=2), rng)
+  def gated(layers): layers[1].mlp.gate = h3tiny.Linear(16, 32, rng, 0.02)
+  def unbiased(layers): del layers[1].mixer.q_proj.bias
+  def longer(layers): layers.append(layers[0])
+  changes = {wider: "layers.0.mlp.fc1.bias has shape (32,) here and (64,)",
+             gated: "layers.1.mlp.gate.bias has shape (32,) here and none",
+             unbiased: "layers.1.mixer.q_proj.bias has shape none here and (16,)",
+             longer: "layers.2.mixer.D has shape (16,) here and none"}
+  path = str(tmp_path/"m.safetensors")
   for change, words in changes.items():
-    change(model := H3LM(H3Config(19, 16, 2)))
-    with pytest.raises(CheckpointError, match=re.escape(words)) as e: save_official(str(tmp_path/"m.safetensors"), model)
-    assert str(tmp_path/"m.safetensors") in str(e.value) and "\n" not in str(e.value) and not os.listdir(tmp_path)
+    model = H3LM(H3Config(19, 16, 2))
+    change(model.backbone.layers)
+    with pytest.raises(CheckpointError, match=re.escape(words)) as e: save_official(path, model)
+    assert path in str(e.value) and "\n" not in str(e.value) and not os.listdir(tmp_path)
   with pytest.raises(CheckpointError, match="no model of s4d"):
-    save_official(str(tmp_path/"m.safetensors"), H3LM(H3Config(19, 16, 2, ssm="s4d")))
+    save_official(path, H3LM(H3Config(19, 16, 2, ssm="s4d")))
+
+def readme_python(word:str) -> str:
+  "The block of Python in the README with this word in it."
+  blocks = re.findall(r"```python\n(.*?)```", (HERE/"README.md").read_text(), re.S)
+  return next(b for b in blocks if word in b)
 
 def torch_python() -> str|None:
   "An interpreter that has PyTorch and safetensors: this one, or TORCH_PYTHON's."
   here = all(importlib.util.find_spec(m) for m in ("torch", "safetensors"))
   return os.environ.get("TORCH_PYTHON") or (sys.executable if here else None)
 
-@pytest.mark.skipif(not torch_python(), reason="takes PyTorch and safetensors: pip install them, or set TORCH_PYTHON")
+TORCH_CHECK = """
+w = torch.load("official/model.pt", weights_only=True)
+words = w["backbone.embeddings.word_embeddings.weight"]
+assert (w["lm_head.weight"] == words).all()
+half = {"model." + k: v.bfloat16() for k, v in w.items()}
+torch.save({"state_dict": half}, "official/old.pt", _use_new_zipfile_serialization=False)
+strided = {k: v.t().contiguous().t() if v.ndim == 2 else v for k, v in w.items()}
+torch.save(strided, "official/strided.ckpt")
+print(len(w))
+"""
+
+@pytest.mark.skipif(not torch_python(), reason="PyTorch and safetensors, here or in TORCH_PYTHON")
 def test_pytorch_makes_a_pt_of_an_export(tmp_path):
-  "By the two lines of the README: PyTorch then loads it, weights only, and so do we, the same numbers. And its own old form"
+  """By the two lines of the README. PyTorch loads it, weights only, and so do we: the same numbers.
+  And what PyTorch itself makes of them: strided tensors, bfloat16 in its form before 1.6."""
   model = shaken(HYBRIDS[0])
   (tmp_path/"official").mkdir()
   save_official(str(tmp_path/"official"/"model.safetensors"), model)
-  lines = next(b for b in re.findall(r"```python\n(.*?)```", (HERE/"README.md").read_text(), re.S) if "safetensors.torch" in b)
-  assert lines == gen.TO_PT.format("official/model") + "\n"
-  check = """
-w = torch.load("official/model.pt", weights_only=True)
-assert (w["lm_head.weight"] == w["backbone.embeddings.word_embeddings.weight"]).all() and len(w) == %d
-torch.save({"state_dict": {"model." + k: v.bfloat16() for k, v in w.items()}}, "official/old.pt", _use_new_zipfile_serialization=False)
-torch.save({k: v.t().contiguous().t() if v.ndim == 2 else v for k, v in w.items()}, "official/strided.ckpt")
-""" % (len(get_state_dict(model)) + 1 + sum(bool(model.config.rotary_dim) for _ in model.config.attn_layers))
-  subprocess.run([torch_python(), "-c", lines + check], cwd=tmp_path, check=True)
-  want = get_state_dict(H3LM.from_pretrained(str(tmp_path/"official"/"model.safetensors")))
+  two_lines = readme_python("safetensors.torch")
+  assert two_lines == gen.TO_PT.format("official/model") + "\n"
+  done = subprocess.run([torch_python(), "-c", two_lines + TORCH_CHECK], cwd=tmp_path, check=True,
+                        capture_output=True, text=True)
+  assert int(done.stdout) == 1 + len(checkpoints.official_shapes(model.config))
+  load = lambda name: get_state_dict(H3LM.from_pretrained(str(tmp_path/"official"/name)))
+  want = load("model.safetensors")
   for name in ("model.pt", "strided.ckpt"):
-    got = get_state_dict(H3LM.from_pretrained(str(tmp_path/"official"/name)))
-    for k in want: assert (got[k].numpy() == want[k].numpy()).all(), (name, k)
-  for k, v in get_state_dict(H3LM.from_pretrained(str(tmp_path/"official"/"old.pt"))).items():
-    assert (v.numpy().view(np.uint32) & 0xffff == 0).all() and abs(v.numpy() - want[k].numpy()).max() <= 2**-8*abs(want[k].numpy()).max(), k
+    for k, v in load(name).items(): assert (v.numpy() == want[k].numpy()).all(), (name, k)
+  for k, v in load("old.pt").items():
+    got, w = v.numpy(), want[k].numpy()
+    assert (got.view(np.uint32) & 0xffff == 0).all() and (abs(got - w) <= 2**-8*abs(w)).all(), k
 
 def test_damaged_official_files(tiny, tmp_path, monkeypatch):
   "One line that names the file, and the tensor if it is one; nothing is run, nothing loaded. Flipped bits are seen."
@@ -1232,133 +1253,175 @@ def test_damaged_official_files(tiny, tmp_path, monkeypatch):
   assert seen >= 80                  # most of the bytes are tensors'; a zip's dates, for one, do not matter
 
 # the names in the pickles of two released files, as their pages list them
-RELEASED_NAMES = {
-  "like_2.7B": {"torch LongStorage", "torch FloatStorage", "torch._utils _rebuild_tensor_v2", "collections OrderedDict",
-                "collections defaultdict", "typing Any", "__builtin__ dict", "__builtin__ list", "__builtin__ long",
-                "omegaconf.base Metadata", "omegaconf.base ContainerMetadata", "omegaconf.dictconfig DictConfig",
-                "omegaconf.listconfig ListConfig", "omegaconf.nodes AnyNode"}}
-RELEASED_NAMES["like_355M"] = RELEASED_NAMES["like_2.7B"] | {"torch Tensor", "torch._tensor _rebuild_from_type_v2"}
+RELEASED_NAMES = {"like_2.7B": {
+  "torch LongStorage", "torch FloatStorage", "torch._utils _rebuild_tensor_v2",
+  "collections OrderedDict", "collections defaultdict", "typing Any", "__builtin__ dict",
+  "__builtin__ list", "__builtin__ long", "omegaconf.base Metadata",
+  "omegaconf.base ContainerMetadata", "omegaconf.dictconfig DictConfig",
+  "omegaconf.listconfig ListConfig", "omegaconf.nodes AnyNode"}}
+RELEASED_NAMES["like_355M"] = {*RELEASED_NAMES["like_2.7B"], "torch Tensor",
+                               "torch._tensor _rebuild_from_type_v2"}
 
-@pytest.mark.parametrize("name", ["like_355M", "like_2.7B", "lightning_namespace", "lightning_numpy", "before_torch_1.6"])
+@pytest.mark.parametrize("name", ["like_355M", "like_2.7B", "lightning_namespace",
+                                  "lightning_numpy", "before_torch_1.6"])
 def test_files_in_the_released_forms(tiny, name):
-  "Whole Lightning checkpoints as PyTorch and OmegaConf write them: each tensor, the logits, and which names they hold"
+  """Whole Lightning checkpoints as PyTorch and OmegaConf write them: each tensor, the logits, and
+  the names that their pickles hold."""
   path = GOLDEN/"files"/f"{name}.pt"
   model = H3LM.from_pretrained(str(path))
   want, got = get_state_dict(tiny), get_state_dict(model)
   assert got.keys() == want.keys()
   for k in want: assert (got[k].numpy() == want[k].numpy()).all(), k
-  assert_close(model(toks(golden("tiny_h3/tokens_L7.npy"))), golden("tiny_h3/logits_L7.npy"), 5e-5)
-  if name in RELEASED_NAMES:
-    with zipfile.ZipFile(path) as z: pickled = z.read(f"{name}/data.pkl")
-    assert {arg for op, arg, _ in pickletools.genops(pickled) if op.name == "GLOBAL"} == RELEASED_NAMES[name]
+  tokens, logits = (golden(f"tiny_h3/{x}_L7.npy") for x in ("tokens", "logits"))
+  assert_close(model(toks(tokens)), logits, 5e-5)
+  if name not in RELEASED_NAMES: return
+  with zipfile.ZipFile(path) as z: instructions = pickletools.genops(z.read(f"{name}/data.pkl"))
+  names = {arg for op, arg, _ in instructions if op.name == "GLOBAL"}
+  assert names == RELEASED_NAMES[name]
 
 def test_bytes_of_the_released_files():
-  "Four bytes a parameter of each shape, and what the container takes a tensor: as the released files have it."
-  assert checkpoints.RELEASED["125M"].size is None                  # its page was not at hand
-  for name, size, spare in (("1.3B", 5_304_385_536, 462), ("2.7B", 10_681_231_360, 444), ("2.7B-rotary", 10_684_538_880, 444)):
-    shapes = [s for k, s in checkpoints.official_shapes(H3Config.named(name)).items() if not k.endswith("inv_freq")]
-    assert 4*sum(map(math.prod, shapes)) == size
-    assert round((checkpoints.RELEASED[name].size - size) / len(shapes)) == spare
-  parameters = sum(map(math.prod, checkpoints.official_shapes(H3Config.named("355M")).values()))
-  assert parameters == 361_058_304 and checkpoints.RELEASED["355M"].size/(4*parameters) == pytest.approx(3.0004, abs=1e-4)
+  "Four bytes a parameter of each shape, and 444 or 462 a tensor for the container."
+  assert checkpoints.RELEASED["125M"].size is None         # its page was not at hand
+  for name, size, spare in (("1.3B", 5_304_385_536, 462), ("2.7B", 10_681_231_360, 444),
+                            ("2.7B-rotary", 10_684_538_880, 444)):
+    shapes = checkpoints.official_shapes(H3Config.named(name))
+    parameters = [math.prod(v) for k, v in shapes.items() if "inv_freq" not in k]
+    assert 4*sum(parameters) == size
+    assert round((checkpoints.RELEASED[name].size - size) / len(parameters)) == spare
+  shapes = checkpoints.official_shapes(H3Config.named("355M"))
+  parameters = sum(map(math.prod, shapes.values()))
+  assert parameters == 361_058_304                         # with Adam's two moments: three times
+  assert checkpoints.RELEASED["355M"].size/(4*parameters) == pytest.approx(3.0004, abs=1e-4)
 
 def word(s:str) -> bytes: return b"X" + struct.pack("<I", len(s.encode())) + s.encode()
-def call(name:str, *words:str) -> bytes:
+def named_as(s:str) -> bytes: return b"c" + s.replace(" ", "\n").encode() + b"\n"
+def call(function:str, *words:str) -> bytes:
   "Instructions of a pickle: a name, called with strings."
-  return b"c" + name.replace(" ", "\n").encode() + b"\n(" + b"".join(map(word, words)) + b"tR"
+  return named_as(function) + b"(" + b"".join(map(word, words)) + b"tR"
 
 DEEP = 10_000_000 if os.environ.get("SLOW") else 1_000_000
 TOUCH = "__import__('os').system('touch ran')"
-HOSTILE = {                                                          # what each has beside a model that is whole
-  "os.system": call("os system", "touch ran"), "posix.system": call("posix system", "touch ran"),
-  "eval": call("builtins eval", TOUCH), "exec": call("__builtin__ exec", TOUCH),
-  "subprocess": b"csubprocess\ncheck_call\n(](" + word("touch") + word("ran") + b"etR",
-  "importlib": call("importlib import_module", "hostile"), "runpy": call("runpy run_path", "hostile.py"),
-  "a module's own name": b"chostile\nThing\n)\x81", "by protocol 4": word("os") + word("system") + b"\x93" + word("touch ran") + b"\x85R",
-  "an old instance": b"(" + word("touch ran") + b"ios\nsystem\n", "an object": b"(cos\nsystem\n" + word("touch ran") + b"o",
-  "an extension": b"\x82\x01" + word("touch ran") + b"\x85R",
-  "a call of what a call gave": call("hostile Thing", "a")[:-1] + b"R(" + word("touch ran") + b"tR",
-  "getattr": call("builtins getattr", "a", "b")[:-1] + b"R(" + word("touch ran") + b"tR",
-  "state": b"chostile\nThing\n)\x81}" + word("__setstate__") + call("os system", "touch ran") + b"sb",
-  "state of a dictionary": b"ccollections\nOrderedDict\n)R}" + word("__class__") + b"cos\nsystem\nsb",
-  "state of a name": b"chostile\nThing\n}" + word("x") + word("y") + b"sb",
-  "a storage that is a function": b"(" + word("storage") + b"cos\nsystem\n" + word("0") + word("cpu") + b"K\x01tQ",
-  "a storage of another kind": b"(" + word("module") + b"chostile\nThing\n" + word("hostile.py") + word("") + b"tQ" + word("a") + b"Q0",
-  "a tensor of it": b"ctorch._utils\n_rebuild_tensor_v2\n((" + word("storage") + b"cos\nsystem\n" + word("0") + word("cpu")
-                    + b"K\x01tQK\x00))\x89}tR",
-  "a tensor's function": b"ctorch._tensor\n_rebuild_from_type_v2\n(cos\nsystem\nchostile\nThing\n(" + word("touch ran") + b"t}tR",
-  "a default factory": b"ccollections\ndefaultdict\n(cos\nsystem\ntR" + word("a") + word("touch ran") + b"s",
-  "a subclass of dict": b"chostile\nDict\n)\x81(" + word("a") + call("os system", "touch ran") + word("b") + word("c") + b"u",
+THING, ARGS = named_as("hostile Thing"), b"(" + word("touch ran") + b"t"
+STORAGE = b"(" + word("storage") + named_as("os system") + word("0") + word("cpu") + b"K\x01tQ"
+# what each file has beside a model that is whole; all of it leaves one value
+HOSTILE = {
+  "os.system": call("os system", "touch ran"),
+  "eval": call("builtins eval", TOUCH),
+  "exec": call("__builtin__ exec", TOUCH),
+  "subprocess": named_as("subprocess check_call") + b"(](" + word("touch") + word("ran") + b"etR",
+  "posix.system": call("posix system", "touch ran"),
+  "importlib": call("importlib import_module", "hostile"),
+  "runpy": call("runpy run_path", "hostile.py"),
+  "a module of its own": THING + b")\x81",
+  "by protocol 4": word("os") + word("system") + b"\x93" + ARGS + b"R",
+  "an old instance": b"(" + word("touch ran") + b"ios\nsystem\n",
+  "an object": b"(" + named_as("os system") + word("touch ran") + b"o",
+  "an extension": b"\x82\x01" + ARGS + b"R",
+  "a call of what a call gave": THING + b")R" + ARGS + b"R",
+  "getattr": call("builtins getattr", "a", "b") + ARGS + b"R",
+  "state": THING + b")\x81}" + word("__setstate__") + call("os system", "touch ran") + b"sb",
+  "state of a dictionary":
+    named_as("collections OrderedDict") + b")R}" + word("__class__") + named_as("os system") + b"sb",
+  "state of a name": THING + b"}" + word("x") + word("y") + b"sb",
+  "a storage that is a function": STORAGE,
+  "a storage of another kind":
+    b"(" + word("module") + THING + word("hostile.py") + word("") + b"tQ" + word("a") + b"Q0",
+  "a tensor of such a storage": named_as("torch._utils _rebuild_tensor_v2") + b"(" + STORAGE +
+    b"K\x00))\x89}tR",
+  "a tensor's function":
+    named_as("torch._tensor _rebuild_from_type_v2") + b"(" + named_as("os system") + THING + ARGS + b"}tR",
+  "a default factory":
+    named_as("collections defaultdict") + b"(" + named_as("os system") + b"tR" + word("a") + word("b") + b"s",
+  "a subclass of dict":
+    named_as("hostile Dict") + b")\x81(" + word("a") + call("os system", "touch ran") + b"u",
   "a key": b"}((" + call("os system", "touch ran") + b"K\x01(ltK\x02u",
   "a set": b"\x8f(" + call("os system", "touch ran") + b"\x90",
-  "tuples in tuples": b")" + b"\x85"*DEEP, "a key of tuples in tuples": b"})" + b"\x85"*10_000 + b"K\x01s",
-  "lists in lists": b"]"*(DEEP//10) + b"a"*(DEEP//10 - 1), "dictionaries in dictionaries": b"}" + (word("a") + b"}")*(DEEP//100) + b"s"*(DEEP//100),
+  "tuples in tuples": b")" + b"\x85"*DEEP,
+  "a key of tuples in tuples": b"})" + b"\x85"*10_000 + b"K\x01s",
+  "lists in lists": b"]"*(DEEP//10) + b"a"*(DEEP//10 - 1),
+  "dictionaries in dictionaries": b"}" + (word("a") + b"}")*(DEEP//100) + b"s"*(DEEP//100),
 }
 WATCH = """
 import sys, pathlib
-from support import checkpoints
 from h3tiny import H3LM
 from tinygrad.nn.state import get_state_dict
-want = {k: v.numpy() for k, v in get_state_dict(H3LM.from_pretrained("whole.pt")).items()}
-seen, modules = [], set(sys.modules)
+load = lambda path: {k: v.numpy() for k, v in get_state_dict(H3LM.from_pretrained(path)).items()}
+want, seen, modules = load("whole.pt"), [], set(sys.modules)
+watched = {"import", "exec", "compile", "os", "subprocess", "pickle", "marshal", "code"}
 def watch(event, args):
-  if event.split(".")[0] in ("import", "exec", "compile", "os", "subprocess", "pickle", "marshal", "code") and \\
-     event not in ("os.listdir", "os.scandir"): seen.append((event, str(args)[:200]))
+  if event.split(".")[0] in watched and event not in ("os.listdir", "os.scandir"):
+    seen.append((event, str(args)[:200]))
 sys.addaudithook(watch)
 for path in sorted(pathlib.Path("files").iterdir()):
   before = len(seen)
-  model = H3LM.from_pretrained(str(path))
-  right = all((v.numpy() == want[k]).all() for k, v in get_state_dict(model).items())
+  right = all((v == want[k]).all() for k, v in load(str(path)).items())
   print(path.stem, "|", right, "|", seen[before:], "|", set(sys.modules) - modules, flush=True)
 """
 
 def test_hostile_pickles(tiny, tmp_path):
-  """Nothing in a pickle is run or imported, wherever it stands, and none brings the interpreter down: Python's own audit
-  events are watched in another process. The model beside it is loaded, each number of it."""
-  torch_file(str(tmp_path/"whole.pt"), {f"model.{k}": v for k, v in get_state_dict(tiny).items()}, ("state_dict",))
-  with zipfile.ZipFile(tmp_path/"whole.pt") as z: parts = {i.filename: z.read(i) for i in z.infolist()}
-  state = parts.pop("m/data.pkl")
-  assert state.startswith(b"\x80\x02}q\0" + word("state_dict")) and state.endswith(b"s.")
-  places = {"": b"%b", "hyper_parameters": word("hyper_parameters") + b"}" + word("model") + b"%bs",
-            "optimizer_states": word("optimizer_states") + b"](}" + word("state") + b"}K\x00%bsse"}
+  """Nothing in a pickle is run or imported, wherever it stands, and none brings the interpreter
+  down: Python's own audit events are watched in another process. The model beside it is loaded,
+  each number of it."""
+  model = {f"model.{k}": v for k, v in get_state_dict(tiny).items()}
+  torch_file(str(tmp_path/"whole.pt"), model, ("state_dict",))
+  with zipfile.ZipFile(tmp_path/"whole.pt") as z:
+    parts = {i.filename: z.read(i) for i in z.infolist()}
+  pickled = parts.pop("m/data.pkl")
+  assert pickled.startswith(b"\x80\x02}q\0" + word("state_dict")) and pickled.endswith(b"s.")
+  state = pickled[5:-2]                                    # the key, and the dictionary of tensors
+  places = {"callbacks": (b"", b""), "hyper_parameters": (b"}" + word("model"), b"s"),
+            "optimizer_states": (b"](}" + word("state") + b"}K\x00", b"sse")}
   (tmp_path/"files").mkdir()
-  (tmp_path/"hostile.py").write_text("import os\nos.system('touch ran')\nclass Thing: pass\nclass Dict(dict): pass\n")
-  for i, (name, code) in enumerate(HOSTILE.items()):
+  ran = "import os\nos.system('touch ran')\nclass Thing: pass\nclass Dict(dict): pass\n"
+  (tmp_path/"hostile.py").write_text(ran)
+  for i, (what, code) in enumerate(HOSTILE.items()):
     for place in places if i < 4 else ["hyper_parameters"]:
-      inside = (places[place] or b"").replace(b"%b", code)
-      first = inside if place else word("callbacks") + code
-      # before the model and after it
-      data = b"\x80\x02}(" + first + state[5:-2] + (word("after") + code if len(code) < 1000 else b"") + b"u."
-      with zipfile.ZipFile(tmp_path/"files"/f"{i:02} {name} {place}.pt", "w") as z:
+      begin, end = places[place]
+      after = word("after") + code if len(code) < 1000 else b""
+      data = b"\x80\x02}(" + word(place) + begin + code + end + state + after + b"u."
+      with zipfile.ZipFile(tmp_path/"files"/f"{i:02} {what} in {place}.pt", "w") as z:
         z.writestr("m/data.pkl", data)
         for part in parts.items(): z.writestr(*part)
+  env = os.environ | {"DEV": "CPU", "PYTHONPATH": f"{HERE}{os.pathsep}."}
   done = subprocess.run([sys.executable, "-c", WATCH], cwd=tmp_path, capture_output=True, text=True,
-                        env=os.environ | {"DEV": "CPU", "PYTHONPATH": f"{HERE}{os.pathsep}."})
+                        env=env)
   assert done.returncode == 0, (done.returncode, done.stdout[-500:], done.stderr[-2000:])
   lines = done.stdout.splitlines()
   assert len(lines) == len(HOSTILE) + 8 and not (tmp_path/"ran").exists()
   for line in lines: assert line.endswith("| True | [] | set()"), line
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="where Linux says a process's peak of memory")
+PEAK = """
+import sys, re, pathlib, flashconv, support.checkpoints
+from h3tiny import H3Config, H3LM
+def peak():
+  status = pathlib.Path("/proc/self/status").read_text()
+  return 1024*int(re.search(r"VmHWM:\\s+(\\d+)", status)[1])
+flashconv.setup_device()
+H3LM(H3Config(8, 8, 1))
+before = peak()
+model = H3LM.from_pretrained(sys.argv[1], 4, sys.argv[2])
+print(peak() - before)
+"""
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux tells a peak of memory")
 def test_loading_takes_the_model_and_one_tensor(tmp_path):
-  """The peak of a process's memory while it loads, float32 and bfloat16, from a Lightning checkpoint with Adam's moments:
-  three times the model's float32s. The moments are not read: their bytes are not what their checksums say."""
+  """The peak of a process's memory while it loads, float32 and bfloat16, from a Lightning checkpoint
+  with Adam's moments: three times the model's float32s. The moments are not read: their bytes are
+  not what their checksums say."""
   model = H3LM(H3Config(50257, 256, 4, (1,)), seed=None)
   weights = {f"model.{k}": Stored(normal(*p.shape)) for k, p in get_state_dict(model).items()}
-  moments = {i: {m: Array(w.array) for m in ("exp_avg", "exp_avg_sq")} for i, w in enumerate(weights.values())}
-  torch_file(str(tmp_path/"m.pt"), weights, ("state_dict",), {"optimizer_states": [{"state": moments}]})
-  with zipfile.ZipFile(tmp_path/"m.pt") as z: last = max(z.infolist(), key=lambda i: i.header_offset).header_offset
+  moments = {i: {m: Array(w.array) for m in ("exp_avg", "exp_avg_sq")}
+             for i, w in enumerate(weights.values())}
+  beside = {"optimizer_states": [{"state": moments}]}
+  torch_file(str(tmp_path/"m.pt"), weights, ("state_dict",), beside)
+  with zipfile.ZipFile(tmp_path/"m.pt") as z: last = max(i.header_offset for i in z.infolist())
   with open(tmp_path/"m.pt", "r+b") as f:
     f.seek(last + 60)
     f.write(b"\xff"*4)
   sizes = [p.numel() for p in get_state_dict(model).values()]
-  # the peak of this program alone: getrusage's includes that of the process which started it
-  code = ("import sys, re, pathlib, flashconv; from h3tiny import H3Config, H3LM; import support.checkpoints\n"
-          "def peak(): return 1024*int(re.search(r'VmHWM:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1])\n"
-          "flashconv.setup_device(); H3LM(H3Config(8, 8, 1)); before = peak()\n"
-          "model = H3LM.from_pretrained(sys.argv[1], 4, sys.argv[2]); print(peak() - before)")
+  # VmHWM is the peak of this program alone; getrusage's is also its parent's, from before it began
   for dtype, a_weight in (("float32", 4), ("bfloat16", 2)):
-    grown = float(subprocess.run([sys.executable, "-c", code, str(tmp_path/"m.pt"), dtype], cwd=HERE, check=True,
+    grown = float(subprocess.run([sys.executable, "-c", PEAK, str(tmp_path/"m.pt"), dtype], cwd=HERE, check=True,
                                  capture_output=True, text=True, env=os.environ | {"DEV": "CPU"}).stdout)
     # one tensor: as it lies in the file, and what it becomes
     assert grown <= a_weight*sum(sizes) + (4 + a_weight)*max(sizes) + 16e6, (dtype, grown/1e6)

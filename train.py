@@ -16,8 +16,8 @@ Not here: several machines.
 """
 import time
 START = time.perf_counter()
-import argparse, contextlib, csv, dataclasses, functools, importlib.util, itertools, json, math, os, random, re, shutil
-import signal, subprocess, sys, tempfile, threading, warnings
+import argparse, contextlib, csv, dataclasses, functools, importlib.util, itertools, json, math, os
+import random, re, shutil, signal, subprocess, sys, tempfile, threading, warnings
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 import numpy as np
@@ -28,12 +28,13 @@ from tinygrad.nn.state import get_state_dict
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 from bigs_tiny import BLOCKS, BiGS, BiGSConfig
 from flashconv import FLASH, capture, check_kernels, embedding, machine, setup_device
-from generate import MASK, OUT, RUN, Parser, Session, number, peak_memory, show_fill, surprisal, write
+from generate import (MASK, OUT, RUN, Parser, Session, number, peak_memory, show_fill, surprisal,
+                      write)
 from h3tiny import H3Config, H3LM
-from support.checkpoints import (CHECKPOINT, CheckpointError, Weights, bigs_model, find, h3_model, read_weights,
-                                 save_checkpoint)
-from support.text import (TEXT_KEY, TOKENIZERS, Tokenizer, UserError, is_jsonl, make_tokenizer, read_tokens, read_tsv,
-                          split)
+from support.checkpoints import (CHECKPOINT, CheckpointError, Weights, bigs_model, find, h3_model,
+                                 read_weights, save_checkpoint)
+from support.text import (TEXT_KEY, TOKENIZERS, Tokenizer, UserError, is_jsonl, make_tokenizer,
+                          read_tokens, read_tsv, split)
 
 # ---- options --------------------------------------------------------------------------------------
 
@@ -83,13 +84,15 @@ def parser() -> Parser:
       "verb's number in sentences of a small grammar (agreement); the two languages of the H3 paper (induction, "
       "recall); nested lists of operations (listops) and images as sequences (pixels), of the Long Range Arena",
       choices=list(TASKS))
-  add(g, "--data", str, None, "files or folders of text: UTF-8, or UTF-16 with its mark; .gz; .jsonl with a text in each "
-      "line; for classify a TSV with a header like GLUE's, or lines of label, tab, text, or label, tab, text, tab, text; "
-      "for pixels a CSV of label, pixels 0 to 255, or an .npz of x_train, y_train, x_test, y_test",
-      "Python's own source", nargs="+", metavar="PATH")
-  add(g, "--text-key", str, TEXT_KEY, "of text and mlm: key of the text in each line of a .jsonl file", metavar="KEY")
-  add(g, "--columns", str, None, "of classify: columns of the label and of one or two texts, by the header's names or by "
-      "number, from 1; 2,4 for CoLA's files", "what the header says", metavar="L,T,…")
+  add(g, "--data", str, None, "files or folders of text: UTF-8, or UTF-16 with its mark; .gz; .jsonl "
+      "with a text in each line; for classify a TSV with a header like GLUE's, or lines of label, "
+      "tab, text, or label, tab, text, tab, text; for pixels a CSV of label, pixels 0 to 255, or an "
+      ".npz of x_train, y_train, x_test, y_test", "Python's own source", nargs="+", metavar="PATH")
+  add(g, "--text-key", str, TEXT_KEY, "of text and mlm: key of the text in each line of a .jsonl",
+      metavar="KEY")
+  add(g, "--columns", str, None, "of classify: columns of the label and of one or two texts, by the "
+      "header's names or by number, from 1; 2,4 for CoLA's files", "what the header says",
+      metavar="L,T,…")
   add(g, "--dev", str, None, "of classify: such lines to evaluate on", "--holdout's share of --data", metavar="FILE")
   add(g, "--vocab", str, None, "BERT's vocab.txt", "that beside --init's file", metavar="FILE")
   add(g, "--tokenizer", str, "bytes", "how text becomes tokens", choices=list(TOKENIZERS))
@@ -176,9 +179,10 @@ def parser() -> Parser:
 SHAPE = ("d_model", "n_layer", "n_heads", "attn_layers", "rotary_dim", "max_positions", "d_state", "head_dim",
          "mlp_mult", "init_std", "embed_dropout", "resid_dropout")
 # options that only some tasks look at
-OF_TASKS = dict(data=("text", "mlm", "classify", "pixels"), text_key=("text", "mlm"), columns=("classify",),
-                dev=("classify",), vocab=("text", "mlm", "classify"), tokenizer=("text", "mlm", "classify"),
-                holdout=("text", "mlm", "classify", "pixels"), mask_run=("mlm",), symbols=LANGUAGES)
+OF_TASKS = dict(data=("text", "mlm", "classify", "pixels"), text_key=("text", "mlm"),
+                columns=("classify",), dev=("classify",), vocab=("text", "mlm", "classify"),
+                tokenizer=("text", "mlm", "classify"), mask_run=("mlm",), symbols=LANGUAGES,
+                holdout=("text", "mlm", "classify", "pixels"))
 PRECISIONS = ("float32", "float16", "bfloat16")
 FIXED = ("task", "symbols", "tokenizer", "model", "size", "seed", "holdout", *SHAPE)    # what --resume can't change
 
@@ -290,8 +294,9 @@ class Windows:
                         f"takes {self.size}: give more text or a smaller --length")
     name = ", ".join(args.data) if args.data else "Python's standard library"
     kind = "text" if any(is_jsonl(Path(p)) for p in args.data or ()) else "file"
-    self.about = (f"{name}: {len(ends):,} {kind}{'s'*(len(ends) != 1)}, {len(self.train)/1e6:.2f} M tokens to train "
-                  f"on, {len(self.held)/1e6:.3f} M held out ({args.tokenizer})")
+    self.about = (f"{name}: {len(ends):,} {kind}{'s'*(len(ends) != 1)}, "
+                  f"{len(self.train)/1e6:.2f} M tokens to train on, "
+                  f"{len(self.held)/1e6:.3f} M held out ({args.tokenizer})")
   def evenly(self) -> np.ndarray:
     "Windows (n,B,size) evenly over the held-out part, 128 at most, in batches."
     n = min(128, (len(self.held)-1) // (self.size-1))
@@ -892,7 +897,7 @@ def read_newest(out:Path) -> tuple[Path, Weights, dict[str, str]]:
   raise worse or UserError(f"no checkpoint at {out/CHECKPOINT}: leave --resume out to start a run")
 
 def read_losses(meta:dict[str, str]) -> list[list[float]]:
-  "The losses in a checkpoint's metadata, as in `Log.rows`; of another version's, the columns that this one knows."
+  "The losses in a checkpoint's metadata, as in `Log.rows`: the columns that this version knows."
   return [[*row, *[math.nan]*len(LOSSES)][:len(LOSSES)] for row in json.loads(meta["losses"])]
 
 def read_evals(meta:dict[str, str]) -> list[list]:
@@ -1299,7 +1304,7 @@ def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str
   def evaluate(step:int) -> bool:
     "Whether the loss is finite; if so it is shown."
     outputs = [*map(eval_step, task.held_out)]
-    counts = [task.count(b) for b in task.held_out]      # as in training, a target weighs what any other does
+    counts = [task.count(b) for b in task.held_out]        # each target weighs the same, as in training
     counts[len(counts)-task.aside:] = [0]*task.aside
     mean = float(np.average([o[0] for o in outputs], weights=counts))
     if math.isfinite(mean):
@@ -1724,7 +1729,8 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
         config = json.loads(meta["config"])
         # an option that is newer than the checkpoint has its default
         saved = json.loads(meta["args"])
-        old = {a.dest: a.default for a in parser()._actions} | saved | {k: config[k] for k in SHAPE if k in config}
+        old = {a.dest: a.default for a in parser()._actions} | saved
+        old |= {k: config[k] for k in SHAPE if k in config}
         if "task" not in saved: raise ValueError
       if args.resume:
         for read in (read_losses, read_evals): read(meta)
@@ -1741,7 +1747,8 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
     raise UserError(f"--plot {args.plot}: it draws .png, .svg or .pdf: name such a file")
   for k, tasks in OF_TASKS.items():
     if k in now and args.task not in tasks:
-      raise UserError(f"--{k.replace('_', '-')} is for --task {' or '.join(tasks)}, not for {args.task}")
+      raise UserError(f"--{k.replace('_', '-')} is for --task {' or '.join(tasks)}, not for "
+                      f"{args.task}")
   for k, v in (COMMON | DEFAULTS[args.task]).items():
     if getattr(args, k) is None: setattr(args, k, v)
   if "head_dim" in now and args.model in ("transformer", "s4d"):
