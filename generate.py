@@ -451,8 +451,8 @@ def parser() -> Parser:
   p.add_argument("--stride", metavar="N", type=number(int, 1), default=argparse.SUPPRESS,
                  help="of --perplexity: how far a window is from the next; default: half of --window")
   p.add_argument("--export", metavar="FILE", default=argparse.SUPPRESS,
-                 help="write the model as the authors' code reads it, into a .safetensors file, with "
-                 "a config.json beside it, and stop; the README has the two lines of PyTorch that "
+                 help="write the model as the authors' code reads it, into a .safetensors file, "
+                 "with a config.json beside it, and stop; the README has the two lines of PyTorch that "
                  "make a .pt of it")
   p.add_argument("--fill", metavar="TEXT", default=argparse.SUPPRESS,
                  help="of a masked model: what could stand at each [MASK] of a text, a word where it reads bytes")
@@ -521,7 +521,8 @@ def run(args:argparse.Namespace) -> None:
       raise UserError(f"--stride {stride} is longer than a window of {window}: tokens would be left out")
     return perplexity(model, tokenizer, args.perplexity, window, stride, args.text_key)
   if hasattr(args, "score"): return score(model, tokenizer, args.score, args.shots, window)
-  prompts = read_prompts(args, "def " if not trained_on and isinstance(tokenizer, ByteTokenizer) else "")
+  on_python = not trained_on and isinstance(tokenizer, ByteTokenizer)
+  prompts = read_prompts(args, "def " if on_python else "")
   prompts = [p for p in prompts for _ in range(args.batch)]
   asked, count, speed = write(model, tokenizer, prompts, args.tokens, getattr(args, "stop", None), seed=args.seed,
     temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, max_length=getattr(args, "max_length", None))

@@ -1321,7 +1321,7 @@ HOSTILE = {
   "getattr": call("builtins getattr", "a", "b") + ARGS + b"R",
   "state": THING + b")\x81}" + word("__setstate__") + call("os system", "touch ran") + b"sb",
   "state of a dictionary":
-    named_as("collections OrderedDict") + b")R}" + word("__class__") + named_as("os system") + b"sb",
+    named_as("collections OrderedDict") + b")R}" + word("x") + named_as("os system") + b"sb",
   "state of a name": THING + b"}" + word("x") + word("y") + b"sb",
   "a storage that is a function": STORAGE,
   "a storage of another kind":
@@ -1329,9 +1329,11 @@ HOSTILE = {
   "a tensor of such a storage": named_as("torch._utils _rebuild_tensor_v2") + b"(" + STORAGE +
     b"K\x00))\x89}tR",
   "a tensor's function":
-    named_as("torch._tensor _rebuild_from_type_v2") + b"(" + named_as("os system") + THING + ARGS + b"}tR",
+    named_as("torch._tensor _rebuild_from_type_v2") + b"(" + named_as("os system") + THING + ARGS +
+    b"}tR",
   "a default factory":
-    named_as("collections defaultdict") + b"(" + named_as("os system") + b"tR" + word("a") + word("b") + b"s",
+    named_as("collections defaultdict") + b"(" + named_as("os system") + b"tR" + word("a") +
+    word("b") + b"s",
   "a subclass of dict":
     named_as("hostile Dict") + b")\x81(" + word("a") + call("os system", "touch ran") + b"u",
   "a key": b"}((" + call("os system", "touch ran") + b"K\x01(ltK\x02u",
@@ -1405,8 +1407,8 @@ print(peak() - before)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux tells a peak of memory")
 def test_loading_takes_the_model_and_one_tensor(tmp_path):
-  """The peak of a process's memory while it loads, float32 and bfloat16, from a Lightning checkpoint
-  with Adam's moments: three times the model's float32s. The moments are not read: their bytes are
+  """The peak of a process's memory while it loads, float32 and bfloat16, from a Lightning file with
+  Adam's moments: three times the model's float32s. The moments are not read: their bytes are
   not what their checksums say."""
   model = H3LM(H3Config(50257, 256, 4, (1,)), seed=None)
   weights = {f"model.{k}": Stored(normal(*p.shape)) for k, p in get_state_dict(model).items()}
@@ -1421,8 +1423,9 @@ def test_loading_takes_the_model_and_one_tensor(tmp_path):
   sizes = [p.numel() for p in get_state_dict(model).values()]
   # VmHWM is the peak of this program alone; getrusage's is also its parent's, from before it began
   for dtype, a_weight in (("float32", 4), ("bfloat16", 2)):
-    grown = float(subprocess.run([sys.executable, "-c", PEAK, str(tmp_path/"m.pt"), dtype], cwd=HERE, check=True,
-                                 capture_output=True, text=True, env=os.environ | {"DEV": "CPU"}).stdout)
+    done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path/"m.pt"), dtype], cwd=HERE,
+                          check=True, stdout=subprocess.PIPE, env=os.environ | {"DEV": "CPU"})
+    grown = float(done.stdout)
     # one tensor: as it lies in the file, and what it becomes
     assert grown <= a_weight*sum(sizes) + (4 + a_weight)*max(sizes) + 16e6, (dtype, grown/1e6)
 
@@ -1687,10 +1690,10 @@ def test_bigs_files_that_are_not_whole(tmp_path, monkeypatch):
   with pytest.raises(CheckpointError, match="hidden_size 64"): BiGS.from_pretrained(str(tmp_path/"model.safetensors"))
 
 class Hub(http.server.BaseHTTPRequestHandler):
-  "What the hub's client asks of a server. The repository's name says what goes wrong: breaks, short, other, none."
+  "Answers the hub's client. What goes wrong is in a repository's name: breaks, short, other, none."
   protocol_version = "HTTP/1.1"
-  files = {"model.pt": (GOLDEN/"files"/"like_355M.pt").read_bytes(), "config.json": b"{}", "pytorch_model.bin": b"PK"}
-  ranges: list = []
+  files = {"model.pt": (GOLDEN/"files"/"like_355M.pt").read_bytes()}
+  asked: list = []                                         # repository, first byte
   def do_HEAD(self): self.answer(False)
   def do_GET(self): self.answer(True)
   def answer(self, body:bool):
@@ -1706,11 +1709,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
     start = int(self.headers["Range"][6:].split("-")[0]) if "Range" in self.headers else 0
     self.send_response(206 if start else 200)
     if start: self.send_header("Content-Range", f"bytes {start}-{len(data)-1}/{len(data)}")
-    for k, v in {"X-Repo-Commit": "c0ffee"*6 + "c0ff", "ETag": f'"{repo}{len(data)}"', "Content-Length": len(data) - start}.items():
-      self.send_header(k, str(v))
+    self.send_header("X-Repo-Commit", "c0ffee"*6 + "c0ff")
+    self.send_header("ETag", f'"{repo}{len(data)}"')
+    self.send_header("Content-Length", str(len(data) - start))
     self.end_headers()
     if not body: return
-    if file == "model.pt": self.ranges.append((repo, start))
+    self.asked.append((repo, start))
     if repo == "breaks" and not start:
       self.wfile.write(data[:200_000])
       self.close_connection = True
@@ -1736,43 +1740,51 @@ except SystemExit as e: print("status", e.code)
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-  "A function that asks a server on this machine for models, through huggingface_hub: what it says of each, and stderr."
+  """A function that asks a server on this machine for models, through huggingface_hub in another
+  process: what came of each, and stderr."""
   pytest.importorskip("huggingface_hub")
   server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
   threading.Thread(target=server.serve_forever, daemon=True).start()
   data = Hub.files["model.pt"]
-  monkeypatch.setattr(Hub, "ranges", [])
+  monkeypatch.setattr(Hub, "asked", [])
+  base = dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(tmp_path/"hub"),
+              XDG_CACHE_HOME=str(tmp_path), DEV="CPU")
   def ask(*repos:str, **env:str) -> tuple[dict[str, str], str]:
-    env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path/"hub"),
-                        "CACHEDB": str(tmp_path/"cache.db"), "XDG_CACHE_HOME": str(tmp_path), "DEV": "CPU"} | env
     words = [str(len(data)), hashlib.sha256(data).hexdigest(), *repos]
-    done = subprocess.run([sys.executable, "-c", HUB_CASES, *words], cwd=HERE, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", HUB_CASES, *words], cwd=HERE, text=True,
+                          capture_output=True, env=os.environ | base | env)
     assert done.stdout, done.stderr
     return dict(line.split(" ", 1) for line in done.stdout.splitlines()), done.stderr
   yield ask
   server.shutdown()
 
 def test_download_through_the_hub(hub, tmp_path):
-  """Resumed where it broke off; refused, in one line, where size or sha256 are not the released ones, or there is nothing.
-  What is there is taken from the cache, without a network; a folder of the cache serves as a model's."""
+  """Resumed where it broke off; refused, in one line, where size or sha256 are not the released
+  ones, or there is nothing. What is there is taken from the cache, without a network; a folder of
+  the cache serves as a model's."""
   said, err = hub("whole", "breaks", "short", "other", "none")
-  path = Path(said["whole"])
-  assert path.read_bytes() == Path(said["breaks"]).read_bytes() == Hub.files["model.pt"]
-  assert Hub.ranges[:3] == [("whole", 0), ("breaks", 0), ("breaks", 196_608)]
-  assert "1,000 bytes where 334,301 are expected" in said["short"] and "is downloaded again" in said["short"]
-  assert "has sha256" in said["other"] and "name the file itself" in said["other"]
-  for words in ("RepositoryNotFound", "/danfu09/none/resolve/main/model.pt into a folder by hand"): assert words in said["none"]
-  assert said["status"] == "2" and "Traceback" not in err and err.count("generate.py: error: can't download 125M") == 1
-  note = next((tmp_path/"tinygrad"/"verified").iterdir())
-  assert str(path.resolve()) in note.read_text() or str(Path(said["breaks"]).resolve()) in note.read_text()
-  before = list(Hub.ranges)
+  path, broken = Path(said["whole"]), Path(said["breaks"])
+  assert path.read_bytes() == broken.read_bytes() == Hub.files["model.pt"]
+  assert Hub.asked[:3] == [("whole", 0), ("breaks", 0), ("breaks", 196_608)]
+  assert "1,000 bytes where 334,301 are expected" in said["short"]
+  assert "has sha256" in said["other"]
+  for name in ("short", "other"):
+    for words in ("and it is downloaded again", "name the file itself"): assert words in said[name]
+  for words in ("RepositoryNotFound", "/danfu09/none/resolve/main/model.pt into a folder by hand"):
+    assert words in said["none"]
+  assert said["status"] == "2" and "Traceback" not in err
+  assert err.count("generate.py: error: can't download 125M") == 1
+  note = next((tmp_path/"tinygrad"/"verified").iterdir()).read_text()
+  assert note.startswith(str(broken.resolve()))            # the last that was found right
+  before = list(Hub.asked)
   said, _ = hub("breaks", "whole", HF_HUB_OFFLINE="1")
-  assert said["whole"] == str(path) and Hub.ranges == before
+  assert said["whole"] == str(path) and Hub.asked == before
   want = read_checkpoint(f"{GOLDEN}/tiny_h3/model.safetensors")[0]["backbone.ln_f.weight"].numpy()
   root = path.parents[2]
   assert root.name == "models--danfu09--whole"
   for folder in (root, root/"snapshots", path.parent):
-    assert (get_state_dict(H3LM.from_pretrained(str(folder)))["backbone.ln_f.weight"].numpy() == want).all()
+    got = get_state_dict(H3LM.from_pretrained(str(folder)))
+    assert (got["backbone.ln_f.weight"].numpy() == want).all()
 
 @pytest.mark.parametrize("how", ["offline", "no server"])
 def test_download_without_network(hub, how):
@@ -1780,27 +1792,32 @@ def test_download_without_network(hub, how):
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     closed = f"http://127.0.0.1:{s.getsockname()[1]}"
-  said, err = hub("whole", **({"HF_HUB_OFFLINE": "1"} if how == "offline" else {"HF_ENDPOINT": closed}))
-  assert said["whole"].startswith("refused: can't download whole (") and "into a folder by hand" in said["whole"]
-  assert said["status"] == "2" and "Traceback" not in err and err.strip().splitlines()[-1].startswith("generate.py: error:")
+  said, err = hub("whole", **{"offline": {"HF_HUB_OFFLINE": "1"},
+                              "no server": {"HF_ENDPOINT": closed}}[how])
+  assert said["whole"].startswith("refused: can't download whole (")
+  assert "into a folder by hand" in said["whole"] and said["status"] == "2"
+  assert "Traceback" not in err and err.splitlines()[-1].startswith("generate.py: error: can't")
 
-def test_what_is_missing_is_named(tmp_path, monkeypatch, capsys):
+def test_packages_that_are_missing(monkeypatch, capsys):
   "Without huggingface_hub or msgpack: which package to install, and where a file goes by hand."
   for package in ("huggingface_hub", "msgpack"): monkeypatch.setitem(sys.modules, package, None)
-  for args, words in ((["--model", "BiGS_128", "--fill", "x [MASK]"], ("pip install huggingface_hub", "pytorch_model.bin")),
-                      (["--model", "355M", "--prompt", "x"], ("pip install huggingface_hub", "H3-355M/resolve/main/model.pt")),
-                      (["--model", f"{BIGS}/flax", "--fill", "x [MASK]"], ("pip install msgpack",))):
-    with pytest.raises(SystemExit) as stop: gen.main(args)
+  hub, flax = "pip install huggingface_hub", "pip install msgpack"
+  for model, words in (("BiGS_128", (hub, "/BiGS_128/resolve/main/pytorch_model.bin")),
+                       ("355M", (hub, "/H3-355M/resolve/main/model.pt into a folder by hand")),
+                       (f"{BIGS}/flax", (flax,))):
+    with pytest.raises(SystemExit) as stop: gen.main(["--model", model, "--fill", "x [MASK]"])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and all(w in err for w in words), err
 
 def test_which_file_of_a_folder(tmp_path):
-  "A run's own checkpoint, whatever else is newer; the authors' names; several others are a question"
+  "A run's own checkpoint, whatever else is newer; the authors' names; of others, none is guessed."
   for name in ("a.pt", "b.pt"): (tmp_path/name).touch()
-  with pytest.raises(CheckpointError, match="2 models: name one of a.pt, b.pt"): checkpoints.find(str(tmp_path))
+  with pytest.raises(CheckpointError, match="2 models: name one of a.pt, b.pt"):
+    checkpoints.find(str(tmp_path))
   os.remove(tmp_path/"b.pt")
   assert checkpoints.find(str(tmp_path)).name == "a.pt"
-  for name in ("checkpoint.1.safetensors", "pytorch_model.bin", "model.safetensors", "checkpoint.safetensors"):
+  for name in ("checkpoint.1.safetensors", "pytorch_model.bin", "model.safetensors",
+               "checkpoint.safetensors"):
     (tmp_path/name).touch()
     assert checkpoints.find(str(tmp_path)).name == name
   (tmp_path/"checkpoint.7.safetensors").touch()
@@ -1842,7 +1859,8 @@ def bad(tmp:Path, run8:Path) -> dict[str, tuple]:
   save_checkpoint(str(tmp/"meta"/gen.CHECKPOINT), tensors, meta | {"args": "[1]"})
   for task in ("recall", "listops"):
     (tmp/task).mkdir()
-    save_checkpoint(str(tmp/task/gen.CHECKPOINT), tensors, meta | {"args": json.dumps({"task": task})})
+    of_task = meta | {"args": json.dumps({"task": task})}
+    save_checkpoint(str(tmp/task/gen.CHECKPOINT), tensors, of_task)
   question = '{"context": "a", "choices": ["bcd"], "answer": 0}\n'
   (tmp/"q1.jsonl").write_text(question + '{"context": "a", "choices": ["b"], "answer": 1}\n')
   (tmp/"q2.jsonl").write_text(question)
@@ -1891,7 +1909,8 @@ def bad(tmp:Path, run8:Path) -> dict[str, tuple]:
     "positions of another model": (train, [*ok, "--task", "mlm", "--max-positions", "5"], "--max-positions is for mod"),
     "--truncate with positions": (train, [*ok, *"--model h3 --max-positions 99 --truncate 8".split()], "have none"),
     "short lists": (train, t("--task", "listops"), "from 48 to 2000"),
-    "an odd state": (train, [*TINY, *out, *"--task listops --model s4d --length 50 --d-state 3".split()], "d_state must be"),
+    "an odd state": (train, t(*"--task listops --model s4d --length 50 --d-state 3".split()),
+                     "d_state must be"),
     "a grid with options": (train, ["--reproduce", "lm", "--steps", "3"], "not --steps"),
     "seeds of nothing": (train, [*ok, "--seeds", "3"], "for --reproduce"),
     "no such layer": (train, [*ok, "--attn-layers", "5"], "layer 5"),
@@ -1907,10 +1926,12 @@ def bad(tmp:Path, run8:Path) -> dict[str, tuple]:
     "resume with another shape": (train, ["--resume", "--out", str(run8/"out"), "--n-layer", "3"], "differs"),
     "--init of another model kind": (train, [*ok, "--init", str(run8/"out"/gen.CHECKPOINT), "--model", "h3"],
                                      "differs"),
-    "data of another task": (train, [*ok, "--task", "agreement"], "--data is for --task text or mlm"),
-    "columns of another task": (train, [*ok, "--columns", "1,2"], "--columns is for --task classify, not for text"),
+    "data of another task": (train, [*ok, "--task", "agreement"], "--data is for --task text or"),
+    "columns of another task": (train, [*ok, "--columns", "1,2"],
+                                "--columns is for --task classify, not for text"),
     "masks of another task": (train, [*ok, "--mask-run", "4"], "--mask-run is for --task mlm"),
-    "heads of another model": (train, [*ok, *"--model transformer --head-dim 2".split()], "--head-dim is for --model h3"),
+    "heads of another model": (train, [*ok, *"--model transformer --head-dim 2".split()],
+                               "--head-dim is for --model h3"),
     "damaged metadata": (train, ["--resume", "--out", str(tmp/"meta")], "metadata are damaged"),
     "model with damaged metadata": (gen, [*prompt, "--model", str(tmp/"meta")], "metadata are damaged"),
     "name too long": (train, t("--data", "x"*300), "File name too long"),
@@ -1921,8 +1942,10 @@ def bad(tmp:Path, run8:Path) -> dict[str, tuple]:
     "torn model": (gen, [*prompt, "--model", str(tmp/"torn")], "truncated"),
     "model of another kind": (gen, [*prompt, "--model", str(other)], "not a checkpoint of an H3 model"),
     "no prompt file": (gen, [*ckpt, "--prompt-file", str(tmp/"nope")], "can't read"),
-    "symbols that are no text": (gen, [*prompt, "--model", str(tmp/"recall")], "the symbols of --task recall only"),
-    "lists that are no text": (gen, ["--fill", "x", "--model", str(tmp/"listops")], "the symbols of --task listops only"),
+    "symbols that are no text": (gen, [*prompt, "--model", str(tmp/"recall")],
+                                 "the symbols of --task recall only"),
+    "lists that are no text": (gen, ["--fill", "x", "--model", str(tmp/"listops")],
+                               "the symbols of --task listops only"),
     "two prompts": (gen, [*ckpt, *prompt, "--prompt-file", str(tmp/"text.txt")], "not both"),
     "more than the cache": (gen, [*ckpt, *prompt, "--tokens", "3000"], "--max-length 3003"),
     "--bench of no shape": (gen, ["--bench", "9B"], "no model is called '9B'"),
@@ -1939,9 +1962,12 @@ def bad(tmp:Path, run8:Path) -> dict[str, tuple]:
     "no such dtype": (gen, [*ckpt, "--dtype", "int4"], "invalid choice: 'int4'"),
     "another tokenizer": (gen, [*prompt, "--model", f"{GOLDEN}/tiny_h3/model.safetensors", "--tokenizer", "bytes"],
                           "vocabulary of 101, not the 257 of bytes: give another"),
-    "export of no format": (gen, [*ckpt, "--export", str(tmp/"out"/"m.onnx")], "written as .safetensors"),
-    "export of a .pt": (gen, [*ckpt, "--export", str(tmp/"out"/"m.pt")], "PyTorch makes a .pt of it: import torch"),
-    "export over a file": (gen, [*ckpt, "--export", str(tmp/"there.safetensors")], "is there already"),
+    "export of no format": (gen, [*ckpt, "--export", str(tmp/"out"/"m.onnx")],
+                            "written as .safetensors"),
+    "export of a .pt": (gen, [*ckpt, "--export", str(tmp/"out"/"m.pt")],
+                        "PyTorch makes a .pt of it: import torch"),
+    "export over a file": (gen, [*ckpt, "--export", str(tmp/"there.safetensors")],
+                           "is there already"),
     "a web page": (gen, [*prompt, "--model", str(tmp/"there.pt")], "there.pt: not a file of torch.save's"),
     "negative temperature": (gen, [*ckpt, *prompt, "--temperature", "-1"], "at least 0"),
   }
@@ -1962,117 +1988,136 @@ def test_bad_input(tmp_path, run8, capsys):
 # -- texts as people have them
 
 SAMPLE = "Ein Hase saß im Klee.\r\nнет 日本 🙂\n" * 40
-def jsonl(texts:list, key:str="text") -> bytes: return "".join(json.dumps({"id": 1, key: t}) + "\n" for t in texts).encode()
+def jsonl(some:list, key:str="text") -> bytes:
+  return "".join(json.dumps({"id": 1, key: t}) + "\n" for t in some).encode()
 
-@pytest.mark.parametrize("name, data", [
-  ("plain.txt", SAMPLE.encode()), ("marked.txt", b"\xef\xbb\xbf" + SAMPLE.encode()),
-  ("little.txt", b"\xff\xfe" + SAMPLE.encode("utf-16-le")), ("big.txt", b"\xfe\xff" + SAMPLE.encode("utf-16-be")),
-  ("book.txt.gz", gzip.compress(SAMPLE.encode())), ("book.txt.bz2", bz2.compress(SAMPLE.encode())),
-  ("book.txt.xz", lzma.compress(SAMPLE.encode())), ("marked.gz", gzip.compress(b"\xff\xfe" + SAMPLE.encode("utf-16-le"))),
-  ("one.jsonl", jsonl([SAMPLE]))])
+FORMS = {
+  "plain.txt": SAMPLE.encode(), "marked.txt": b"\xef\xbb\xbf" + SAMPLE.encode(),
+  "little.txt": b"\xff\xfe" + SAMPLE.encode("utf-16-le"),
+  "big.txt": b"\xfe\xff" + SAMPLE.encode("utf-16-be"),
+  "book.txt.gz": gzip.compress(SAMPLE.encode()), "book.txt.bz2": bz2.compress(SAMPLE.encode()),
+  "book.txt.xz": lzma.compress(SAMPLE.encode()), "one.jsonl": jsonl([SAMPLE]),
+  "marked.gz": gzip.compress(b"\xff\xfe" + SAMPLE.encode("utf-16-le"))}
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("piece", [1 << 22, 7])
-def test_texts(name, data, piece, tmp_path, monkeypatch):
-  "The same text from every form, in one piece or cut anywhere: as tokens, and as --perplexity and --prompt-file read it."
-  (tmp_path/name).write_bytes(data)
+def test_texts(name, piece, tmp_path, monkeypatch):
+  "The same text of every form, in one piece or cut anywhere: as tokens, and as a prompt is read."
+  (tmp_path/name).write_bytes(FORMS[name])
   monkeypatch.setattr(texts, "PIECE", piece)
   tokens, ends = texts.read_tokens([str(tmp_path/name)], texts.ByteTokenizer())
-  assert tokens[:-1].astype(np.uint8).tobytes() == SAMPLE.encode() and tokens[-1] == 256 and ends.tolist() == [len(tokens)]
+  assert tokens.tolist() == [*SAMPLE.encode(), 256] and ends.tolist() == [len(tokens)]
   assert texts.read_texts(str(tmp_path/name)) == [SAMPLE]
 
 def test_lines_of_jsonl_are_documents(run8, tmp_path, capsys):
-  "<|endoftext|> behind each; the last ones are held out; --perplexity begins anew with each; a prompt each"
+  "<|endoftext|> behind each; --perplexity begins anew with each; each is a prompt of its own."
   some = ["first", "", "zweiter \u2028 Text", "half a pair: \ud83d", "last one"]
-  (tmp_path/"some.jsonl.gz").write_bytes(gzip.compress(jsonl(some, "content").replace(b"\n", b"\n\n")))
+  packed = gzip.compress(jsonl(some, "content").replace(b"\n", b"\n\n"))
+  (tmp_path/"some.jsonl.gz").write_bytes(packed)
   tok = texts.ByteTokenizer()
   tokens, ends = texts.read_tokens([str(tmp_path/"some.jsonl.gz")], tok, "content")
   parts = [tok.decode(tokens[i:j]).decode() for i, j in zip([0, *ends], ends)]
-  assert parts == [t.encode("utf-8", "replace").decode() for t in some] and (tokens[ends-1] == 256).all()
-  (tmp_path/"more.jsonl").write_bytes(jsonl([TEXT[:60], TEXT[100:170]]))
-  model = ["--model", str(run8[0]/"out")]
+  assert parts == [t.encode("utf-8", "replace").decode() for t in some]
+  assert (tokens[ends-1] == 256).all()
+  a, b, model = TEXT[:60], TEXT[100:170], ["--model", str(run8[0]/"out")]
+  files = {"a.txt": a.encode(), "b.txt": b.encode(), "both.jsonl": jsonl([a, b])}
   figures = []
-  for name, data in (("a.txt", TEXT[:60]), ("b.txt", TEXT[100:170])): (tmp_path/name).write_text(data)
-  for file in ("a.txt", "b.txt", "more.jsonl"):
-    assert gen.main([*model, "--perplexity", str(tmp_path/file), "--window", "64"]) == 0
-    tokens, nats = re.search(r"([\d,]+) tokens,(?s:.*)per token: .* ([\d.]+) nats", capsys.readouterr().out).groups()
-    figures.append((int(tokens), float(nats)))
-  (m, x), (n, y), whole = figures
-  assert whole == (m+n, pytest.approx((m*x + n*y)/(m+n), abs=1e-3))
-  assert gen.main([*model, "--prompt-file", str(tmp_path/"more.jsonl"), "--tokens", "1"]) == 0
+  for name, data in files.items():
+    (tmp_path/name).write_bytes(data)
+    assert gen.main([*model, "--perplexity", str(tmp_path/name), "--window", "64"]) == 0
+    said = capsys.readouterr().out
+    nats = re.search(r"per token: .* ([\d.]+) nats", said)[1]
+    figures.append((int(re.search(r"(\d+) tokens,", said)[1]), float(nats)))
+  (m, x), (n, y), both = figures
+  assert both == (m+n, pytest.approx((m*x + n*y)/(m+n), abs=1e-3))
+  assert gen.main([*model, "--prompt-file", str(tmp_path/"both.jsonl"), "--tokens", "1"]) == 0
   assert capsys.readouterr().out.count("--- ") == 2
 
 def unreadable(tmp:Path) -> dict[str, tuple[str, bytes, str]]:
   "name -> (file, its bytes, what is said of it)"
-  long = "ä\n".encode() * 3_000_000
+  long, damaged = "ä\n".encode()*3_000_000, "is damaged, or not what its name says"
+  old = f"'{tmp}/old book.txt' > '{tmp}/old book.utf8.txt'"
   return {
-    "Latin-1": ("old book.txt", "Der Hase\nsaß".encode("latin1"), f"is not UTF-8: byte 11, in line 2, is 0xdf; if it is Latin-1, "
-                f"convert it: iconv -f latin1 -t utf-8 '{tmp}/old book.txt' > '{tmp}/old book.utf8.txt'"),
-    "one bad byte at the end": ("long.txt", long + b"\xff", "is not UTF-8: byte 9,000,000, in line 3,000,001, is 0xff"),
-    "half a character": ("half.txt", "aß".encode()[:-1], "is not UTF-8: byte 1, in line 1, is 0xc3"),
-    "Latin-1, packed": ("old.gz", gzip.compress(b"a\n\xe9"), "byte 2, in line 2, is 0xe9 (unpacked); if it is Latin-1, unpack it"),
-    "UTF-16 without its mark": ("16.txt", "Hase".encode("utf-16-le"), "is a binary file, not UTF-8 text: byte 1, in line 1"),
-    "UTF-16, cut": ("cut.txt", b"\xff\xfea\0\n\0b", "begins as UTF-16-LE and does not go on so: byte 6, in line 2"),
+    "Latin-1": ("old book.txt", "Der Hase\nsaß".encode("latin1"), "is not UTF-8: byte 11, in line 2, "
+                f"is 0xdf; if it is Latin-1, convert it: iconv -f latin1 -t utf-8 {old}"),
+    "one bad byte at the end": ("long.txt", long + b"\xff",
+                                "is not UTF-8: byte 9,000,000, in line 3,000,001, is 0xff"),
+    "half a character": ("half.txt", "aß".encode()[:-1],
+                         "is not UTF-8: byte 1, in line 1, is 0xc3"),
+    "Latin-1, packed": ("old.gz", gzip.compress(b"a\n\xe9"),
+                        "byte 2, in line 2, is 0xe9 (unpacked); if it is Latin-1, unpack it"),
+    "UTF-16 without its mark": ("16.txt", "Hase".encode("utf-16-le"),
+                                "is a binary file, not UTF-8 text: byte 1, in line 1"),
+    "UTF-16, cut": ("cut.txt", b"\xff\xfea\0\n\0b",
+                    "begins as UTF-16-LE and does not go on so: byte 6, in line 2"),
     "an image": ("x.png", b"\x89PNG\0", "is not UTF-8: byte 0, in line 1, is 0x89"),
-    "a torn .gz": ("torn.gz", gzip.compress(SAMPLE.encode())[:60], "is damaged, or not what its name says"),
-    "no .gz": ("no.gz", b"text", "is damaged, or not what its name says"),
-    "no .bz2": ("no.bz2", b"text, no bz2", "is damaged, or not what its name says"),
-    "no .xz": ("no.xz", b"text", "is damaged, or not what its name says"),
+    "a torn .gz": ("torn.gz", gzip.compress(SAMPLE.encode())[:60], damaged),
+    "no .gz": ("no.gz", b"text", damaged),
+    "no .bz2": ("no.bz2", b"text, no bz2", damaged),
+    "no .xz": ("no.xz", b"text", damaged),
     "Zstandard": ("book.txt.zst", b"\x28\xb5\x2f\xfd", "pip install zstandard"),
     "lines of no JSON": ("a.jsonl", b'{"text": "a"}\n\nb\n', "a.jsonl line 3 is not JSON"),
     "lines of no object": ("b.jsonl", b'["a"]\n', "b.jsonl line 1 is no object"),
-    "another key": ("c.jsonl", b'{"text": "a"}\n{"id": 1, "content": "b"}\n', "c.jsonl line 2 has no text under the key 'text' (its "
-                    "keys: id, content): name another with --text-key"),
+    "another key": ("c.jsonl", b'{"text": "a"}\n{"id": 1, "content": "b"}\n',
+                    "c.jsonl line 2 has no text under the key 'text' (its keys: id, content): name "
+                    "another with --text-key"),
     "nothing but a mark": ("mark.txt", b"\xef\xbb\xbf", "has no text in it"),
   }
 
 def test_unreadable_texts(tmp_path, run8, monkeypatch, capsys):
-  "One line, with the place, from each program that reads text; in a folder they are left out, and a line says so."
+  """One line, with the place, from each program that reads text; in a folder they are left out, and
+  a line says so."""
   monkeypatch.setattr(texts, "zstd", lambda: None)
-  model = ["--model", str(run8[0]/"out")]
-  (tmp_path/"notes").mkdir()
-  (tmp_path/"notes"/"a.txt").write_text(TEXT)
+  model, notes = ["--model", str(run8[0]/"out")], tmp_path/"notes"
+  notes.mkdir()
+  (notes/"a.txt").write_text(TEXT)
   cases = unreadable(tmp_path)
   for name, (file, data, words) in cases.items():
-    (tmp_path/file).write_bytes(data)
-    (tmp_path/"notes"/file).write_bytes(data)
+    for folder in (tmp_path, notes): (folder/file).write_bytes(data)
     tries = [(train, [*TINY, "--data", str(tmp_path/file), "--out", str(tmp_path/"out")])]
     if len(data) < 1000 and name != "nothing but a mark":
-      tries += [(gen, [*model, option, str(tmp_path/file)]) for option in ("--perplexity", "--prompt-file")]
+      tries += [(gen, [*model, "--perplexity", str(tmp_path/file)]),
+                (gen, [*model, "--prompt-file", str(tmp_path/file)])]
     for module, args in tries:
       capsys.readouterr()
       with pytest.raises(SystemExit) as stop: module.main(args)
       err = capsys.readouterr().err
       assert stop.value.code == 2 and err.count("\n") == 1 and words in err, (name, err)
   assert not (tmp_path/"out").exists()
-  tokens, ends = texts.read_tokens([str(tmp_path/"notes")], texts.ByteTokenizer())
-  assert tokens[:-1].astype(np.uint8).tobytes() == TEXT.encode()
-  assert f"left out {len(cases)} of the files in {tmp_path}/notes; the first: " in capsys.readouterr().err
+  tokens, ends = texts.read_tokens([str(notes)], texts.ByteTokenizer())
+  assert tokens.tolist() == [*TEXT.encode(), 256]
+  assert f"left out {len(cases)} of the files in {notes}; the first: " in capsys.readouterr().err
 
-GLUE = {                                                             # the first lines of GLUE's own files
-  "SST-2": ("sentence\tlabel\nhide new secretions \t0\n", None, [["0", "hide new secretions "]]),
-  "MRPC": ("\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t702876\t702977\tAmrozi accused his brother .\tHe did .\r\n",
-           None, [["1", "Amrozi accused his brother .", "He did ."]]),
-  "RTE": ("index\tsentence1\tsentence2\tlabel\n0\tNo weapons found.\tWeapons found.\tnot_entailment\n", None,
-          [["not_entailment", "No weapons found.", "Weapons found."]]),
-  "QNLI": ("index\tquestion\tsentence\tlabel\n0\tWhen?\tIn 1803.\tentailment\n", None, [["entailment", "When?", "In 1803."]]),
-  "QQP": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tHow?\tWhy?\t0\n", None, [["0", "How?", "Why?"]]),
-  "MNLI": ("index\tpromptID\tsentence1_parse\tsentence1\tsentence2\tlabel1\tgold_label\n0\t3\t(a)\ta b\tc d\tneutral\tentailment\n",
-           None, [["entailment", "a b", "c d"]]),
-  "STS-B": ("index\tgenre\tsentence1\tsentence2\tscore\n0\tnews\tA plane.\tA jet.\t4.6\n", None, [["4.6", "A plane.", "A jet."]]),
+# the first lines of GLUE's own files and of others: text, --columns, label and texts of each row
+GLUE = {
+  "SST-2": ("sentence\tlabel\nhide new secretions \t0\n", None, ["0", "hide new secretions "]),
+  "MRPC": ("\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t7028\t7029\tHe said .\tNo .\r\n",
+           None, ["1", "He said .", "No ."]),
+  "RTE": ("index\tsentence1\tsentence2\tlabel\n0\tNo weapons.\tWeapons.\tnot_entailment\n", None,
+          ["not_entailment", "No weapons.", "Weapons."]),
+  "QNLI": ("index\tquestion\tsentence\tlabel\n0\tWhen?\tIn 1803.\tentailment\n", None,
+           ["entailment", "When?", "In 1803."]),
+  "QQP": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tHow?\tWhy?\t0\n", None,
+          ["0", "How?", "Why?"]),
+  "MNLI": ("index\tsentence1_parse\tsentence1\tsentence2\tlabel1\tgold_label\n"
+           "0\t(a)\ta b\tc d\tneutral\tentailment\n", None, ["entailment", "a b", "c d"]),
+  "STS-B": ("index\tgenre\tsentence1\tsentence2\tscore\n0\tnews\tA plane.\tA jet.\t4.6\n", None,
+            ["4.6", "A plane.", "A jet."]),
   "CoLA": ("gj04\t1\t\tOur friends won't buy this.\ngj04\t0\t*\tThey drank the pub.\n", "2,4",
-           [["1", "Our friends won't buy this."], ["0", "They drank the pub."]]),
-  "by name": ("mood\tnote\nglad\thello\n", "mood, note", [["glad", "hello"]]),
-  "by number": ("label\tid\tsentence\n1\t7\thello\n", "1,3", [["1", "hello"]]),
-  "plain": ("a\tone\nb\ttwo\n", None, [["a", "one"], ["b", "two"]]),
-  "plain, a pair": ("a\tone\ttwo\n", None, [["a", "one", "two"]]),
+           ["1", "Our friends won't buy this."], ["0", "They drank the pub."]),
+  "by name": ("mood\tnote\nglad\thello\n", "mood, note", ["glad", "hello"]),
+  "by number": ("label\tid\tsentence\n1\t7\thello\n", "1,3", ["1", "hello"]),
+  "plain": ("a\tone\nb\ttwo\n", None, ["a", "one"], ["b", "two"]),
+  "plain, a pair": ("a\tone\ttwo\n", None, ["a", "one", "two"]),
 }
 @pytest.mark.parametrize("name", GLUE)
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
 def test_tables_of_glue(name, encoding, tmp_path):
-  "Label and texts by the header's names, by --columns, or as they come; UTF-8 and UTF-16, whose encoder sets its mark"
-  data, columns, want = GLUE[name]
-  (tmp_path/"train.tsv").write_bytes((data.removeprefix("\ufeff") if encoding == "utf-16" else data).encode(encoding))
+  "Label and texts by the header's names, by --columns, or as they come; in UTF-8 and UTF-16."
+  text, columns, *want = GLUE[name]
+  if encoding == "utf-16": text = text.removeprefix("\ufeff")        # its encoder sets the mark
+  (tmp_path/"train.tsv").write_bytes(text.encode(encoding))
   labels, some, lines = texts.read_tsv(str(tmp_path/"train.tsv"), columns)
-  assert [[label, *pair] for label, pair in zip(labels, some)] == want
+  assert [[label, *row] for label, row in zip(labels, some)] == want
   assert lines[0] == 1 + (name not in ("CoLA", "plain", "plain, a pair"))
 
 def test_gpt2_without_network(tmp_path, monkeypatch, capsys):
@@ -2483,7 +2528,8 @@ def test_tokens_in_a_file(tmp_path, monkeypatch, capsys):
       return np.array([len(w)*7 + ord(w[0]) for w in re.findall(r" ?\w+|\s+(?!\S)|\s+|[^\w\s]+", text)])
   whole = {tok: texts.read_tokens(paths := [str(tmp_path/"notes"), str(tmp_path/"c.txt")], tok)
            for tok in (gen.ByteTokenizer(), Words())}
-  for k, v in dict(LARGE=0, PIECE=97, cache_dir=str(tmp_path/"cache")).items(): monkeypatch.setattr(texts, k, v)
+  for k, v in dict(LARGE=0, PIECE=97, cache_dir=str(tmp_path/"cache")).items():
+    monkeypatch.setattr(texts, k, v)
   for tok, (ids, ends) in whole.items():
     got, at = texts.read_tokens(paths, tok)
     assert isinstance(got, np.memmap) and (got == ids).all() and (at == ends).all() and len(ends) == 2
@@ -2494,7 +2540,8 @@ def test_tokens_in_a_file(tmp_path, monkeypatch, capsys):
   (tmp_path/"c.txt").write_text("f"*500)
   assert texts.read_tokens(paths, tok)[0][-2] != got[-2]
   assert not [*(tmp_path/"cache").rglob("*.part")]
-  with pytest.raises(gen.UserError, match="byte 1,440, in line 61, is 0xff"): texts.read_tokens([str(tmp_path/"notes"/"b.bin")], tok)
+  with pytest.raises(gen.UserError, match="byte 1,440, in line 61, is 0xff"):
+    texts.read_tokens([str(tmp_path/"notes"/"b.bin")], tok)
 
 def test_bigram_bits():
   train_ids = np.array([0, 1, 0, 1, 2], np.uint16)        # pairs 01 10 01 12
@@ -2682,36 +2729,45 @@ def test_mlm_learns_goes_on_longer_and_fills(mlm, tmp_path, capsys):
 
 def test_tokens_a_second_are_those_of_the_batch(monkeypatch, capsys, tmp_path):
   "One step a second: what a batch holds, not --length"
-  args = train.settle(["--task", "recall", "--length", "12", "--batch", "3", "--steps", "9", "--out", str(tmp_path)])[0]
+  options = "--task recall --length 12 --batch 3 --steps 9 --out".split()
+  args = train.settle([*options, str(tmp_path)])[0]
   task, clock = train.TASKS["recall"](args), itertools.count()
   monkeypatch.setattr(train.time, "perf_counter", lambda: float(next(clock)))
   log = train.Log(args, task)
   for step in range(4): log.step(step+1, 1.0, 1e-3, task.batch(step)[0].size)
-  assert "  42 tokens/s  5s left" in capsys.readouterr().out                  # rows of 14: with the special symbol and a key
+  # rows of 14: with the special symbol and a key
+  assert "  42 tokens/s  5s left" in capsys.readouterr().out
 
 def test_evaluation_weighs_targets_as_training_does(tmp_path, monkeypatch):
-  "The loss held out is the mean over all masked bytes, whichever batch they are in: rows that are cut short have fewer."
+  "The loss held out is the mean over all masked bytes: rows that are cut short have fewer."
   (tmp_path/"tale.txt").write_text(TALE)
   targets = lambda batch: int((batch[-1] >= 0).sum())
-  # a batch's loss: the number of its targets
-  monkeypatch.setattr(train, "make_eval", lambda *a: lambda batch: [np.float32(targets(batch)), np.int32(0), np.int32(1)])
-  args = [*"--task mlm --d-model 16 --n-layer 1 --d-state 4 --length 48 --batch 2 --holdout 0.3 --steps 1 --sample 0".split(),
-          "--data", str(tmp_path/"tale.txt"), "--out", str(tmp_path/"m")]
+  # a batch's loss is the number of its targets; then hits and targets, for the accuracy
+  outputs = lambda batch: [np.float32(targets(batch)), np.int32(0), np.int32(1)]
+  monkeypatch.setattr(train, "make_eval", lambda *a: outputs)
+  options = "--task mlm --d-model 16 --n-layer 1 --d-state 4 --length 48 --batch 2 --holdout 0.3"
+  args = [*options.split(), *"--steps 1 --sample 0 --data".split(), str(tmp_path/"tale.txt"),
+          "--out", str(tmp_path/"m")]
   assert train.main(args) == 0
-  said = json.loads(read_checkpoint(str(tmp_path/"m"/gen.CHECKPOINT))[1]["held_out"])[-1][1]
+  meta = read_checkpoint(str(tmp_path/"m"/gen.CHECKPOINT))[1]
+  said = json.loads(meta["held_out"])[-1][1]*np.log(2)
   counts = np.array([targets(b) for b in train.TASKS["mlm"](train.settle(args)[0]).held_out])
-  assert said*np.log(2) == pytest.approx((counts**2).sum()/counts.sum(), rel=1e-4) and abs(counts.mean()/said/np.log(2) - 1) > 1e-3
+  assert said == pytest.approx((counts**2).sum()/counts.sum(), rel=1e-4)
+  assert abs(counts.mean()/said - 1) > 1e-3                # the mean over batches is another
 
 def test_another_number_of_columns_in_the_log(run8, tmp_path, capsys):
   "is no damage: a column that this version lacks is left, one that it has more is empty"
   tensors, meta = read_checkpoint(str(run8[0]/"out"/gen.CHECKPOINT))
   rows = json.loads(meta["losses"])
-  for change, want in ((lambda r: [*r, 0.5], rows[0]), (lambda r: r[:2], [*rows[0][:2], pytest.approx(math.nan, nan_ok=True)])):
+  empty = pytest.approx(math.nan, nan_ok=True)
+  for change, want in ((lambda r: [*r, 0.5], rows[0]), (lambda r: r[:2], [*rows[0][:2], empty])):
     (out := tmp_path/str(len(os.listdir(tmp_path)))).mkdir()
-    save_checkpoint(str(out/gen.CHECKPOINT), tensors, meta | {"losses": json.dumps([*map(change, rows)])})
+    changed = {"losses": json.dumps([*map(change, rows)])}
+    save_checkpoint(str(out/gen.CHECKPOINT), tensors, meta | changed)
     assert train.main(["--resume", "--steps", "9", "--out", str(out), "--sample", "0"]) == 0
     kept = json.loads(read_checkpoint(str(out/gen.CHECKPOINT))[1]["losses"])
-    assert kept[0] == want and len(kept) == 9 and len((out/"log.csv").read_text().splitlines()) == 10
+    assert kept[0] == want and len(kept) == 9
+    assert len((out/"log.csv").read_text().splitlines()) == 10
   save_checkpoint(str(out/gen.CHECKPOINT), tensors, meta | {"losses": "[1, 2]"})
   (out/train.PREVIOUS).unlink()
   with pytest.raises(SystemExit): train.main(["--resume", "--steps", "9", "--out", str(out)])
@@ -2755,19 +2811,21 @@ def test_classify_bad_lines(tmp_path, capsys):
            "line 2 has 2 columns and an empty text": (tsv(tmp_path/"4.tsv", [("a", "x"), ("b", " ")]), None),
            "line 3: 'neg' is not a number": (tsv(tmp_path/"9.tsv", [("1.5", "x"), ("2", "y"), ("neg", "z")]), None),
            "is empty": (tsv(tmp_path/"5.tsv", []), None),
-           "4 columns: a line is label, tab, text, tab, text; --columns names others, in CoLA's files 2,4":
+           "4 columns: a line is label, tab, text, tab, text; --columns names others, in CoLA's":
              (tsv(tmp_path/"cola.tsv", [("x", 1, "*", "y"), ("x", 0, "", "z")]), None),
            "has no lines but its header": (tsv(tmp_path/"h.tsv", [("label", "sentence")]), None),
-           "line 3 has 3 columns: a line is 2 columns": (tsv(tmp_path/"i.tsv", [("label", "text"), (1, "x"), (0, "y", 2)]), None),
-           "dev4.tsv line 1 names 2 texts, where the file to train on has 1": (good, tsv(tmp_path/"dev4.tsv", [
-             ("label", "sentence1", "sentence2"), ("a", "x", "y")])),
+           "line 3 has 3 columns: a line is 2 columns":
+             (tsv(tmp_path/"i.tsv", [("label", "text"), (1, "x"), (0, "y", 2)]), None),
+           "dev4.tsv line 1 names 2 texts, where the file to train on has 1":
+             (good, tsv(tmp_path/"dev4.tsv", [("label", "sentence1", "sentence2"), ("a", "x", "y")])),
            "no lines": (tsv(tmp_path/"6.tsv", [("",)]), None),
            "every line has the label 'a'": (tsv(tmp_path/"7.tsv", [("a", "x"), ("a", "y")]), None),
            "dev1.tsv line 2: the label 'c' does not occur": (good, tsv(tmp_path/"dev1.tsv", [("a", "x"), ("c", "y")])),
            "dev2.tsv line 1: 'high' is not a number": (tsv(tmp_path/"8.tsv", [("1.5", "x"), ("2", "y")]),
                                                        tsv(tmp_path/"dev2.tsv", [("high", "x")])),
            "dev3.tsv line 1 has 3 columns": (good, tsv(tmp_path/"dev3.tsv", [("a", "x", "y")]))}
-  options = {"a.tsv line 1 names no column 'mood', only label, text": ["mood,text"], "of one or two texts": ["2"],
+  options = {"a.tsv line 1 names no column 'mood', only label, text": ["mood,text"],
+             "of one or two texts": ["2"],
              "a.tsv line 1 has 2 columns, and --columns 1,7 names others": ["1,7"]}
   named = tsv(tmp_path/"a.tsv", [("label", "text"), *ok])
   for words, columns in options.items():
@@ -2891,7 +2949,8 @@ def test_enough_ends_a_run(tmp_path, monkeypatch, capsys):
   small = "--d-model 8 --n-layer 1 --d-state 4 --sample 0".split()
   assert train.main(["--task", "recall", "--steps", "9", "--eval-every", "1", *small, "--out", str(tmp_path/"r")]) == 0
   said = capsys.readouterr().out
-  assert "that is enough" in said and "9 steps of 32 x 22 = 704 tokens" in said     # --length 20, the special symbol, a key
+  # --length 20, the special symbol, a key
+  assert "that is enough" in said and "9 steps of 32 x 22 = 704 tokens" in said
   assert train.finished(tmp_path/"r")["step"] == "3" and train.finished(tmp_path/"none") is None
   for model in ("s4d", "transformer"):
     args = [*"--task listops --length 50 --batch 4 --steps 1 --n-heads 1".split(), "--model", model, *small]
@@ -3002,13 +3061,14 @@ def test_readme_commands(section, tmp_path, monkeypatch, capfd):
   if any("--score" in c for c in readme_commands()[section]):
     (tmp_path/"BoolQ").mkdir()
     (tmp_path/"BoolQ"/"val.jsonl").write_text('{"question": "is it", "passage": "It is.", "label": true}\n'*7)
-    exec(next(b for b in re.findall(r"```python\n(.*?)```", (HERE/"README.md").read_text(), re.S) if "boolq" in b))
+    exec(readme_python("boolq"))
     model = H3LM(H3Config(257, 12, 2, (1,), 2))
     meta = {"model": "h3", "config": json.dumps(dataclasses.asdict(model.config))}
     for folder in ("released", "out"): (tmp_path/folder).mkdir()
     save_official(str(tmp_path/"released"/"model.safetensors"), model)
     save_checkpoint(str(tmp_path/"out"/gen.CHECKPOINT), get_state_dict(model), meta)
-    monkeypatch.setattr(checkpoints, "download", lambda name: tmp_path/"released"/"model.safetensors")
+    released = tmp_path/"released"/"model.safetensors"
+    monkeypatch.setattr(checkpoints, "download", lambda name: released)
   for command in readme_commands()[section]:
     for part in re.split(r" && | \| ", command):
       words = [w.removeprefix(".venv/bin/") for w in shlex.split(part) if not re.fullmatch(r"[A-Z_]+=\S*", w)]

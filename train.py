@@ -84,14 +84,14 @@ def parser() -> Parser:
       "verb's number in sentences of a small grammar (agreement); the two languages of the H3 paper (induction, "
       "recall); nested lists of operations (listops) and images as sequences (pixels), of the Long Range Arena",
       choices=list(TASKS))
-  add(g, "--data", str, None, "files or folders of text: UTF-8, or UTF-16 with its mark; .gz; .jsonl "
-      "with a text in each line; for classify a TSV with a header like GLUE's, or lines of label, "
-      "tab, text, or label, tab, text, tab, text; for pixels a CSV of label, pixels 0 to 255, or an "
-      ".npz of x_train, y_train, x_test, y_test", "Python's own source", nargs="+", metavar="PATH")
+  add(g, "--data", str, None, "files or folders of text: UTF-8, or UTF-16 with its mark; .gz; "
+      ".jsonl with a text in each line; for classify a TSV with a header like GLUE's, or lines of "
+      "label, tab, text, or label, tab, text, tab, text; for pixels a CSV of label, pixels 0 to "
+      "255, or an .npz of x_train, y_train, x_test, y_test", "Python's own source", nargs="+", metavar="PATH")
   add(g, "--text-key", str, TEXT_KEY, "of text and mlm: key of the text in each line of a .jsonl",
       metavar="KEY")
-  add(g, "--columns", str, None, "of classify: columns of the label and of one or two texts, by the "
-      "header's names or by number, from 1; 2,4 for CoLA's files", "what the header says",
+  add(g, "--columns", str, None, "of classify: columns of the label and of one or two texts, by "
+      "the header's names or by number, from 1; 2,4 for CoLA's files", "what the header says",
       metavar="L,T,…")
   add(g, "--dev", str, None, "of classify: such lines to evaluate on", "--holdout's share of --data", metavar="FILE")
   add(g, "--vocab", str, None, "BERT's vocab.txt", "that beside --init's file", metavar="FILE")
@@ -1304,7 +1304,7 @@ def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str
   def evaluate(step:int) -> bool:
     "Whether the loss is finite; if so it is shown."
     outputs = [*map(eval_step, task.held_out)]
-    counts = [task.count(b) for b in task.held_out]        # each target weighs the same, as in training
+    counts = [task.count(b) for b in task.held_out]      # as in training, by targets
     counts[len(counts)-task.aside:] = [0]*task.aside
     mean = float(np.average([o[0] for o in outputs], weights=counts))
     if math.isfinite(mean):
