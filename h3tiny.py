@@ -217,11 +217,13 @@ def joined(ssms:list) -> ShiftSSM|DiagSSM:
   return one
 
 # ---------------------------------------------------------------- mixers: H3 and attention
-# mixer(u, state, place, tables) -> (y, state): a sequence u (B,L,D), or one token u (B,D), the state before and
-# after. With () for the state none comes out and nothing is spent on it. tables: what is made of the weights alone,
-# if it is made already: S and K of a sequence (see H3LM.filters), dA, dB, C of a token (H3LM.tables).
+# mixer(u, state, place, filters, tables) -> (y, state): a sequence u (B,L,D), or one token u (B,D),
+# the state before and after. With () for the state none comes out and nothing is spent on it.
+# What depends on the weights alone may be made once for many calls: filters, for a sequence, by
+# H3LM.filters; tables, for a token, by H3LM.tables. Each is left alone where the other is needed.
 
-Tables = tuple[Tensor|None, ...]|None
+Filters = tuple[Tensor, Tensor|None]|None        # S and K; K None: state passing takes its place
+Tables = tuple[Tensor, ...]|None                 # dA, dB, C, re and im
 
 class Place(NamedTuple):
   "Where in its text a piece stands."
@@ -262,14 +264,15 @@ class H3Mixer:
     if self.head_order == "hd2": x = x.transpose(1, 2)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
-  def __call__(self, u:Tensor, state:State=(), place:Place|None=None, tables:Tables=None) -> tuple[Tensor, State]:
+  def __call__(self, u:Tensor, state:State=(), place:Place|None=None, filters:Filters=None,
+               tables:Tables=None) -> tuple[Tensor, State]:
     if u.ndim == 2: return self.step(u, state, tables)
     (B, L, _), shift, diag, p = u.shape, self.ssm_k_kernel.kernel, self.kernel.kernel, self.p
     q, k, v = (f(u) for f in (self.q_proj, self.k_proj, self.v_proj))                    # (B,L,D)
     # with k = 0 both states stay 0: padding before a text changes nothing
     if place and place.start is not None:
       k = k * (place.pos + Tensor.arange(L) >= place.start.unsqueeze(-1)).unsqueeze(-1)
-    S, K = tables or (shift.filter(), None)
+    S, K = filters or (shift.filter(), None)
     kp = fftconv(k, S, self.ssm_k_D, channels_last=True)
     q, k, v, kp = (x.transpose(1, 2) for x in (q, k, v, kp))        # (B,D,L)
     if state: kp = kp + shift.answer(state[0], L)
@@ -309,13 +312,14 @@ class S4DMixer:
   tables = H3Mixer.tables
   def state_shapes(self, cfg:H3Config, batch:int, capacity:int) -> list[tuple[int, ...]]:
     return [(batch, cfg.d_model, cfg.d_state // 2)] * 2
-  def __call__(self, u:Tensor, state:State=(), place:Place|None=None, tables:Tables=None) -> tuple[Tensor, State]:
+  def __call__(self, u:Tensor, state:State=(), place:Place|None=None, filters:Filters=None,
+               tables:Tables=None) -> tuple[Tensor, State]:
     if u.ndim == 2:
       y, state = diag_step(state, u, tables or self.tables())
       return self.output_linear((y + self.D*u).gelu()), state
     if place and place.start is not None:
       u = u * (place.pos + Tensor.arange(u.shape[1]) >= place.start.unsqueeze(-1)).unsqueeze(-1)
-    y, state = long_conv(self.kernel.kernel, u.transpose(1, 2), tables and tables[1], self.D, state)
+    y, state = long_conv(self.kernel.kernel, u.transpose(1, 2), filters and filters[1], self.D, state)
     return self.output_linear(y.transpose(1, 2).gelu()), state
 
 @functools.cache
@@ -344,18 +348,19 @@ class Attention:
     x = self.Wqkv(u).reshape(B, L, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)
     q, k, v = x[0], x[1], x[2]
     if (r := self.rotary_dim // 2) == 0: return [q, k, v]
-    tables = rotary_tables(place.room if place else L, 2*r, u.device)
+    angles = rotary_tables(place.room if place else L, 2*r, u.device)
     if place:
       t = place.positions(L)
       if t.ndim == 2: t = t.unsqueeze(1)                            # (B,1,L)
-      tables = (embedding(t, w) for w in tables)
-    cos, sin = tables                                               # (L,r) or (B,1,L,r)
+      angles = (embedding(t, w) for w in angles)
+    cos, sin = angles                                               # (L,r) or (B,1,L,r)
     def rotate(x:Tensor) -> Tensor:                                 # dims j and r+j are a pair
       a, b, rest = x[..., :r], x[..., r:2*r], x[..., 2*r:]
       return Tensor.cat(a*cos - b*sin, a*sin + b*cos, *[rest] * (x.shape[-1] > 2*r), dim=-1)
     return [rotate(q), rotate(k), v]
 
-  def __call__(self, u:Tensor, state:State=(), place:Place|None=None, tables:Tables=None) -> tuple[Tensor, State]:
+  def __call__(self, u:Tensor, state:State=(), place:Place|None=None, filters:Filters=None,
+               tables:Tables=None) -> tuple[Tensor, State]:
     q, k, v = self.qkv(u.unsqueeze(1) if u.ndim == 2 else u, place)
     if state:
       state = tuple(write(cache, x, place.pos) for cache, x in zip(state, (k, v)))
@@ -383,8 +388,9 @@ class Block:
     self.mixer = (Attention if i in cfg.attn_layers else {"h3": H3Mixer, "s4d": S4DMixer}[cfg.ssm])(cfg, rng)
     self.mlp = MLP(cfg, rng)
 
-  def __call__(self, x:Tensor, state:State=(), place:Place|None=None, tables:Tables=None) -> tuple[Tensor, State]:
-    y, state = self.mixer(self.norm1(x), state, place, tables)
+  def __call__(self, x:Tensor, state:State=(), place:Place|None=None, filters:Filters=None,
+               tables:Tables=None) -> tuple[Tensor, State]:
+    y, state = self.mixer(self.norm1(x), state, place, filters, tables)
     x = x + y.dropout(self.dropout)
     return x + self.mlp(self.norm2(x)).dropout(self.dropout), state
 
@@ -402,10 +408,10 @@ class H3LM:
     self.config, d = config, config.d_model
     rng = Blank() if seed is None else np.random.default_rng(seed)
     table = lambda rows: SimpleNamespace(weight=param(rng.normal(0, config.init_std, (rows, d))))
-    tables = {"word_embeddings": table(config.padded_vocab)}
-    if config.max_positions: tables["position_embeddings"] = table(config.max_positions)
+    embeddings = {"word_embeddings": table(config.padded_vocab)}
+    if config.max_positions: embeddings["position_embeddings"] = table(config.max_positions)
     self.backbone = SimpleNamespace(
-      embeddings=SimpleNamespace(**tables),
+      embeddings=SimpleNamespace(**embeddings),
       layers=[Block(config, i, rng) for i in range(config.n_layer)],
       ln_f=LayerNorm(d, config.norm_eps))
 
@@ -438,7 +444,8 @@ class H3LM:
     x, filters, after = self.embed(tokens), self.filters(math.inf if state else tokens.shape[1]), []
     for i, layer in enumerate(self.backbone.layers):
       n = len(layer.mixer.state_shapes(self.config, 1, 1))
-      x, s = layer(x, state[n*i:n*i+n], tables=None if isinstance(layer.mixer, Attention) else next(filters))
+      of_layer = None if isinstance(layer.mixer, Attention) else next(filters)
+      x, s = layer(x, state[n*i:n*i+n], filters=of_layer)
       after += s
     return self.head(x), tuple(after)
 
@@ -475,7 +482,7 @@ class H3LM:
     Never waits for the device, so TinyJit can capture it, with the state in its closure. It can't see a full
     attention cache for the same reason: the caller counts tokens against `capacity(state)`. room: how much of
     the caches a piece of text looks at, at least the tokens so far and its own; all by default.
-    tables: what `tables()` gives, which serve a token; a piece of text makes filters of its own."""
+    tables: what `tables()` gives; they serve a token, a piece of text makes filters of its own."""
     pos = state[0] if state[0].shape[0] == 1 else state[0][-1:].contiguous()
     start = None if pos is state[0] else state[0][:-1].contiguous()
     cap = self.capacity(state) or 1
@@ -483,7 +490,7 @@ class H3LM:
     x = self.embed(tokens, place)
     for j, layer in enumerate(self.backbone.layers):
       n = len(layer.mixer.state_shapes(self.config, 1, 1))
-      x, s = layer(x, state[i:i+n], place, tables[j] if tables and tokens.ndim == 1 else None)
+      x, s = layer(x, state[i:i+n], place, tables=tables[j] if tables else None)
       new, i = new + list(s), i + n
     Tensor.realize(logits := self.head(x if x.ndim == 2 else x[:, -1].contiguous()), *new)
     # what a kernel has written in place is there already
