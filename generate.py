@@ -151,12 +151,14 @@ def surprisals(model:H3LM) -> Callable[[np.ndarray], np.ndarray]:
 
 AT_ONCE = 4096                             # tokens that go through a model side by side
 
-def document(model:H3LM, ids:np.ndarray, window:int, stride:int) -> tuple[np.ndarray, int]:
+def document(model:H3LM, ids:np.ndarray, window:int, stride:int, ask:Callable|None=None
+             ) -> tuple[np.ndarray, int]:
   """-log p in nats of each token of a document but the first, (len(ids)-1,), and how many windows that took.
 
   A window sees `window` tokens before its last one; each begins `stride` after the one before and adds what that did
-  not reach, so that from the second window on a token is given at least window - stride others."""
-  n, ask = len(ids) - 1, surprisals(model)
+  not reach, so that from the second window on a token is given at least window - stride others. ask: a `surprisals` of
+  the model, whose graphs then serve several documents."""
+  n, ask = len(ids) - 1, ask or surprisals(model)
   if n <= window:                          # rows of lengths that others may have too
     row = np.zeros((1, 1 + min(window, -(-n//64)*64)), np.int32)
     row[0, :n+1] = ids
@@ -175,10 +177,11 @@ def perplexity(model:H3LM, tokenizer:Tokenizer, path:str, window:int, stride:int
   `key` names in a line) is a document, read from <|endoftext|> on."""
   texts = [text for text in read_texts(path, key) if text]
   if not texts: raise UserError(f"{path} is empty: there is nothing to foresee")
-  size, tokens, windows, total = sum(len(text.encode()) for text in texts), 0, 0, 0.0
-  for text in texts:
+  size, ask = sum(len(text.encode()) for text in texts), surprisals(model)
+  tokens, windows, total = 0, 0, 0.0
+  for text in tqdm(texts, desc="texts", disable=len(texts) < 20):
     ids = tokenizer.encode(text)
-    nats, n = document(model, np.concatenate([[tokenizer.eot], ids]), window, stride)
+    nats, n = document(model, np.concatenate([[tokenizer.eot], ids]), window, stride, ask)
     tokens += len(ids)
     windows += n
     total += float(nats.sum())
