@@ -8,9 +8,10 @@
   python train.py --reproduce table2                 a table of the papers, trained here with three seeds
   python train.py --help                             every option
 
-From top to bottom: options, data, tasks, optimiser, checkpoints, what is shown, the loop. The models are in h3tiny.py
-and bigs_tiny.py, sampling in generate.py. A run leaves in --out: checkpoint.safetensors (weights under the official
-names, the optimiser's moments, all settings), log.csv and, with matplotlib, loss.png.
+From top to bottom: options, tasks, optimiser, checkpoints, the log, the loop. The models are in
+h3tiny.py and bigs_tiny.py, sampling in generate.py, files of text and of models in support/. A run
+leaves in --out: checkpoint.safetensors (weights under the official names, the optimiser's moments,
+all settings), log.csv and, with matplotlib, loss.png.
 
 Not here: several machines.
 """

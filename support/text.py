@@ -104,7 +104,7 @@ DAMAGED = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError)
 
 @functools.cache
 def zstd() -> ModuleType|None:
-  "What reads Zstandard: a module of Python 3.14, or a package; None without either."
+  "The module that reads Zstandard: Python 3.14's, or the package zstandard's; None without either."
   for module in ("compression.zstd", "zstandard"):
     try: return importlib.import_module(module)
     except ImportError: pass
@@ -348,18 +348,18 @@ def known_columns(names:list[str]) -> list[int]:
   labels, texts = ([names.index(n) for n in known if n in names] for known in (LABELS, TEXTS))
   return [labels[0], *sorted(texts)[:2]] if labels and texts else []
 
-def asked_columns(columns:str, names:list[str], where:str) -> tuple[list[int], bool]:
+def parse_columns(columns:str, names:list[str], where:str) -> tuple[list[int], bool]:
   """The columns, from 0, that --columns asks for by name or by number from 1, and whether by name.
   names: the cells of the first line. Raises UserError."""
-  asked, names = [c.strip() for c in columns.split(",")], [n.strip() for n in names]
-  if len(asked) not in (2, 3):
+  wanted, names = [c.strip() for c in columns.split(",")], [n.strip() for n in names]
+  if len(wanted) not in (2, 3):
     raise UserError(f"--columns {columns}: give the column of the label and those of one or two "
                     "texts, as in 2,4")
-  if all(c.isdecimal() and int(c) > 0 for c in asked): return [int(c) - 1 for c in asked], False
-  for c in asked:
+  if all(c.isdecimal() and int(c) > 0 for c in wanted): return [int(c) - 1 for c in wanted], False
+  for c in wanted:
     if c not in names:
       raise UserError(f"{where} names no column {c!r}, only {', '.join(names[:12])}")
-  return [names.index(c) for c in asked], True
+  return [names.index(c) for c in wanted], True
 
 def read_tsv(path:str, columns:str|None=None, n_texts:int|None=None) -> Table:
   """Labels and texts of a TSV file.
@@ -377,7 +377,7 @@ def read_tsv(path:str, columns:str|None=None, n_texts:int|None=None) -> Table:
   at = known_columns(names)
   header = bool(at)
   if columns:
-    at, by_name = asked_columns(columns, names, where)
+    at, by_name = parse_columns(columns, names, where)
     header |= by_name
     if max(at) >= width:
       raise UserError(f"{where} has {width} columns, and --columns {columns} names others")
