@@ -1748,6 +1748,7 @@ def hub(tmp_path, monkeypatch):
   data = Hub.files["model.pt"]
   monkeypatch.setattr(Hub, "asked", [])
   base = dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(tmp_path/"hub"),
+              HF_HUB_CACHE=str(tmp_path/"hub"/"hub"), HF_HUB_OFFLINE="0",
               XDG_CACHE_HOME=str(tmp_path), DEV="CPU")
   def ask(*repos:str, **env:str) -> tuple[dict[str, str], str]:
     words = [str(len(data)), hashlib.sha256(data).hexdigest(), *repos]
@@ -2813,6 +2814,10 @@ def test_classify_bad_lines(tmp_path, capsys):
            "is empty": (tsv(tmp_path/"5.tsv", []), None),
            "4 columns: a line is label, tab, text, tab, text; --columns names others, in CoLA's":
              (tsv(tmp_path/"cola.tsv", [("x", 1, "*", "y"), ("x", 0, "", "z")]), None),
+           "h2.tsv line 1 looks like a header (label, review)":
+             (tsv(tmp_path/"h2.tsv", [("label", "review"), ("a", "x"), ("b", "y")]), None),
+           "h3.tsv line 1 looks like a header (index, sentence)":
+             (tsv(tmp_path/"h3.tsv", [("index", "sentence"), (0, "x"), (1, "y")]), None),
            "has no lines but its header": (tsv(tmp_path/"h.tsv", [("label", "sentence")]), None),
            "line 3 has 3 columns: a line is 2 columns":
              (tsv(tmp_path/"i.tsv", [("label", "text"), (1, "x"), (0, "y", 2)]), None),

@@ -330,8 +330,9 @@ def read_zip(path:str) -> tuple[object, Callable[[Storage], Stored]]:
     pickled = next(i for i in file.infolist() if i.filename.endswith("/data.pkl"))
     root = pickled.filename.removesuffix("/data.pkl")
     if pickled.file_size > LARGEST_PICKLE: raise ValueError
-    if f"{root}/byteorder" in file.namelist() and file.read(f"{root}/byteorder") != b"little":
-      raise CheckpointError(f"{path}: {BIG_ENDIAN}.")
+    if f"{root}/byteorder" in file.namelist():
+      with file.open(f"{root}/byteorder") as f: order = f.read(6)
+      if order != b"little": raise CheckpointError(f"{path}: {BIG_ENDIAN}.")
     tree = unpickled(io.BytesIO(file.read(pickled)))
   whole = mapped(path)
   @functools.cache

@@ -169,15 +169,19 @@ def wrong_byte(path:Path, encoding:str, at:int, line:int, byte:int, binary:bool)
     how = f"convert it: {convert} {shlex.quote(str(path))} > {shlex.quote(str(to))}"
   return f"{path} is not UTF-8: {place}; if it is Latin-1, {how}"
 
-def is_jsonl(path:Path) -> bool: return ".jsonl" in path.suffixes[-2:]
+def is_jsonl(path:Path) -> bool:
+  return (path.with_suffix("") if is_packed(path) else path).suffix == ".jsonl"
 
 def lines(path:Path) -> Iterator[str]:
   "The lines of a file, which need not fit into memory. Raises as `pieces`."
-  rest = ""
+  parts = []                                               # of the line that is not at its end yet
   for text in pieces(path):
-    *whole, rest = (rest + text).split("\n")
-    yield from whole
-  yield rest
+    end, *more = text.split("\n")
+    parts.append(end)
+    for begin in more:
+      yield "".join(parts)
+      parts = [begin]
+  yield "".join(parts)
 
 def documents(path:Path, key:str=TEXT_KEY) -> Iterator[Iterator[str]]:
   """The texts of a file, each piece by piece: of a .jsonl file what `key` names in each line, else
@@ -382,6 +386,9 @@ def read_tsv(path:str, columns:str|None=None, n_texts:int|None=None) -> Table:
     if max(at) >= width:
       raise UserError(f"{where} has {width} columns, and --columns {columns} names others")
   elif not header:
+    if {n.strip().lower() for n in names} & {*LABELS, *TEXTS}:
+      raise UserError(f"{where} looks like a header ({', '.join(names[:12])}) and does not name both "
+                      "a label and a text as GLUE's do: name their columns with --columns")
     width = 1 + n_texts if n_texts else min(3, max(2, width))
     at = [*range(width)]
   if n_texts and len(at) != 1 + n_texts:
