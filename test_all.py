@@ -3072,8 +3072,8 @@ def test_readme_commands(section, tmp_path, monkeypatch, capfd):
     for folder in ("released", "out"): (tmp_path/folder).mkdir()
     save_official(str(tmp_path/"released"/"model.safetensors"), model)
     save_checkpoint(str(tmp_path/"out"/gen.CHECKPOINT), get_state_dict(model), meta)
-    released = tmp_path/"released"/"model.safetensors"
-    monkeypatch.setattr(checkpoints, "download", lambda name: released)
+    there = tmp_path/"released"/"model.safetensors"
+    monkeypatch.setattr(checkpoints, "download", lambda name: there)
   for command in readme_commands()[section]:
     for part in re.split(r" && | \| ", command):
       words = [w.removeprefix(".venv/bin/") for w in shlex.split(part) if not re.fullmatch(r"[A-Z_]+=\S*", w)]
