@@ -2824,6 +2824,8 @@ def test_classify_bad_lines(tmp_path, capsys):
            "dev4.tsv line 1 names 2 texts, where the file to train on has 1":
              (good, tsv(tmp_path/"dev4.tsv", [("label", "sentence1", "sentence2"), ("a", "x", "y")])),
            "no lines": (tsv(tmp_path/"6.tsv", [("",)]), None),
+           "turned.tsv has 12 labels in 12 lines, the first 'text 0': is that a text? --columns":
+             (tsv(tmp_path/"turned.tsv", [(f"text {i}", i % 2) for i in range(12)]), None),
            "every line has the label 'a'": (tsv(tmp_path/"7.tsv", [("a", "x"), ("a", "y")]), None),
            "dev1.tsv line 2: the label 'c' does not occur": (good, tsv(tmp_path/"dev1.tsv", [("a", "x"), ("c", "y")])),
            "dev2.tsv line 1: 'high' is not a number": (tsv(tmp_path/"8.tsv", [("1.5", "x"), ("2", "y")]),

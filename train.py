@@ -441,12 +441,16 @@ def classify_task(args:argparse.Namespace) -> Task:
   if L < (need := 2 + 2*len(texts[0])): raise UserError(f"--length {L} is too short for texts: give at least {need}")
   if names and len(names) < 2:
     raise UserError(f"{args.data[0]}: every line has the label {names[0]!r}: nothing to learn")
+  if names and len(names) > max(10, len(labels)/2):
+    raise UserError(f"{args.data[0]} has {len(names):,} labels in {len(labels):,} lines, the first "
+                    f"{labels[0][:40]!r}: is that a text? --columns says which columns are which")
   def table(labels:list[str], texts:list[list[str]], lines:list[int], path:str) -> list[Batch]:
     rows = []
     for label, text, line in zip(labels, texts, lines):
       if (real(label) is None) if regression else (label not in names):
         raise UserError(f"{path} line {line}: " + (f"{label!r} is not a number, as other labels are" if regression else
-                        f"the label {label!r} does not occur in {args.data[0]} (its labels: {', '.join(names)})"))
+                        f"the label {label!r} does not occur in {args.data[0]} (its labels: "
+                        f"{', '.join(names[:12])}{', …'*(len(names) > 12)})"))
       parts = [list(tok.encode(t)) for t in text]
       while sum(map(len, parts)) + len(parts) + 1 > L: max(parts, key=len).pop()      # of the longer text, from the end
       row = [tok.cls] + [t for p in parts for t in (*p, tok.sep)]
