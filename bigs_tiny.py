@@ -26,16 +26,14 @@ Not here: attention masks (the official encoder takes one and drops it: padding 
 training), next-sentence prediction, norms behind the layers, the bilinear discretisation.
 """
 from __future__ import annotations
-import dataclasses, json, math, sys
+import dataclasses, math, sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 import numpy as np
 from tinygrad import GlobalCounters, Tensor
-from tinygrad.nn.state import get_state_dict
 from flashconv import Vandermonde, check_kernels, cmul, embedding, fftconv, matmul, setup_device, stored
-from h3tiny import (MODELS, Attention, Blank, CheckpointError, DiagSSM, LayerNorm, Linear, Stored, Weights,
-                    download, joined, load_weights, param, read_checkpoint, read_torch)
+from h3tiny import Attention, Blank, DiagSSM, LayerNorm, Linear, joined, param
 
 BLOCKS = ("gated", "stack", "gated-attention", "attention")
 HEADS = ("mlm", "classify", "choose", "span", "tag")
@@ -314,162 +312,17 @@ class BiGS:
 
   @staticmethod
   def from_pretrained(path_or_name:str, head:str|None=None, gelu:str|None=None, n_labels:int|None=None) -> BiGS:
-    """A released one by name (BiGS_128, …), or the model in a file, or a folder with one: pytorch_model.bin,
-    model.safetensors or flax_model.msgpack with the config.json beside it, or a checkpoint of train.py. Its shape is
-    that of the tensors.
+    """The model in a file or folder, or a released one by its name (BiGS_128, …), downloaded once.
 
-    head: keep this one only; what of it the file lacks starts untrained, and a line on stderr says so; by default all
-    that are there. n_labels: of a new classifier. gelu: by default "erf" for PyTorch's files and "tanh" for flax's, to
-    get the logits that each of them gives. CheckpointError, one line, for anything else."""
+    A file is pytorch_model.bin, model.safetensors or flax_model.msgpack with the config.json beside
+    it, or a checkpoint of train.py. Its shape is that of the tensors. head: keep this one only;
+    what of it the file lacks starts untrained, and a line on stderr says so; by default all that
+    are there. n_labels: of a new classifier. gelu: by default "erf" for PyTorch's files and "tanh"
+    for flax's, to get the logits that each of them gives.
+    Raises CheckpointError, one line, for anything else."""
+    from support.checkpoints import bigs_model, find, read_weights
     path = find(path_or_name)
-    return BiGS.from_checkpoint(*read_weights(path), str(path), head, gelu, n_labels)
-
-  @staticmethod
-  def from_checkpoint(tensors:Weights, meta:dict[str, str], source:str, head:str|None=None,
-                      gelu:str|None=None, n_labels:int|None=None) -> BiGS:
-    "The model of named tensors and, of a checkpoint of ours, metadata. Those named optim.… are passed over."
-    parts = {"mlm": ("cls.",), "classify": ("bigs.pooler.", "classifier."), "choose": ("bigs.pooler.", "classifier."),
-             "span": ("qa_outputs.",), "tag": ("classifier.",)}
-    others = tuple(p for ps in parts.values() for p in ps if head and p not in parts[head])
-    weights = {k: v for k, v in tensors.items() if not k.startswith("optim.") and not k.endswith(".position_ids")
-               and not k.startswith(("cls.predictions.decoder.", *others))}     # the decoder is tied, in both parts
-    try:
-      if meta:
-        if (kind := meta.get("model")) != "bigs":
-          raise CheckpointError(f"{source}: it holds a model of kind {kind!r}, not BiGS.")
-        config = BiGSConfig(**json.loads(meta["config"]))
-      else: config, head = official_config(weights, source, head, gelu)
-    except (KeyError, TypeError, ValueError) as e:
-      if isinstance(e, CheckpointError): raise
-      raise CheckpointError(f"{source}: its config is unusable: {e}") from None
-    if "classifier.weight" not in weights: config.n_labels = n_labels or config.n_labels
-    elif n_labels not in (None, config.n_labels):
-      raise CheckpointError(f"{source}: its classifier has {config.n_labels} labels, not {n_labels}.")
-    have = lambda part: any(k.startswith(part) for k in weights)
-    model = BiGS(config, None, tuple(h for h in ("mlm", "span", "tag") if have(parts[h][0])))
-    if have("bigs.pooler."): model.bigs.pooler = SimpleNamespace(dense=dense(*[config.d_model]*2, model.rng))
-    load_weights(model, weights, source)
-    model.rng = np.random.default_rng(0)
-    if head:
-      before = get_state_dict(model).keys()
-      model.add(head)
-      new = {k.rsplit(".", 1)[0] for k in get_state_dict(model).keys() - before}
-      # the released masked models come with a pooler that nothing was trained on top of
-      if head in ("classify", "choose") and "classifier" in new: new.add("bigs.pooler.dense")
-      if new: print(f"{source}: no trained {' and '.join(sorted(new))} in it, so {head} starts from random ones",
-                    file=sys.stderr)
-    return model
-
-# ---------------------------------------------------------------- the official files
-
-def read_weights(path:Path) -> tuple[Weights, dict[str, str]]:
-  "The tensors of a file of any of the formats, and the metadata of a checkpoint of ours, else none."
-  if path.suffix in (".bin", ".pt", ".pth"): return read_torch(str(path)), {}
-  if path.suffix == ".msgpack": return read_flax(str(path)), {}
-  tensors, meta = read_checkpoint(str(path))
-  return tensors, meta if "config" in meta else {}
-
-RELEASED = ("BiGS_128", "BiGS_512", "BiGS_1024", "BiGS_4096")
-
-def find(name:str) -> Path:
-  "The file of a model: itself, in a folder, or a released one, which is downloaded once."
-  path = Path(name)
-  if name in RELEASED and not path.exists():
-    path = MODELS / name
-    fetch = lambda file: download(f"https://huggingface.co/JunxiongWang/{name}/resolve/main/{file}", path/file)
-    fetch("config.json"), fetch("pytorch_model.bin")
-    try: fetch("vocab.txt")
-    except CheckpointError: pass                                    # only text needs it
-  if path.is_dir():
-    found = [f for f in ("model.safetensors", "pytorch_model.bin", "flax_model.msgpack") if (path/f).is_file()]
-    ours = sorted(path.glob("*.safetensors"), key=lambda f: f.stat().st_mtime)
-    if not found and not ours: raise CheckpointError(f"no model in the folder {path}.")
-    return path/found[0] if found else ours[-1]
-  if not path.is_file(): raise CheckpointError(f"no model at {path}.")
-  return path
-
-def official_config(weights:Weights, source:str, head:str|None, gelu:str|None) -> tuple[BiGSConfig, str|None]:
-  "Shape from the tensors, the rest from config.json, which must not contradict them."
-  def shape(name:str) -> tuple[int, ...]:
-    if name not in weights: raise CheckpointError(f"{source}: tensor {name} is missing: not a BiGS model.")
-    return weights[name].shape
-  V, D = shape("bigs.embeddings.word_embeddings.weight")
-  layers = {int(k.split(".")[3]) for k in weights if k.startswith("bigs.encoder.layer.")}
-  config = dict(vocab_size=V, d_model=D, n_layer=len(layers), d_inner=shape("bigs.encoder.layer.0.dv.weight")[0],
-                d_state=shape("bigs.encoder.layer.0.fs4.kernel.A_re")[0], n_heads=1,
-                max_length=shape("bigs.embeddings.position_embeddings.weight")[0],
-                n_types=shape("bigs.embeddings.token_type_embeddings.weight")[0],
-                n_labels=weights["classifier.weight"].shape[0] if "classifier.weight" in weights else 2,
-                gelu=gelu or ("tanh" if source.endswith(".msgpack") else "erf"))
-  file = Path(source).with_name("config.json")
-  try: given = dict(json.loads(file.read_text())) if file.is_file() else {}
-  except (TypeError, ValueError): raise CheckpointError(f"{file} is not JSON of a configuration.") from None
-  names = dict(vocab_size="vocab_size", d_model="hidden_size", n_layer="num_hidden_layers", d_inner="intermediate_size",
-               d_state="num_ssm", max_length="max_position_embeddings", n_types="type_vocab_size")
-  for ours, theirs in names.items():
-    if given.get(theirs, config[ours]) != config[ours]:
-      raise CheckpointError(f"{file} says {theirs} {given[theirs]}, the tensors of {source} {config[ours]}.")
-  if given.get("pre_norm", True) is not True: raise CheckpointError(f"{file}: pre_norm false is not supported.")
-  config |= dict(pooler=given.get("pooler_type", "non_padding_mean"), pad_token=given.get("pad_token_id", 0),
-                 norm_eps=given.get("layer_norm_eps", 1e-12))
-  kinds = {"SequenceClassification": "classify", "MultipleChoice": "choose", "QuestionAnswering": "span",
-           "TokenClassification": "tag"}
-  stated = [h for a in given.get("architectures") or [] for k, h in kinds.items() if a.endswith(k)]
-  return BiGSConfig(**config), head or (stated[0] if stated else None)
-
-def read_flax(path:str) -> Weights:
-  "The tensors of a flax .msgpack under PyTorch's names and in its layout. CheckpointError if it is anything else."
-  found = {}
-  def walk(node:dict, at:tuple[str, ...]) -> None:
-    for k, v in node.items():
-      if isinstance(v, dict): walk(v, (*at, k))
-      elif not isinstance(v, np.ndarray): raise CheckpointError(f"{path}: {'/'.join((*at, str(k)))} is not a tensor.")
-      else:
-        where = ("bigs", *at[1:]) if at[:1] in (("s4_bert",), ("bigs",)) else at
-        ssm = ("kernel",) if where[-1:] in (("fs4",), ("bs4",)) and k != "D" else ()
-        name = {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(k, k)
-        found[".".join((*where, *ssm, name))] = Stored(v.T if k == "kernel" else v)
-  try:
-    tree, end = unpack(data := memoryview(Path(path).read_bytes()), 0)
-    if end != len(data): raise ValueError
-    walk(tree.get("params", tree), ())
-  except CheckpointError: raise
-  except (AttributeError, IndexError, KeyError, ValueError, TypeError, RecursionError):
-    raise CheckpointError(f"{path}: not a flax msgpack file, or a damaged one.") from None
-  return found
-
-def unpack(b:memoryview, i:int) -> tuple[object, int]:
-  """One msgpack value from byte i on, and where the next begins: what flax writes, which keeps an array as extension 1
-  with (shape, dtype, bytes) in msgpack again. https://github.com/msgpack/msgpack/blob/master/spec.md"""
-  def number(n:int, signed:bool=False) -> int: return int.from_bytes(take(n), "big", signed=signed)
-  def take(n:int) -> memoryview:
-    nonlocal i
-    if i + n > len(b): raise ValueError
-    i += n
-    return b[i-n:i]
-  def value() -> object:
-    nonlocal i
-    v, i = unpack(b, i)
-    return v
-  t = number(1)
-  if t < 0x80: return t, i
-  if t >= 0xe0: return t - 256, i
-  if 0xcc <= t <= 0xd3: return number(1 << (t-0xcc) % 4, t >= 0xd0), i
-  if t in (0xc0, 0xc2, 0xc3): return {0xc0: None, 0xc2: False, 0xc3: True}[t], i
-  if t in (0xca, 0xcb): return float(np.frombuffer(take(4 if t == 0xca else 8), ">f4" if t == 0xca else ">f8")[0]), i
-  if 0xa0 <= t < 0xc0 or 0xd9 <= t <= 0xdb: return str(take(t - 0xa0 if t < 0xc0 else number(1 << t-0xd9)), "utf-8"), i
-  if 0xc4 <= t <= 0xc6: return take(number(1 << t-0xc4)), i
-  if 0x90 <= t < 0xa0 or t in (0xdc, 0xdd):
-    return [value() for _ in range(t - 0x90 if t < 0xa0 else number(2*(t-0xdb)))], i
-  if t < 0x90 or t in (0xde, 0xdf):
-    return {value(): value() for _ in range(t - 0x80 if t < 0x90 else number(2*(t-0xdd)))}, i
-  if 0xc7 <= t <= 0xc9 or 0xd4 <= t <= 0xd8:
-    n = number(1 << t-0xc7) if t <= 0xc9 else 1 << t-0xd4
-    if number(1) != 1: raise ValueError
-    (shape, dtype, raw), end = unpack(take(n), 0)
-    if dtype not in ("float32", "float16", "float64", "int32", "int64"): raise ValueError
-    return np.frombuffer(raw, dtype).reshape(shape), i
-  raise ValueError
+    return bigs_model(*read_weights(path), str(path), head, gelu, n_labels)
 
 # ---------------------------------------------------------------- what the models cost, and what they look at
 
@@ -497,8 +350,9 @@ def flops() -> None:
 
 def plot(name:str, offsets:int=10) -> Path:
   "Draws |K| of each layer, scaled to 1: what lies before a position to the left, what follows to the right."
+  from support.checkpoints import CheckpointError, bigs_model, find, read_weights
   path = find(name)
-  model = BiGS.from_checkpoint(*read_weights(path), str(path))
+  model = bigs_model(*read_weights(path), str(path))
   layers = model.bigs.encoder.layer
   if not layers[0].ssm: raise CheckpointError(f"{path}: its layers are attention, which has no filters to draw.")
   if model.config.block == "s4d": raise CheckpointError(f"{path}: it has a filter for each channel, too many to draw.")
@@ -535,6 +389,7 @@ def plot(name:str, offsets:int=10) -> Path:
 
 def main(argv:list[str]|None=None) -> int:
   from generate import Parser, number
+  from support.checkpoints import CheckpointError
   p = Parser(prog="bigs_tiny.py", description="Looks into a BiGS model, or counts what one costs.", allow_abbrev=False)
   p.add_argument("--plot", metavar="CHECKPOINT", help="draw the filters of each layer into filters.png beside it")
   p.add_argument("--offsets", metavar="N", type=number(int, 1), default=10, help="how far the plot looks (default: 10)")

@@ -7,7 +7,7 @@
   python generate.py --model 1.3B --dtype bfloat16    a released one, downloaded once, in half the memory
   python generate.py --perplexity book.txt            how well a model foresees a text
   python generate.py --score questions.jsonl          multiple choice by likelihood
-  python generate.py --export h3/model.pt             the model as the authors' code reads it
+  python generate.py --export h3/model.safetensors    the model as the authors' code reads it
   python generate.py --fill "for i in [MASK](10):"    what a masked model (train.py --task mlm) puts there
   python generate.py --bench                          how fast H3, hybrid and Transformer read and write
 
@@ -23,18 +23,17 @@ from pathlib import Path
 from typing import Callable, Iterator
 import numpy as np
 from flashconv import WEIGHTS, capture, check_kernels, setup_device
-import bigs_tiny, h3tiny
-from bigs_tiny import BiGS, read_weights
-from h3tiny import CheckpointError, H3Config, H3LM
+from bigs_tiny import BiGS
+from h3tiny import H3Config, H3LM
+from support.checkpoints import (CHECKPOINT, RELEASED, CheckpointError, bigs_model, find, h3_model,
+                                 read_weights, save_official)
+from support.text import (TEXT_KEY, TOKENIZERS, ByteTokenizer, Tokenizer, UserError, make_tokenizer,
+                          read_text, read_texts)
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.device import Buffer
 from tinygrad.helpers import tqdm
 
 OUT = "out"                                # train.py's default folder
-CHECKPOINT = "checkpoint.safetensors"      # and the file it writes there
-
-class UserError(Exception):
-  "What the user can put right: shown as one line, exit status 2."
 
 class Parser(argparse.ArgumentParser):
   def error(self, message:str):
@@ -60,68 +59,6 @@ def peak_memory() -> float:
   try: import resource
   except ImportError: return math.nan
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-# ---- tokenizers: encode(str) -> ids, decode(ids) -> bytes, vocab_size, eot ------------------------
-
-class Tokenizer:
-  "Masked models add four tokens behind a vocabulary that has none of them; `masked_size` counts them too."
-  cls, sep, mask, pad = (property(lambda self, i=i: self.vocab_size + i) for i in range(4))
-  masked_size = property(lambda self: self.vocab_size + 4)
-
-class ByteTokenizer(Tokenizer):
-  "UTF-8 bytes, and one token more: <|endoftext|>."
-  name, vocab_size, eot = "bytes", 257, 256
-  def encode(self, text:str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8).astype(np.uint16)
-  def decode(self, ids:np.ndarray) -> bytes:
-    ids = np.asarray(ids)
-    return ids[ids < 256].astype(np.uint8).tobytes()
-
-class GPT2Tokenizer(Tokenizer):
-  "GPT-2's byte pairs, from tiktoken, which downloads its vocabulary once."
-  name, vocab_size, eot = "gpt2", 50257, 50256
-  def __init__(self):
-    try: import tiktoken
-    except ImportError: raise UserError("--tokenizer gpt2 needs tiktoken: pip install tiktoken") from None
-    try: self.bpe = tiktoken.get_encoding("gpt2")
-    except Exception as e:        # whatever the network layer raises: requests, urllib3, OSError
-      raise UserError("tiktoken could not get GPT-2's vocabulary "
-        f"({type(e).__name__}): connect once, or name a folder that holds it in TIKTOKEN_CACHE_DIR") from None
-  def encode(self, text:str) -> np.ndarray: return np.array(self.bpe.encode_ordinary(text), np.uint16)
-  def decode(self, ids:np.ndarray) -> bytes:
-    return self.bpe.decode_bytes([int(i) for i in ids if i < self.eot])
-
-class BertTokenizer(Tokenizer):
-  "BERT's WordPiece, lower-cased, of a vocab.txt, by the library `tokenizers`."
-  name = "bert"
-  cls = sep = mask = pad = vocab_size = masked_size = 0             # the file says
-  def __init__(self, vocab:Path|None):
-    if vocab is None or not vocab.is_file():
-      raise UserError(f"--tokenizer bert needs its vocabulary: no {vocab or 'vocab.txt'}; put that of the model, or "
-                      "bert-large-uncased's, beside the checkpoint, or in train.py name it with --vocab")
-    try: from tokenizers import BertWordPieceTokenizer
-    except ImportError:
-      raise UserError("--tokenizer bert needs the library tokenizers: pip install tokenizers") from None
-    try: self.words, self.path = vocab.read_text("utf-8").split("\n"), vocab
-    except UnicodeDecodeError: raise UserError(f"{vocab} is not a vocabulary: it is not text in UTF-8") from None
-    while self.words and not self.words[-1]: self.words.pop()
-    self.vocab_size = self.masked_size = len(self.words)
-    try: self.cls, self.sep, self.mask, self.pad = map(self.words.index, ("[CLS]", "[SEP]", "[MASK]", "[PAD]"))
-    except ValueError:
-      raise UserError(f"{vocab} is not BERT's vocabulary: it lacks [CLS], [SEP], [MASK] or [PAD]") from None
-    self.eot, self.pieces = self.sep, BertWordPieceTokenizer(str(vocab), lowercase=True)
-  def encode(self, text:str) -> np.ndarray:
-    text = text.encode("utf-8", "replace").decode()                 # a terminal's stray bytes
-    return np.array(self.pieces.encode(text, add_special_tokens=False).ids, np.int32)
-  def decode(self, ids:np.ndarray) -> bytes:
-    words = (self.words[i] for i in ids if i not in (self.cls, self.sep, self.pad))
-    return "".join(w[2:] if w.startswith("##") else " " + w for w in words).encode()
-
-TOKENIZERS = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer, "bert": BertTokenizer}
-
-def make_tokenizer(name:str, vocab:Path|None=None) -> Tokenizer:
-  "vocab: the vocab.txt of \"bert\"."
-  return BertTokenizer(vocab) if name == "bert" else TOKENIZERS[name]()
 
 # ---- sampling -------------------------------------------------------------------------------------
 
@@ -214,12 +151,14 @@ def surprisals(model:H3LM) -> Callable[[np.ndarray], np.ndarray]:
 
 AT_ONCE = 4096                             # tokens that go through a model side by side
 
-def document(model:H3LM, ids:np.ndarray, window:int, stride:int) -> tuple[np.ndarray, int]:
+def document(model:H3LM, ids:np.ndarray, window:int, stride:int, ask:Callable|None=None
+             ) -> tuple[np.ndarray, int]:
   """-log p in nats of each token of a document but the first, (len(ids)-1,), and how many windows that took.
 
   A window sees `window` tokens before its last one; each begins `stride` after the one before and adds what that did
-  not reach, so that from the second window on a token is given at least window - stride others."""
-  n, ask = len(ids) - 1, surprisals(model)
+  not reach, so that from the second window on a token is given at least window - stride others. ask: a `surprisals` of
+  the model, whose graphs then serve several documents."""
+  n, ask = len(ids) - 1, ask or surprisals(model)
   if n <= window:                          # rows of lengths that others may have too
     row = np.zeros((1, 1 + min(window, -(-n//64)*64)), np.int32)
     row[0, :n+1] = ids
@@ -232,17 +171,25 @@ def document(model:H3LM, ids:np.ndarray, window:int, stride:int) -> tuple[np.nda
       out[at[k] + window - fresh[k]:at[k] + window] = row[window - fresh[k]:]
   return out, len(at)
 
-def perplexity(model:H3LM, tokenizer:Tokenizer, path:str, window:int, stride:int) -> None:
-  "Prints that of a text, per token and per byte. The text is read as one document, from <|endoftext|> on."
-  text = read_text(path)
-  if not text: raise UserError(f"{path} is empty: there is nothing to foresee")
-  ids, size = tokenizer.encode(text), len(text.encode())
-  nats, windows = document(model, np.concatenate([[tokenizer.eot], ids]), window, stride)
-  total = float(nats.sum())
-  each = f", each {stride:,} after the one before" if windows > 1 else ""
-  print(f"{path}: {len(ids):,} tokens, {size:,} bytes; "
+def perplexity(model:H3LM, tokenizer:Tokenizer, path:str, window:int, stride:int,
+               key:str=TEXT_KEY) -> None:
+  """Prints the perplexity of a file, per token and per byte. Each text of it (of a .jsonl, what
+  `key` names in a line) is a document, read from <|endoftext|> on."""
+  texts = [text for text in read_texts(path, key) if text]
+  if not texts: raise UserError(f"{path} is empty: there is nothing to foresee")
+  size, ask = sum(len(text.encode()) for text in texts), surprisals(model)
+  tokens, windows, total = 0, 0, 0.0
+  for text in tqdm(texts, desc="texts", disable=len(texts) < 20):
+    ids = tokenizer.encode(text)
+    nats, n = document(model, np.concatenate([[tokenizer.eot], ids]), window, stride, ask)
+    tokens += len(ids)
+    windows += n
+    total += float(nats.sum())
+  several = f"{len(texts):,} texts, " if len(texts) > 1 else ""
+  each = f", each {stride:,} after the one before" if windows > len(texts) else ""
+  print(f"{path}: {several}{tokens:,} tokens, {size:,} bytes; "
         f"{windows:,} window{'s'*(windows > 1)} of {window:,} tokens{each}\n"
-        f"per token: perplexity {math.exp(total/len(ids)):.4g}, {total/len(ids):.4f} nats\n"
+        f"per token: perplexity {math.exp(total/tokens):.4g}, {total/tokens:.4f} nats\n"
         f"per byte:  perplexity {math.exp(total/size):.4g}, {total/size/math.log(2):.4f} bits", flush=True)
 
 @dataclasses.dataclass
@@ -415,17 +362,6 @@ def write(model:H3LM, tokenizer, prompts:list[str], n:int, stop:str|None=None, *
   count, timed = len(times), times[2:] if len(times) > 3 else times
   return sum(map(len, ids)), count, batch*(len(timed)-1) / max(1e-9, timed[-1]-timed[0])
 
-# ---- checkpoints ----------------------------------------------------------------------------------
-
-def find_checkpoint(path:str) -> Path:
-  p = Path(path)
-  if p.is_dir():
-    files = sorted(p.glob("*.safetensors"), key=lambda f: f.stat().st_mtime)
-    if not files: raise UserError(f"no model in {p}: run train.py first, or name one with --model")
-    return files[-1]
-  if not p.exists(): raise UserError(f"no model at {p}: run train.py first, or name one with --model")
-  return p
-
 # ---- benchmark ------------------------------------------------------------------------------------
 
 PROMPTS, BATCHES, STEPS, PIECE = (512, 1024, 1536), (1, 64), 12, 256
@@ -480,11 +416,16 @@ def parser() -> Parser:
   p = Parser(prog="generate.py", description="Continue a prompt with a trained model.",
              epilog='example: python generate.py --prompt "def main():" --tokens 400 --temperature 0.7',
              formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-  p.add_argument("--model", metavar="PATH", default=OUT, help="a checkpoint, or a folder: its newest one")
+  p.add_argument("--model", metavar="PATH", default=OUT,
+                 help=f"a model's file, a folder with one (its {CHECKPOINT}, if there), or a "
+                 f"released model, which is downloaded once: {', '.join(RELEASED)}")
   p.add_argument("--prompt", metavar="TEXT", nargs="+", default=argparse.SUPPRESS,
                  help="the text to go on from, or several, side by side; without it --prompt-file, or what is "
                  "piped in, or a short one")
-  p.add_argument("--prompt-file", metavar="FILE", default=argparse.SUPPRESS, help="read the prompt from a file")
+  p.add_argument("--prompt-file", metavar="FILE", default=argparse.SUPPRESS,
+                 help="read the prompt from a file; of a .jsonl, several, one a line")
+  p.add_argument("--text-key", metavar="KEY", default=TEXT_KEY,
+                 help="key of the text in each line of a .jsonl file")
   p.add_argument("--tokens", metavar="N", type=number(int, 1), default=400, help="how many tokens to generate")
   p.add_argument("--temperature", metavar="T", type=number(float, 0), default=0.8,
                  help="below 1 safer, above 1 wilder, 0 always the likeliest token")
@@ -513,7 +454,9 @@ def parser() -> Parser:
   p.add_argument("--stride", metavar="N", type=number(int, 1), default=argparse.SUPPRESS,
                  help="of --perplexity: how far a window is from the next; default: half of --window")
   p.add_argument("--export", metavar="FILE", default=argparse.SUPPRESS,
-                 help="write the model in the official format, .pt or .safetensors, a config.json beside it, and stop")
+                 help="write the model as the authors' code reads it, into a .safetensors file, "
+                 "with a config.json beside it, and stop; the README has the two lines of PyTorch that "
+                 "make a .pt of it")
   p.add_argument("--fill", metavar="TEXT", default=argparse.SUPPRESS,
                  help="of a masked model: what could stand at each [MASK] of a text, a word where it reads bytes")
   p.add_argument("--bench", metavar="SIZE", nargs="?", const="125M", default=argparse.SUPPRESS,
@@ -521,17 +464,12 @@ def parser() -> Parser:
                  "(125M if no other is named; 15 minutes on two cores), and stop")
   return p
 
-def read_text(path:str) -> str:
-  try: return Path(path).read_bytes().decode("utf-8")
-  except UnicodeDecodeError: raise UserError(f"{path} is not UTF-8 text") from None
-  except OSError as e: raise UserError(f"can't read {path}: {e.strerror}") from None
-
 def read_prompts(args:argparse.Namespace, default:str) -> list[str]:
   if hasattr(args, "prompt") and hasattr(args, "prompt_file"):
     raise UserError("give --prompt or --prompt-file, not both")
   if hasattr(args, "prompt"): return args.prompt
   if hasattr(args, "prompt_file"):
-    return [read_text(args.prompt_file)]
+    return read_texts(args.prompt_file, args.text_key) or [""]
   if sys.stdin is not None and not sys.stdin.closed:
     try: mode = os.fstat(sys.stdin.fileno()).st_mode
     except (OSError, ValueError): mode = 0
@@ -550,15 +488,13 @@ def run(args:argparse.Namespace) -> None:
   if WEIGHTS[args.dtype] not in Device[Device.DEFAULT].renderer.supported_dtypes():
     raise UserError(f"--dtype {args.dtype}: the device {Device.DEFAULT} knows no such numbers: take bfloat16")
   fills = hasattr(args, "fill")
-  known = os.path.exists(args.model)
-  if fills and (known or args.model in bigs_tiny.RELEASED): path = bigs_tiny.find(args.model)
-  elif not known and args.model in h3tiny.RELEASED: path = Path(h3tiny.released(args.model))
-  else: path = find_checkpoint(args.model)
+  path = find(args.model)
   tensors, meta = read_weights(path)
   try: trained_on = (options := json.loads(meta.get("args", "{}"))).get("data")
   except (ValueError, AttributeError): raise CheckpointError(f"{path}: its metadata are damaged") from None
-  if options.get("task") == "agreement":
-    raise UserError(f"{path} knows the words of --task agreement only, which are no text: train.py shows what it says")
+  if (task := options.get("task", "text")) not in ("text", "mlm", "classify"):
+    raise UserError(f"{path} knows the symbols of --task {task} only, which are no text: train.py "
+                    "shows how well it does")
   name = meta.get("tokenizer", "bytes" if meta else "bert" if fills else "gpt2")
   if (name := getattr(args, "tokenizer", name)) not in TOKENIZERS:
     raise CheckpointError(f"{path}: its tokenizer, {name!r}, is none of {', '.join(TOKENIZERS)}")
@@ -570,11 +506,11 @@ def run(args:argparse.Namespace) -> None:
     if not any(k.startswith("cls.") for k in tensors):
       raise UserError(f"{path} has no head for masked tokens: --task mlm trains one, other tasks do not")
     tokenizer = make_tokenizer(name, path.with_name("vocab.txt"))
-    model = BiGS.from_checkpoint(tensors, meta, str(path), "mlm")
+    model = bigs_model(tensors, meta, str(path), "mlm")
     # the official ones have been trained, and are run, on rows of one length
     length = 0 if meta else model.config.max_length
     return show_fill(model, tokenizer, args.fill, options.get("mask_run") or RUN, length)
-  model = H3LM.from_checkpoint(tensors, meta, str(path), dtype=args.dtype)
+  model = h3_model(tensors, meta, str(path), dtype=args.dtype)
   if hasattr(args, "export"): return export(model, args.export)
   tokenizer = make_tokenizer(name)
   if model.config.vocab_size != tokenizer.vocab_size:
@@ -586,22 +522,29 @@ def run(args:argparse.Namespace) -> None:
   if hasattr(args, "perplexity"):
     if (stride := getattr(args, "stride", -(-window//2))) > window:
       raise UserError(f"--stride {stride} is longer than a window of {window}: tokens would be left out")
-    return perplexity(model, tokenizer, args.perplexity, window, stride)
+    return perplexity(model, tokenizer, args.perplexity, window, stride, args.text_key)
   if hasattr(args, "score"): return score(model, tokenizer, args.score, args.shots, window)
-  prompts = read_prompts(args, "def " if not trained_on and tokenizer.name == "bytes" else "")
+  on_python = not trained_on and isinstance(tokenizer, ByteTokenizer)
+  prompts = read_prompts(args, "def " if on_python else "")
   prompts = [p for p in prompts for _ in range(args.batch)]
   asked, count, speed = write(model, tokenizer, prompts, args.tokens, getattr(args, "stop", None), seed=args.seed,
     temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, max_length=getattr(args, "max_length", None))
   print(f"[{path}: {asked} tokens of prompt, {count} generated, {speed:.0f} tokens/s, {peak_memory()/1e9:.2f} GB of "
         "memory at the peak]", file=sys.stderr)
 
+# a .safetensors file as the .pt that the authors' scripts load
+TO_PT = """import torch, safetensors.torch
+torch.save(safetensors.torch.load_file("{0}.safetensors"), "{0}.pt")"""
+
 def export(model:H3LM, path:str) -> None:
   "Writes the model in the official format, and says so; nothing is written over."
-  if Path(path).suffix not in (".pt", ".safetensors"):
-    raise UserError(f"--export {path}: the official formats are .pt and .safetensors: name such a file")
+  if Path(path).suffix != ".safetensors":
+    two_lines = "; ".join(TO_PT.format(Path(path).with_suffix("")).splitlines())
+    raise UserError(f"--export {path}: official weights are written as .safetensors: name such a "
+                    f"file; PyTorch makes a .pt of it: {two_lines}")
   if Path(path).exists(): raise UserError(f"{path} is there already: name another file with --export")
   Path(path).parent.mkdir(parents=True, exist_ok=True)
-  h3tiny.save_official(path, model)
+  save_official(path, model)
   print(f"wrote {path} and {Path(path).with_name('config.json')}, the arguments of the authors' SSMLMHeadModel")
 
 def main(argv:list[str]|None=None) -> int:

@@ -20,19 +20,13 @@ A complex tensor is a pair (re, im): tinygrad has no complex dtype.
 Not here: ZOH discretisation and HiPPO measures other than diag-lin: no released model uses them.
 """
 from __future__ import annotations
-import collections, dataclasses, functools, http.client, io, json, math, mmap, os, pickle, re, sys, urllib.request
-import zipfile, zlib
-from pathlib import Path
+import dataclasses, functools, math
 from types import SimpleNamespace
-from typing import Callable, Iterator, NamedTuple
+from typing import Iterator, NamedTuple
 import numpy as np
-from tinygrad import Tensor, dtypes
-from tinygrad.device import Buffer
-from tinygrad.dtype import DType
-from tinygrad.helpers import cache_dir, tqdm
-from tinygrad.nn.state import get_state_dict
-from flashconv import (WEIGHTS, Pair, Vandermonde, attend_step, causal_softmax, cmul, constant, embedding, fftconv,
-                       h3_step, layernorm, matmul, softmax, ssm_conv, stored, write)
+from tinygrad import Tensor
+from flashconv import (Pair, Vandermonde, attend_step, causal_softmax, cmul, constant, embedding,
+                       fftconv, h3_step, layernorm, matmul, softmax, ssm_conv, stored, write)
 
 BY_FFT = 2048     # sequences up to this length go through the FFT in training, longer ones by state passing (README)
 State = tuple[Tensor, ...]  # of a mixer: () where there is none. Of the model: see H3LM.init_state
@@ -223,11 +217,13 @@ def joined(ssms:list) -> ShiftSSM|DiagSSM:
   return one
 
 # ---------------------------------------------------------------- mixers: H3 and attention
-# mixer(u, state, place, tables) -> (y, state): a sequence u (B,L,D), or one token u (B,D), the state before and
-# after. With () for the state none comes out and nothing is spent on it. tables: what is made of the weights alone,
-# if it is made already: S and K of a sequence (see H3LM.filters), dA, dB, C of a token (H3LM.tables).
+# mixer(u, state, place, filters, tables) -> (y, state): a sequence u (B,L,D), or one token u (B,D),
+# the state before and after. With () for the state none comes out and nothing is spent on it.
+# What depends on the weights alone may be made once for many calls: filters, for a sequence, by
+# H3LM.filters; tables, for a token, by H3LM.tables. Each is left alone where the other is needed.
 
-Tables = tuple[Tensor|None, ...]|None
+Filters = tuple[Tensor, Tensor|None]|None        # S and K; K None: state passing takes its place
+Tables = tuple[Tensor, ...]|None                 # dA, dB, C, re and im
 
 class Place(NamedTuple):
   "Where in its text a piece stands."
@@ -268,14 +264,15 @@ class H3Mixer:
     if self.head_order == "hd2": x = x.transpose(1, 2)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
-  def __call__(self, u:Tensor, state:State=(), place:Place|None=None, tables:Tables=None) -> tuple[Tensor, State]:
+  def __call__(self, u:Tensor, state:State=(), place:Place|None=None, filters:Filters=None,
+               tables:Tables=None) -> tuple[Tensor, State]:
     if u.ndim == 2: return self.step(u, state, tables)
     (B, L, _), shift, diag, p = u.shape, self.ssm_k_kernel.kernel, self.kernel.kernel, self.p
     q, k, v = (f(u) for f in (self.q_proj, self.k_proj, self.v_proj))                    # (B,L,D)
     # with k = 0 both states stay 0: padding before a text changes nothing
     if place and place.start is not None:
       k = k * (place.pos + Tensor.arange(L) >= place.start.unsqueeze(-1)).unsqueeze(-1)
-    S, K = tables or (shift.filter(), None)
+    S, K = filters or (shift.filter(), None)
     kp = fftconv(k, S, self.ssm_k_D, channels_last=True)
     q, k, v, kp = (x.transpose(1, 2) for x in (q, k, v, kp))        # (B,D,L)
     if state: kp = kp + shift.answer(state[0], L)
@@ -315,13 +312,14 @@ class S4DMixer:
   tables = H3Mixer.tables
   def state_shapes(self, cfg:H3Config, batch:int, capacity:int) -> list[tuple[int, ...]]:
     return [(batch, cfg.d_model, cfg.d_state // 2)] * 2
-  def __call__(self, u:Tensor, state:State=(), place:Place|None=None, tables:Tables=None) -> tuple[Tensor, State]:
+  def __call__(self, u:Tensor, state:State=(), place:Place|None=None, filters:Filters=None,
+               tables:Tables=None) -> tuple[Tensor, State]:
     if u.ndim == 2:
       y, state = diag_step(state, u, tables or self.tables())
       return self.output_linear((y + self.D*u).gelu()), state
     if place and place.start is not None:
       u = u * (place.pos + Tensor.arange(u.shape[1]) >= place.start.unsqueeze(-1)).unsqueeze(-1)
-    y, state = long_conv(self.kernel.kernel, u.transpose(1, 2), tables and tables[1], self.D, state)
+    y, state = long_conv(self.kernel.kernel, u.transpose(1, 2), filters and filters[1], self.D, state)
     return self.output_linear(y.transpose(1, 2).gelu()), state
 
 @functools.cache
@@ -350,18 +348,19 @@ class Attention:
     x = self.Wqkv(u).reshape(B, L, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)
     q, k, v = x[0], x[1], x[2]
     if (r := self.rotary_dim // 2) == 0: return [q, k, v]
-    tables = rotary_tables(place.room if place else L, 2*r, u.device)
+    angles = rotary_tables(place.room if place else L, 2*r, u.device)
     if place:
       t = place.positions(L)
       if t.ndim == 2: t = t.unsqueeze(1)                            # (B,1,L)
-      tables = (embedding(t, w) for w in tables)
-    cos, sin = tables                                               # (L,r) or (B,1,L,r)
+      angles = (embedding(t, w) for w in angles)
+    cos, sin = angles                                               # (L,r) or (B,1,L,r)
     def rotate(x:Tensor) -> Tensor:                                 # dims j and r+j are a pair
       a, b, rest = x[..., :r], x[..., r:2*r], x[..., 2*r:]
       return Tensor.cat(a*cos - b*sin, a*sin + b*cos, *[rest] * (x.shape[-1] > 2*r), dim=-1)
     return [rotate(q), rotate(k), v]
 
-  def __call__(self, u:Tensor, state:State=(), place:Place|None=None, tables:Tables=None) -> tuple[Tensor, State]:
+  def __call__(self, u:Tensor, state:State=(), place:Place|None=None, filters:Filters=None,
+               tables:Tables=None) -> tuple[Tensor, State]:
     q, k, v = self.qkv(u.unsqueeze(1) if u.ndim == 2 else u, place)
     if state:
       state = tuple(write(cache, x, place.pos) for cache, x in zip(state, (k, v)))
@@ -389,8 +388,9 @@ class Block:
     self.mixer = (Attention if i in cfg.attn_layers else {"h3": H3Mixer, "s4d": S4DMixer}[cfg.ssm])(cfg, rng)
     self.mlp = MLP(cfg, rng)
 
-  def __call__(self, x:Tensor, state:State=(), place:Place|None=None, tables:Tables=None) -> tuple[Tensor, State]:
-    y, state = self.mixer(self.norm1(x), state, place, tables)
+  def __call__(self, x:Tensor, state:State=(), place:Place|None=None, filters:Filters=None,
+               tables:Tables=None) -> tuple[Tensor, State]:
+    y, state = self.mixer(self.norm1(x), state, place, filters, tables)
     x = x + y.dropout(self.dropout)
     return x + self.mlp(self.norm2(x)).dropout(self.dropout), state
 
@@ -408,10 +408,10 @@ class H3LM:
     self.config, d = config, config.d_model
     rng = Blank() if seed is None else np.random.default_rng(seed)
     table = lambda rows: SimpleNamespace(weight=param(rng.normal(0, config.init_std, (rows, d))))
-    tables = {"word_embeddings": table(config.padded_vocab)}
-    if config.max_positions: tables["position_embeddings"] = table(config.max_positions)
+    embeddings = {"word_embeddings": table(config.padded_vocab)}
+    if config.max_positions: embeddings["position_embeddings"] = table(config.max_positions)
     self.backbone = SimpleNamespace(
-      embeddings=SimpleNamespace(**tables),
+      embeddings=SimpleNamespace(**embeddings),
       layers=[Block(config, i, rng) for i in range(config.n_layer)],
       ln_f=LayerNorm(d, config.norm_eps))
 
@@ -444,7 +444,8 @@ class H3LM:
     x, filters, after = self.embed(tokens), self.filters(math.inf if state else tokens.shape[1]), []
     for i, layer in enumerate(self.backbone.layers):
       n = len(layer.mixer.state_shapes(self.config, 1, 1))
-      x, s = layer(x, state[n*i:n*i+n], tables=None if isinstance(layer.mixer, Attention) else next(filters))
+      of_layer = None if isinstance(layer.mixer, Attention) else next(filters)
+      x, s = layer(x, state[n*i:n*i+n], filters=of_layer)
       after += s
     return self.head(x), tuple(after)
 
@@ -480,8 +481,8 @@ class H3LM:
 
     Never waits for the device, so TinyJit can capture it, with the state in its closure. It can't see a full
     attention cache for the same reason: the caller counts tokens against `capacity(state)`. room: how much of
-    the caches a piece of text looks at, at least the tokens so far and its own; all by default. tables: see
-    `tables`, for a token."""
+    the caches a piece of text looks at, at least the tokens so far and its own; all by default.
+    tables: what `tables()` gives; they serve a token, a piece of text makes filters of its own."""
     pos = state[0] if state[0].shape[0] == 1 else state[0][-1:].contiguous()
     start = None if pos is state[0] else state[0][:-1].contiguous()
     cap = self.capacity(state) or 1
@@ -489,7 +490,7 @@ class H3LM:
     x = self.embed(tokens, place)
     for j, layer in enumerate(self.backbone.layers):
       n = len(layer.mixer.state_shapes(self.config, 1, 1))
-      x, s = layer(x, state[i:i+n], place, tables[j] if tables else None)
+      x, s = layer(x, state[i:i+n], place, tables=tables[j] if tables else None)
       new, i = new + list(s), i + n
     Tensor.realize(logits := self.head(x if x.ndim == 2 else x[:, -1].contiguous()), *new)
     # what a kernel has written in place is there already
@@ -530,437 +531,15 @@ class H3LM:
     return next((s.shape[2] for s in state if s.ndim == 4), None)   # keys and values alone have four dimensions
 
   @staticmethod
-  def from_pretrained(path:str, n_heads:int|None=None, dtype:str="float32") -> H3LM:
-    """A released model by name (see RELEASED), which is downloaded once; or the model in a file, or a folder with one:
-    a checkpoint of ours, or official weights, as .safetensors or of torch.save's, plain or from PyTorch Lightning,
-    under the names of today or the old ones.
+  def from_pretrained(path_or_name:str, n_heads:int|None=None, dtype:str="float32") -> H3LM:
+    """The model in a file or folder, or a released one by its name ("125M", …), downloaded once.
 
-    The shape of official weights is read off the tensors; n_heads, which can't be, by default goes by the width, or is
-    what a config.json beside the file says. dtype: what the matrices are kept in, see `flashconv.WEIGHTS`; in anything
-    but float32 a model can't be trained. The file is mapped, and converted tensor by tensor. CheckpointError, one line,
-    for anything else."""
-    if path in RELEASED and not os.path.exists(path): path = released(path)
-    if os.path.isdir(path):
-      found = sorted((f for f in Path(path).iterdir() if f.suffix in (".safetensors", ".pt", ".bin")),
-                     key=lambda f: f.stat().st_mtime)
-      if not found: raise CheckpointError(f"no model in the folder {path}.")
-      path = str(found[-1])
-    tensors, meta = (read_torch(path), {}) if path.endswith((".pt", ".pth", ".bin", ".ckpt")) else read_checkpoint(path)
-    return H3LM.from_checkpoint(tensors, meta, path, n_heads, dtype)
-
-  @staticmethod
-  def from_checkpoint(tensors:Weights, meta:dict[str, str], source:str, n_heads:int|None=None,
-                      dtype:str="float32") -> H3LM:
-    """The model of what `read_checkpoint` read: metadata model = "h3" and config = H3Config as JSON, tensors named
-    optim.… are passed over; or official weights, without metadata. CheckpointError, naming `source`, for the rest."""
-    weights = {} if "model" in meta else official_names(tensors)
-    if any(k.startswith("backbone.") for k in weights):
-      config = official_config(weights, source, n_heads)
-      weights = tiled(weights, config)
-    else:
-      if (kind := meta.get("model")) != "h3":
-        raise CheckpointError(f"{source}: not a checkpoint of an H3 model (its metadata: {kind!r}).")
-      heads = {} if n_heads is None else {"n_heads": n_heads}
-      try: config = H3Config(**json.loads(meta["config"]) | heads)
-      except (KeyError, TypeError, ValueError) as e:
-        raise CheckpointError(f"{source}: its config is unusable: {e}") from None
-      weights = {k: v for k, v in tensors.items() if not k.startswith("optim.")}
-    model = H3LM(config, seed=None)
-    load_weights(model, weights, source, dtype)
-    return model
-
-# ---------------------------------------------------------------- official weights
-
-RELEASED = {size: f"H3-{size.removesuffix('-rotary')}/resolve/main/{file}" for size, file in {
-  "125M": "model.pt", "355M": "model.pt", "1.3B": "model.pt", "2.7B": "model-3attn.pt",
-  "2.7B-rotary": "model-2attn-rotary.pt"}.items()}
-
-def released(name:str) -> str:
-  "Where the file of a released model is, downloaded if it must be."
-  return str(download(f"https://huggingface.co/danfu09/{RELEASED[name]}", MODELS/name/"model.pt"))
-
-def layers_of(tensors:Weights) -> int:
-  "One more than the largest number of a layer."
-  return 1 + max((int(m[1]) for k in tensors if (m := re.match(r"backbone\.layers\.(\d{1,9})\.", k))), default=-1)
-
-def official_names(tensors:Weights) -> Weights:
-  """Lightning's prefix taken off (what has none is not the model's), and the names of today for the old ones.
-
-  The old ones count a LayerNorm with the sublayer before it, so all are shifted by one: src/models/ssm_seq.py:193-224.
-  """
-  if any(k.startswith(("model.backbone.", "model.s4seq.")) for k in tensors):
-    tensors = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-  def today(name:str) -> str:
-    for old, new in (("s4seq.encoder.", "backbone."), ("embedding.", "backbone.embeddings.word_embeddings."),
-                     ("backbone.norm.", "backbone.ln_0.")):
-      if name.startswith(old): name = new + name.removeprefix(old)
-    return name
-  tensors = {today(k): v for k, v in tensors.items()}
-  if "backbone.ln_0.weight" not in tensors: return tensors
-  n = min(layers_of(tensors), len(tensors))
-  shifted = {k: v for k, v in tensors.items() if ".norm" not in k and "ln_" not in k}
-  def move(old:str, new:str) -> None:
-    for part in ("weight", "bias"):
-      if (v := tensors.get(f"backbone.{old}.{part}")) is not None: shifted[f"backbone.{new}.{part}"] = v
-  move("ln_0", "layers.0.norm1")
-  for i in range(n):
-    move(f"layers.{i}.norm1", f"layers.{i}.norm2")
-    move(f"layers.{i}.norm2", f"layers.{i+1}.norm1" if i < n-1 else "ln_f")
-  return shifted
-
-HEADS = {768: 12, 1024: 16, 2048: 16, 2560: 20}  # of the released models, by width
-
-def official_config(tensors:Weights, source:str, n_heads:int|None=None) -> H3Config:
-  """The shape of official weights. How many attention heads there are, and what a norm adds to the variance, only a
-  config.json beside the file can say, with the arguments of the authors' SSMLMHeadModel; it must not contradict."""
-  def shape(name:str, ndim:int) -> tuple[int, ...]:
-    if (name := f"backbone.{name}") not in tensors: raise CheckpointError(f"{source}: tensor {name} is missing.")
-    if len(found := tensors[name].shape) != ndim or 0 in found:
-      raise CheckpointError(f"{source}: tensor {name} has shape {found}, where {ndim} dimensions are wanted.")
-    return found
-  rows, D = shape("embeddings.word_embeddings.weight", 2)
-  if (n := layers_of(tensors)) > len(tensors):
-    raise CheckpointError(f"{source}: its layers are not all there: the last has number {n-1}.")
-  attn = tuple(i for i in range(n) for k in ("Wqkv", "out_proj") if f"backbone.layers.{i}.mixer.{k}.weight" in tensors)
-  h3 = next((i for i in range(n) if i not in attn), None)
-  config = dict(vocab_size=50257 if rows == 50264 else rows, d_model=D, n_layer=n, attn_layers=attn,
-                mlp_mult=shape("layers.0.mlp.fc1.weight", 2)[0] // D)
-  if "backbone.embeddings.position_embeddings.weight" in tensors:
-    config["max_positions"] = shape("embeddings.position_embeddings.weight", 2)[0]
-  if h3 is not None:
-    config |= dict(d_state=shape(f"layers.{h3}.mixer.ssm_k_kernel.kernel.B", 2)[1],
-                   head_dim=D // shape(f"layers.{h3}.mixer.D", 1)[0])
-  file, given = Path(source).with_name("config.json"), {}
-  try: given = dict(json.loads(file.read_text())) if file.is_file() else {}
-  except (TypeError, ValueError, OSError): raise CheckpointError(f"{file} is not JSON of a configuration.") from None
-  stated = given.get("attn_cfg") or {}
-  try: config["n_heads"] = n_heads or stated.get("num_heads") or HEADS.get(D) or (1 if not attn else None)
-  except AttributeError: raise CheckpointError(f"{file}: its attn_cfg is no object.") from None
-  if config["n_heads"] is None:
-    raise CheckpointError(f"{source}: of width {D}, the number of attention heads can't be told: give n_heads, or a "
-                          'config.json beside it with {"attn_cfg": {"num_heads": …}}.')
-  if attn and (inv := tensors.get(f"backbone.layers.{attn[0]}.mixer.rotary_emb.inv_freq")) is not None:
-    config["rotary_dim"] = 2*inv.shape[0] if len(inv.shape) == 1 else -1
-  for ours, theirs in (("vocab_size", "vocab_size"), ("norm_eps", "layer_norm_epsilon"),
-                       ("embed_dropout", "embed_dropout"), ("resid_dropout", "resid_dropout")):
-    if theirs in given: config[ours] = given[theirs]
-  config["pad_vocab_multiple"] = math.gcd(8, rows)
-  try:
-    made = H3Config(**config)
-    wrong = [k for k, v in (("d_model", D), ("n_layer", n)) if given.get(k, v) != v]
-  except (TypeError, ValueError) as e: raise CheckpointError(f"{source}: {e}") from None
-  if wrong: raise CheckpointError(f"{file} says {wrong[0]} {given[wrong[0]]}, the tensors of {source} say otherwise.")
-  if made.padded_vocab != rows:
-    raise CheckpointError(f"{file} says vocab_size {made.vocab_size}, the embedding of {source} has {rows} rows.")
-  return made
-
-def tiled(tensors:Weights, config:H3Config) -> Weights:
-  "Where channels share S < H rows of A and B (n_ssm), each its own: h has row h mod S (ss_kernel_diag.py:134,146)."
-  H, out = config.d_model // config.head_dim, dict(tensors)
-  for k, v in tensors.items():
-    if re.search(r"\.mixer\.kernel\.kernel\.(B|inv_A_real|A_imag)$", k) and v.shape and 0 < v.shape[0] < H \
-       and H % v.shape[0] == 0:
-      x = v.numpy()
-      out[k] = Stored(np.tile(x, (H // len(x), *[1]*(x.ndim-1))))
-  return out
-
-def save_official(path:str, model:H3LM) -> None:
-  """Writes a model of H3 and attention as the authors' code reads it: .safetensors, else as torch.save would; with a
-  config.json beside it that holds the arguments of their SSMLMHeadModel. Their slow path's order of channels is made
-  that of the output. CheckpointError if another config.json is there; OSError."""
-  if model.config.ssm != "h3": raise CheckpointError(f"{path}: the authors' code has no model of {model.config.ssm}.")
-  c, weights = model.config, {k: v.numpy() for k, v in get_state_dict(model).items()}
-  for i, layer in enumerate(model.backbone.layers):
-    if i in c.attn_layers and c.rotary_dim:
-      inv_freq = 10000.0 ** (-np.arange(0, c.rotary_dim, 2) / c.rotary_dim)
-      weights[f"backbone.layers.{i}.mixer.rotary_emb.inv_freq"] = inv_freq.astype(np.float32)
-    if i not in c.attn_layers and c.head_order == "hd2":            # column h*p + d2 becomes d2*H + h
-      name = f"backbone.layers.{i}.mixer.output_linear.weight"
-      weights[name] = weights[name].reshape(c.d_model, -1, c.head_dim).swapaxes(1, 2).reshape(c.d_model, -1)
-  config = dict(d_model=c.d_model, n_layer=c.n_layer, d_inner=c.mlp_mult*c.d_model, vocab_size=c.vocab_size,
-                ssm_cfg=dict(mode="diag", measure="diag-lin", d_state=c.d_state, head_dim=c.head_dim),
-                attn_layer_idx=list(c.attn_layers), attn_cfg=dict(num_heads=c.n_heads, rotary_emb_dim=c.rotary_dim),
-                resid_dropout=c.resid_dropout, embed_dropout=c.embed_dropout, layer_norm_epsilon=c.norm_eps,
-                pad_vocab_size_multiple=c.pad_vocab_multiple, max_position_embeddings=c.max_positions)
-  text, beside = json.dumps(config, indent=1) + "\n", Path(path).with_name("config.json")
-  if beside.exists() and beside.read_text() != text:
-    raise CheckpointError(f"{beside} is there and says something else: name a file in a folder of its own")
-  stored = {k: Stored(v) for k, v in weights.items()}
-  if str(path).endswith(".safetensors"):
-    tied = {"lm_head.weight": stored["backbone.embeddings.word_embeddings.weight"]}
-    save_checkpoint(str(path), stored | tied, {"format": "pt"})
-  else: save_torch(str(path), stored)
-  beside.write_text(text)
-
-# ---------------------------------------------------------------- checkpoints: safetensors
-
-class CheckpointError(ValueError):
-  "A checkpoint that can't be used. The message is one line and names the file."
-
-DTYPES = {k: np.dtype(v) for k, v in dict(
-  F64="f8", F32="f4", F16="f2", I64="i8", I32="i4", I16="i2", I8="i1", U64="u8", U32="u4",
-  U16="u2", U8="u1", BOOL="?", BF16="u2").items()}
-
-@dataclasses.dataclass
-class Stored:
-  "A tensor of a file, which is mapped: its bytes are read when `numpy` is called."
-  array: np.ndarray
-  bfloat16: bool = False           # array: the upper halves of float32s
-  file: mmap.mmap|None = None
-  check: Callable[[], None] = lambda: None      # raises CheckpointError where the bytes are not what was written
-  @property
-  def shape(self) -> tuple[int, ...]: return self.array.shape
-  def numpy(self) -> np.ndarray:
-    self.check()
-    return (self.array.astype(np.uint32) << 16).view(np.float32) if self.bfloat16 else self.array
-  def let_go(self) -> None:
-    "Of the pages read so far: they count as the process's memory until then."
-    if self.file is not None and hasattr(mmap, "MADV_DONTNEED"): self.file.madvise(mmap.MADV_DONTNEED)
-
-Weights = dict[str, Stored]
-
-def mapped(path:str) -> mmap.mmap:
-  with open(path, "rb") as f: return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-
-# the metadata of a checkpoint of ours; in a file of others it may be anything
-OURS = {"model", "config", "args", "step", "tokenizer", "losses", "held_out", "baseline", "labels", "data", "scale",
-        "crc32"}
-
-def save_checkpoint(path:str, tensors:dict[str, Tensor|Stored], metadata:dict[str, str],
-                    before:Callable[[], None]=lambda: None) -> None:
-  """Writes a safetensors file, whole or not at all: beside `path` first, then renamed over it; `before` is called in
-  between. Tensor by tensor: memory holds one more than the model.
-
-  Of a checkpoint of ours the metadata hold checksums, "crc32": of the header, with zeros in its own place, and of each
-  tensor in turn, 8 hexadecimal digits each. OSError if it can't be written; what was there is then untouched."""
-  name, ends = {v: k for k, v in DTYPES.items() if k != "BF16"}, [0]
-  kinds = {k: v.array.dtype if isinstance(v, Stored) else np.dtype(v.dtype.fmt) for k, v in tensors.items()}
-  for k, v in tensors.items(): ends.append(ends[-1] + math.prod(v.shape)*kinds[k].itemsize)
-  sums = ["0"*8]*(1 + len(tensors)) if "config" in metadata else []
-  def head() -> bytes:
-    header = {"__metadata__": ({"crc32": "".join(sums)} if sums else {}) | metadata} | {
-      k: {"dtype": name[kinds[k]], "shape": list(v.shape), "data_offsets": ends[i:i+2]}
-      for i, (k, v) in enumerate(tensors.items())}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)
-  tmp = f"{path}.{os.getpid()}.tmp"
-  try:
-    with open(tmp, "wb") as f:
-      f.write(len(head()).to_bytes(8, "little") + head())
-      for i, v in enumerate(tensors.values()):
-        f.write(data := np.ascontiguousarray(v.numpy()).data.cast("B") if 0 not in v.shape else b"")
-        if sums: sums[1+i] = f"{zlib.crc32(data):08x}"
-      if sums:
-        sums[0] = f"{zlib.crc32(head()):08x}"
-        f.seek(8)
-        f.write(head())
-      f.flush()
-      os.fsync(f.fileno())
-    before()
-    os.replace(tmp, path)
-    if os.name == "posix":                                          # the new name too has to reach the disk
-      folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-      try: os.fsync(folder)
-      finally: os.close(folder)
-  finally:
-    if os.path.exists(tmp): os.remove(tmp)
-
-def read_checkpoint(path:str) -> tuple[Weights, dict[str, str]]:
-  """All tensors of a safetensors file, and its metadata.
-
-  The whole layout is checked before anything is loaded, and of a checkpoint of ours the header's checksum, then each
-  tensor's when it is read: CheckpointError if something is off."""
-  def need(ok:bool, what:str):
-    if not ok: raise CheckpointError(f"{path}: {what}.")
-  need(os.path.isfile(path), "no such file")
-  size = os.path.getsize(path)
-  with open(path, "rb") as f:
-    n = int.from_bytes(f.read(8), "little")
-    need(size >= 8 and n >= 2 and (n + 8 <= size or n < 1 << 27), "not a safetensors file")
-    need(n + 8 <= size, f"truncated inside its header ({size} bytes)")
-    try: header = json.loads(raw := f.read(n))
-    except (ValueError, RecursionError): header = None
-  need(isinstance(header, dict), "not a safetensors file (its header is not JSON)")
-  meta, end = header.pop("__metadata__", {}), 0
-  need(isinstance(meta, dict) and all(isinstance(v, str) for v in meta.values()), "its metadata are malformed")
-  sums = meta.pop("crc32", None)
-  if sums is not None:
-    need(len(sums) == 8 + 8*len(header) and raw.count(sums.encode()) == 1
-         and f"{zlib.crc32(raw.replace(sums[:8].encode(), b'0'*8, 1)):08x}" == sums[:8], "its header is damaged")
-  elif "config" in meta: need(meta.keys() <= OURS, "its metadata are damaged")
-  try:
-    entries = sorted((v["data_offsets"], k, v["dtype"], v["shape"]) for k, v in header.items())
-    for (lo, hi), k, dt, shape in entries:
-      if not all(type(n) is int for n in (lo, hi, *shape)): raise TypeError
-      need(dt in DTYPES, f"tensor {k} has dtype {dt}, which is not supported")
-      need(lo == end and hi - lo == math.prod(shape) * DTYPES[dt].itemsize
-           and min(shape, default=0) >= 0, f"its header is damaged at tensor {k}")
-      end = hi
-  except (KeyError, TypeError, ValueError) as e:
-    if isinstance(e, CheckpointError): raise
-    raise CheckpointError(f"{path}: its header is malformed.") from None
-  need(size >= n + 8 + end, f"truncated: {size} bytes where its header promises {n + 8 + end}")
-  need(size == n + 8 + end, f"{size - n - 8 - end} bytes too long for its header")
-  file, tensors = mapped(path), {}
-  for i, ((lo, hi), k, dt, shape) in enumerate(entries):
-    @functools.cache
-    def check(k=k, lo=n+8+lo, hi=n+8+hi, want=sums and sums[8+8*i:16+8*i]) -> None:
-      if want: need(f"{zlib.crc32(memoryview(file)[lo:hi]):08x}" == want, f"tensor {k} is damaged")
-    array = np.frombuffer(file, DTYPES[dt], math.prod(shape), n + 8 + lo).reshape(shape)
-    tensors[k] = Stored(array, dt == "BF16", file, check)
-  return tensors, meta
-
-MODELS = Path(cache_dir) / "models"               # where released weights are kept
-
-def download(url:str, path:Path) -> Path:
-  """The file at `url`, kept at `path`, with a progress bar on stderr; a broken download goes on where it ended.
-
-  CheckpointError, one line that says where to put the file by hand, if it can't be had whole."""
-  if path.is_file(): return path
-  part, got, size = path.with_name(path.name + ".part"), 0, None
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    have = part.stat().st_size if part.exists() else 0
-    if have: have -= 1                                              # a server has nothing to say of a range of no bytes
-    ask = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "h3tiny"})
-    with urllib.request.urlopen(ask, timeout=30) as r, open(part, "r+b" if have and r.status == 206 else "wb") as f:
-      got = f.seek(have if r.status == 206 else 0)
-      if r.headers["Content-Length"]: size = got + int(r.headers["Content-Length"])
-      bar = tqdm(total=size, desc=f"{path.parent.name}/{path.name}", unit="B", unit_scale=True)
-      bar.update(got)
-      while chunk := r.read(1 << 20):
-        got += f.write(chunk)
-        bar.update(len(chunk))
-      bar.update(0, close=True)
-    if size is not None and got != size:
-      raise OSError(f"it broke off after {got:,} of {size:,} bytes; once more, and it goes on from there")
-  except (OSError, http.client.HTTPException, ValueError) as e:
-    if getattr(e, "code", None) == 416: part.unlink()               # more than there is: it was another file's
-    raise CheckpointError(f"can't download {url} ({e}). The file can be put by hand at {path}") from None
-  os.replace(part, path)
-  return path
-
-def read_torch(path:str) -> Weights:
-  """All tensors of a file of torch.save's (its zip form, from PyTorch 1.6 on), flat or under "state_dict".
-
-  Its pickle is read by an interpreter that knows dictionaries, tensors and nothing else: what it names of other
-  libraries becomes an empty object, and nothing of it is called. CheckpointError if it names a function of Python's own
-  library, or is damaged."""
-  def fail(what:str): raise CheckpointError(f"{path}: {what}.")
-  if not os.path.isfile(path): fail("no such file")
-  if not zipfile.is_zipfile(path): fail("not a file of torch.save's, or a truncated one")
-  class Foreign:
-    def __new__(cls, *args, **kw): return object.__new__(cls)
-    def __init__(self, *args, **kw): pass
-    def __setstate__(self, state): pass
-    def __setitem__(self, k, v): pass
-    def append(self, x): pass
-    def extend(self, x): pass
-  def tensor(storage, offset, size, stride, *_) -> Stored:
-    whole = all(type(n) is int and n >= 0 for n in (offset, *size, *stride))      # Python's own do not overflow
-    if not isinstance(storage, Stored) or not whole or len(size) != len(stride) or \
-       math.prod(size) > (n := len(raw := storage.array)) or \
-       (0 not in size and offset + sum((n-1)*s for n, s in zip(size, stride)) >= n): raise ValueError
-    view = np.lib.stride_tricks.as_strided(raw[offset:], size, [s*raw.itemsize for s in stride], writeable=False)
-    return dataclasses.replace(storage, array=view)
-  storages = {"Float": "f4", "Double": "f8", "Half": "f2", "BFloat16": "u2", "Long": "i8", "Int": "i4", "Short": "i2",
-              "Char": "i1", "Byte": "u1", "Bool": "?"}
-  known = {("collections", "OrderedDict"): collections.OrderedDict, ("torch._utils", "_rebuild_tensor_v2"): tensor,
-           ("torch._utils", "_rebuild_parameter"): lambda data, *_: data}
-  class Reader(pickle.Unpickler):
-    def find_class(self, module:str, name:str):
-      if (module, name) in known: return known[module, name]
-      if module == "torch" and name.endswith("Storage"): return name.removesuffix("Storage")
-      if module.split(".")[0] in {"__builtin__", *sys.stdlib_module_names}:
-        fail(f"its pickle asks for {module}.{name}, which a model does not need: refused")
-      return Foreign
-    def persistent_load(self, pid):
-      _, kind, key, _, n = pid
-      entry = file.getinfo(f"{root}/data/{key}")
-      head = whole[entry.header_offset:entry.header_offset+30]      # then come the name and a field of no use
-      start = entry.header_offset + 30 + sum(int.from_bytes(head[i:i+2], "little") for i in (26, 28))
-      dtype = np.dtype(storages[kind])
-      if entry.compress_type or entry.file_size != n*dtype.itemsize or type(n) is not int: raise ValueError
-      @functools.cache
-      def check():
-        if zlib.crc32(memoryview(whole)[start:start+entry.file_size]) != entry.CRC:
-          fail(f"damaged in its part {entry.filename}")
-      return Stored(np.frombuffer(whole, dtype, n, start), kind == "BFloat16", whole, check)
-  try:
-    with zipfile.ZipFile(path) as file:
-      pickled = next(i for i in file.infolist() if i.filename.endswith("/data.pkl"))
-      root, whole = pickled.filename.removesuffix("/data.pkl"), mapped(path)
-      if pickled.file_size > 1 << 28: raise ValueError
-      tree = Reader(io.BytesIO(file.read(pickled))).load()
-  except CheckpointError: raise
-  except Exception as e: fail(f"damaged, or not of torch.save's ({type(e).__name__})")     # pickle raises anything
-  if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict): tree = tree["state_dict"]
-  tree = {str(k): v for k, v in tree.items() if isinstance(v, Stored)} if isinstance(tree, dict) else {}
-  if not tree: fail("no tensors in it")
-  return tree
-
-def save_torch(path:str, tensors:dict[str, Tensor|Stored], wrap:tuple[str, ...]=()) -> None:
-  """Writes float32 tensors as torch.save does a state_dict, so that the authors' code loads them; whole or not at all.
-
-  wrap: keys of dictionaries around it. The pickle is put together by hand: PyTorch's own classes are only named in it.
-  The tied lm_head.weight shares the embedding's storage, as it does there."""
-  word = lambda s: b"X" + len(s.encode()).to_bytes(4, "little") + s.encode()
-  def number(n:int) -> bytes: return b"\x8a\x08" + n.to_bytes(8, "little", signed=True)
-  def numbers(ns:tuple[int, ...]) -> bytes: return b"(" + b"".join(map(number, ns)) + b"t"
-  new = b"ccollections\nOrderedDict\n)R"                             # an empty OrderedDict
-  body, keys = new + b"(", {k: str(i) for i, k in enumerate(tensors)}
-  words = "backbone.embeddings.word_embeddings.weight"
-  for k in [*tensors, *["lm_head.weight"] * (words in tensors)]:
-    key, shape = keys[own := k if k in tensors else words], tensors[own].shape
-    size = number(math.prod(shape))
-    storage = b"(" + word("storage") + b"ctorch\nFloatStorage\n" + word(key) + word("cpu") + size + b"tQ"
-    layout = number(0) + numbers(shape) + numbers(tuple(math.prod(shape[i+1:]) for i in range(len(shape))))
-    body += word(k) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + layout + b"\x89" + new + b"tR"
-  body += b"u"
-  for k in reversed(wrap): body = b"}" + word(k) + body + b"s"
-  root, tmp = Path(path).stem, f"{path}.{os.getpid()}.tmp"
-  try:
-    with zipfile.ZipFile(tmp, "w") as z:
-      z.writestr(f"{root}/data.pkl", b"\x80\x02" + body + b".")
-      z.writestr(f"{root}/byteorder", "little")
-      for k, t in tensors.items():
-        with z.open(f"{root}/data/{keys[k]}", "w", force_zip64=True) as f:
-          f.write(np.ascontiguousarray(t.numpy(), np.float32).data)
-      z.writestr(f"{root}/version", "3\n")
-    os.replace(tmp, path)
-  finally:
-    if os.path.exists(tmp): os.remove(tmp)
-
-def narrowed(x:np.ndarray, dtype:str) -> np.ndarray:
-  "float32 as one of WEIGHTS: to the nearest, and of two as near to the even one."
-  if dtype != "bfloat16": return np.ascontiguousarray(x, np.float16 if dtype == "float16" else np.float32)
-  x, out = np.ascontiguousarray(x, np.float32).reshape(-1).view(np.uint32), np.empty(x.shape, np.uint16)
-  for at in range(0, len(x), 1 << 20):
-    piece = x[at:at + (1 << 20)]
-    out.reshape(-1)[at:at + (1 << 20)] = (piece + (0x7fff + (piece >> 16 & 1))) >> 16
-  return out
-
-def filled(x:np.ndarray, dtype:DType=dtypes.float, device:str|None=None) -> Tensor:
-  "A Tensor of an array of this type, in one copy: Tensor(x) would hold two for a while."
-  new = Tensor.empty(*x.shape, dtype=dtype, device=device)
-  new._buffer().ensure_allocated().copy_from(Buffer("NPY", x.size, dtype, opaque=np.ascontiguousarray(x)))
-  return new
-
-def load_weights(model:H3LM, weights:dict[str, Tensor|Stored], source:str="weights", dtype:str="float32"):
-  """Puts weights, by official name, into the model, tensor by tensor; matrices as `dtype`, of flashconv.WEIGHTS.
-  CheckpointError unless names and shapes match, and what is checked about the file's bytes is right."""
-  have = get_state_dict(model)
-  for name in have:
-    if name not in weights: raise CheckpointError(f"{source}: tensor {name} is missing.")
-    if (shape := weights[name].shape) != have[name].shape:
-      raise CheckpointError(f"{source}: tensor {name} has shape {shape}, not {have[name].shape}.")
-  for name in weights:
-    if name not in have and name != "lm_head.weight" and not name.endswith(".rotary_emb.inv_freq"):
-      raise CheckpointError(f"{source}: tensor {name} does not belong to this model.")
-  for name, p in have.items():
-    kind, w = dtype if p.ndim == 2 and name.endswith(".weight") else "float32", weights[name]
-    with np.errstate(over="ignore"): x = narrowed(w.numpy(), kind)
-    if kind == "float16" and np.isinf(x).any():
-      raise CheckpointError(f"{source}: tensor {name} has values past what float16 holds: take bfloat16.")
-    p.replace(filled(x, WEIGHTS[kind], p.device))
-    if isinstance(w, Stored): w.let_go()
+    A file is a checkpoint of train.py, or holds official weights: .safetensors, or of torch.save's,
+    plain or from PyTorch Lightning, under the names of today or the old ones. The shape of official
+    weights is read off the tensors. n_heads: attention heads; by default they go by the width, or
+    are what a config.json beside the file says. dtype: what the matrices are kept in, see
+    `flashconv.WEIGHTS`; in anything but float32 a model can't be trained.
+    Raises CheckpointError, one line, for anything else."""
+    from support.checkpoints import find, h3_model, read_weights
+    path = find(path_or_name)
+    return h3_model(*read_weights(path), str(path), n_heads, dtype)

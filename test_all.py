@@ -8,11 +8,13 @@ without it what takes long is left out.
 """
 import gc, time
 gc.set_threshold(500_000, 50, 1000)          # tinygrad's graphs are many small objects: a quarter less time
-import contextlib, ctypes, dataclasses, http.server, importlib.util, io, json, math, os, pickle, re, shlex, shutil, signal
-import subprocess, sys, threading, urllib.error, urllib.request, zipfile
+import bz2, collections, contextlib, ctypes, dataclasses, gzip, hashlib, http.server, importlib.util
+import io, itertools, json, lzma, math, os, pickle, pickletools, re, shlex, shutil, signal, socket
+import struct, subprocess, sys, threading, zipfile
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Callable
+from unittest import mock
 import numpy as np, pytest
 import flashconv
 flashconv.setup_device()
@@ -23,9 +25,12 @@ from tinygrad.nn.optim import AdamW
 from tinygrad.nn.state import get_state_dict
 from tinygrad.runtime.ops_cpu import CPUProgram
 import bigs_tiny, generate as gen, h3tiny, train
+from support import checkpoints, text as texts
 from bigs_tiny import BLOCKS, BiGS, BiGSConfig
 from flashconv import capture, embedding, fftconv, layernorm, matmul, product, softmax, ssm_conv
-from h3tiny import CheckpointError, H3Config, H3LM, H3Mixer, load_weights, read_checkpoint, save_checkpoint
+from h3tiny import H3Config, H3LM, H3Mixer
+from support.checkpoints import (CheckpointError, Stored, load_weights, read_checkpoint,
+                                 save_checkpoint, save_official)
 
 HERE = Path(__file__).resolve().parent
 # what takes 20 seconds and more: train something until it has learned, or go through the README's commands
@@ -461,7 +466,7 @@ SMALL_TYPES = [name for name, dtype in flashconv.WEIGHTS.items()
 def test_kernel_matmul_of_small_weights(M, K, N, dtype, flash, always):
   "as exact as with float32s of the same values, one row, a few, and many; and the look-up"
   x, w = normal(M, K), normal(N, K)
-  W = h3tiny.filled(h3tiny.narrowed(w, dtype), flashconv.WEIGHTS[dtype])
+  W = checkpoints.filled(checkpoints.narrowed(w, dtype), flashconv.WEIGHTS[dtype])
   exact = flashconv.widened(W).numpy()
   close(matmul(Tensor(x), W, transposed=True), x, exact.T)
   t = rng.integers(0, N, 5).astype(np.int32)
@@ -470,7 +475,7 @@ def test_kernel_matmul_of_small_weights(M, K, N, dtype, flash, always):
 def test_rounding_to_bfloat16():
   "to the nearest; of two as near to the one that ends in 0; both zeros, infinities and the smallest numbers stay"
   x = np.concatenate([normal(1 << 20), np.float32([0, -0.0, np.inf, -np.inf, 1e-45, 1 + 2**-8, 1 + 3*2**-8])])
-  bits = h3tiny.narrowed(x, "bfloat16").astype(np.uint32)
+  bits = checkpoints.narrowed(x, "bfloat16").astype(np.uint32)
   up, down = ((x.view(np.uint32) >> 16) + i << 16 for i in (1, 0))
   with np.errstate(invalid="ignore"):
     far = [np.abs(b.view(np.float32).astype(np.float64) - x) for b in (up, down)]
@@ -1257,6 +1262,10 @@ def test_forward_equals_steps_equals_prefill_in_pieces(config):
   logits, s = model.prefill(toks(t[:, :3]))
   for i in range(3, 7): logits, s = model.step(toks(t[:, i]), s)
   same((logits, s))
+  # tables of the weights are for tokens: with a piece of text they change nothing
+  for piece in (t[:, :5], t[:, 5]):
+    with_tables = model.advance(toks(piece), model.init_state(2), tables=model.tables())
+    assert_close(with_tables, model.advance(toks(piece), model.init_state(2)).numpy(), 2e-5)
   if not config.attn_layers: return
   with pytest.raises(ValueError, match="14 tokens do not fit the attention cache of 12"): model.prefill(toks(t), s)
   with pytest.raises(ValueError, match="empty"): model.prefill(toks(t[:, :0]))
@@ -1367,7 +1376,43 @@ def test_checkpoint(tmp_path):
   refused("not a checkpoint of an H3 model", tensors=w, metadata=meta | {"model": "bigs"})
   refused("config", tensors=w, metadata={"model": "h3"})
   refused("config", tensors=w, metadata=meta | {"config": '{"d_modle": 3}'})
-  with pytest.raises(CheckpointError, match="no such file"): H3LM.from_pretrained(str(tmp_path / "none"))
+  with pytest.raises(CheckpointError, match="no model at"): H3LM.from_pretrained(str(tmp_path / "none"))
+
+@contextlib.contextmanager
+def named(*names:str):
+  "Classes of these names, 'module.Class', as if installed: for pickles that name them."
+  made, modules = [], {}
+  for name in names:
+    home, _, own = name.rpartition(".")
+    made.append(type(own, (), {"__module__": home}))
+    setattr(modules.setdefault(home, ModuleType(home)), own, made[-1])
+  with mock.patch.dict(sys.modules, modules): yield made
+
+def torch_file(path:str, tensors:dict, wrap:tuple[str, ...]=(), beside:dict={}) -> None:
+  """Writes float32 tensors as torch.save does, without torch. wrap: keys of dictionaries around
+  them; beside: what else is in the outermost one. In it an Array is a tensor, too."""
+  arrays = []
+  with named("torch.FloatStorage", "torch._utils._rebuild_tensor_v2") as (storage, rebuild):
+    class Pickler(pickle.Pickler):
+      def persistent_id(self, x):
+        if not isinstance(x, np.ndarray): return None
+        arrays.append(x)
+        return "storage", storage, str(len(arrays)-1), "cpu", x.size
+      def reducer_override(self, x):
+        if not isinstance(x, Array): return NotImplemented
+        strides = tuple(math.prod(x.data.shape[i+1:]) for i in range(x.data.ndim))
+        return rebuild, (x.data, 0, x.data.shape, strides, False, collections.OrderedDict())
+    tree = collections.OrderedDict((k, Array(v.numpy())) for k, v in tensors.items())
+    for key in reversed(wrap): tree = {key: tree}
+    Pickler(out := io.BytesIO(), 2).dump({**tree, **beside} if beside else tree)
+  with zipfile.ZipFile(path, "w") as z:
+    z.writestr("m/data.pkl", out.getvalue())
+    for i, x in enumerate(arrays):
+      z.writestr(f"m/data/{i}", np.ascontiguousarray(x, np.float32).tobytes())
+
+@dataclasses.dataclass
+class Array:
+  data: np.ndarray
 
 def old_names(tensors:dict) -> dict:
   "Official weights as the first releases named them: each LayerNorm belongs to the sublayer before it."
@@ -1393,7 +1438,7 @@ def test_official_weights(tiny, tmp_path):
       given = tensors
       if wrap: given = {f"model.{k}": v for k, v in tensors.items()} | {"loss.weight": Tensor([1.0])}
       if wrap is None: save_checkpoint(str(tmp_path/name), given, {"format": "pt"})
-      else: h3tiny.save_torch(str(tmp_path/name), given, wrap)
+      else: torch_file(str(tmp_path/name), given, wrap)
       model = H3LM.from_pretrained(str(tmp_path/name))
       assert model.config == dataclasses.replace(tiny.config, n_heads=4), name
       for k, v in get_state_dict(model).items(): assert (v.numpy() == new[k].numpy()).all(), (name, k)
@@ -1401,7 +1446,7 @@ def test_official_weights(tiny, tmp_path):
   assert n == 6
   assert_close(model(toks(golden("tiny_h3/tokens_L7.npy"))), golden("tiny_h3/logits_L7.npy"), 5e-5)
   def refused(why, tensors):
-    h3tiny.save_torch(str(tmp_path/"d.pt"), tensors)
+    torch_file(str(tmp_path/"d.pt"), tensors)
     with pytest.raises(CheckpointError, match=why) as e: H3LM.from_pretrained(str(tmp_path/"d.pt"))
     assert "d.pt" in str(e.value) and "\n" not in str(e.value)
   some = "backbone.layers.1.mixer.q_proj.weight"
@@ -1411,46 +1456,114 @@ def test_official_weights(tiny, tmp_path):
   hybrid = shaken(H3Config(40, 16, 3, (1,), n_heads=2, d_state=8, rotary_dim=4, head_dim=2))
   weights = get_state_dict(hybrid) | {"backbone.layers.1.mixer.rotary_emb.inv_freq": Tensor([1.0, 0.01])}
   os.remove(tmp_path/"config.json")
-  h3tiny.save_torch(str(tmp_path/"e.pt"), weights)
+  torch_file(str(tmp_path/"e.pt"), weights)
   assert H3LM.from_pretrained(str(tmp_path/"e.pt"), n_heads=2).config == hybrid.config
   with pytest.raises(CheckpointError, match="give n_heads"): H3LM.from_pretrained(str(tmp_path/"e.pt"))
   (tmp_path/"config.json").write_text('{"attn_cfg": {"num_heads": 2}}')
   assert H3LM.from_pretrained(str(tmp_path/"e.pt")).config == hybrid.config
 
 def test_hybrid_and_rotary_from_official_files(tmp_path):
-  """Against float64, as loaded from what `save_official` writes, which PyTorch reads; in the authors' channel order;
+  """Against float64, as loaded from what `save_official` writes; in the authors' channel order;
   with rows of A and B that channels share."""
   def same(model:H3LM, name:str) -> None:
-    h3tiny.save_official(str(tmp_path/name), model)
+    save_official(str(tmp_path/name), model)
     again, t = H3LM.from_pretrained(str(tmp_path/name)), np.random.default_rng(0).integers(0, 19, (2, 11))
     assert again.config == dataclasses.replace(model.config, head_order="d2h", max_length=2048)
     assert_close(again(toks(t)), np_lm(model, t), 2e-5, name)
-    if importlib.util.find_spec("torch"):
-      import torch
-      assert name.endswith(".safetensors") or "lm_head.weight" in torch.load(tmp_path/name, weights_only=True)
   for config in (HYBRIDS[0], dataclasses.replace(HYBRIDS[2], attn_layers=(1,), pad_vocab_multiple=1)):
-    for name in ("model.pt", "model.safetensors"):
-      same(shaken(config), name)
+    same(shaken(config), "model.safetensors")
     with pytest.raises(CheckpointError, match="config.json is there"):
-      h3tiny.save_official(str(tmp_path/"other.pt"), H3LM(H3Config(19, 8, 1)))
-    assert not (tmp_path/"other.pt").exists()
+      save_official(str(tmp_path/"other.safetensors"), H3LM(H3Config(19, 8, 1)))
+    assert not (tmp_path/"other.safetensors").exists()
     os.remove(tmp_path/"config.json")
   model = shaken(H3Config(16, 12, 1, d_state=4))
-  weights = {k: h3tiny.Stored(v.numpy()) for k, v in get_state_dict(model).items()}
+  weights = {k: Stored(v.numpy()) for k, v in get_state_dict(model).items()}
   for part in ("B", "inv_A_real", "A_imag"):
     name = f"backbone.layers.0.mixer.kernel.kernel.{part}"
     few = weights[name].numpy()[:4]
-    weights[name] = h3tiny.Stored(few)
+    weights[name] = Stored(few)
     get_state_dict(model)[name].replace(Tensor(np.concatenate([few]*3)))            # SSM h has row h mod 4
-  h3tiny.save_torch(str(tmp_path/"shared.pt"), weights)
+  torch_file(str(tmp_path/"shared.pt"), weights)
   t = np.random.default_rng(0).integers(0, 16, (1, 9))
   assert_close(H3LM.from_pretrained(str(tmp_path/"shared.pt"))(toks(t)), np_lm(model, t), 2e-5)
+
+def test_export_is_true_or_refused(tmp_path):
+  """A config is written where the authors' code makes of it these tensors: their own files' names
+  and shapes. What was changed in a copy of h3tiny.py, an MLP or a layer more, is refused, and
+  nothing written."""
+  c = json.load(open(GOLDEN/"tiny_h3"/"config.json"))
+  config = H3Config(c["vocab_size"], c["d_model"], c["n_layer"], d_state=c["ssm_cfg"]["d_state"])
+  theirs = read_checkpoint(f"{GOLDEN}/tiny_h3/model.safetensors")[0]
+  assert checkpoints.official_shapes(config) == {k: v.shape for k, v in theirs.items()}
+  for name, parameters, names in (("125M", 126_387_456, 291), ("2.7B", 2_670_307_840, 765),
+                                  ("2.7B-rotary", 2_671_134_720, 780)):
+    shapes = checkpoints.official_shapes(H3Config.named(name))
+    assert len(shapes) + 1 == names                        # and lm_head.weight
+    # rotary_emb.inv_freq is no parameter
+    assert sum(math.prod(v) for k, v in shapes.items() if "inv_freq" not in k) == parameters
+  def wider(layers): layers[0].mlp = h3tiny.MLP(H3Config(19, 16, 2, mlp_mult=2), rng)
+  def gated(layers): layers[1].mlp.gate = h3tiny.Linear(16, 32, rng, 0.02)
+  def unbiased(layers): del layers[1].mixer.q_proj.bias
+  def longer(layers): layers.append(layers[0])
+  changes = {wider: "layers.0.mlp.fc1.bias has shape (32,) here and (64,)",
+             gated: "layers.1.mlp.gate.bias has shape (32,) here and none",
+             unbiased: "layers.1.mixer.q_proj.bias has shape none here and (16,)",
+             longer: "layers.2.mixer.D has shape (16,) here and none"}
+  path = str(tmp_path/"m.safetensors")
+  for change, words in changes.items():
+    model = H3LM(H3Config(19, 16, 2))
+    change(model.backbone.layers)
+    with pytest.raises(CheckpointError, match=re.escape(words)) as e: save_official(path, model)
+    assert path in str(e.value) and "\n" not in str(e.value) and not os.listdir(tmp_path)
+  with pytest.raises(CheckpointError, match="no model of s4d"):
+    save_official(path, H3LM(H3Config(19, 16, 2, ssm="s4d")))
+
+def readme_python(word:str) -> str:
+  "The block of Python in the README with this word in it."
+  blocks = re.findall(r"```python\n(.*?)```", (HERE/"README.md").read_text(), re.S)
+  return next(b for b in blocks if word in b)
+
+def torch_python() -> str|None:
+  "An interpreter that has PyTorch and safetensors: this one, or TORCH_PYTHON's."
+  here = all(importlib.util.find_spec(m) for m in ("torch", "safetensors"))
+  return os.environ.get("TORCH_PYTHON") or (sys.executable if here else None)
+
+TORCH_CHECK = """
+w = torch.load("official/model.pt", weights_only=True)
+words = w["backbone.embeddings.word_embeddings.weight"]
+assert (w["lm_head.weight"] == words).all()
+half = {"model." + k: v.bfloat16() for k, v in w.items()}
+torch.save({"state_dict": half}, "official/old.pt", _use_new_zipfile_serialization=False)
+strided = {k: v.t().contiguous().t() if v.ndim == 2 else v for k, v in w.items()}
+torch.save(strided, "official/strided.ckpt")
+print(len(w))
+"""
+
+@pytest.mark.skipif(not torch_python(), reason="PyTorch and safetensors, here or in TORCH_PYTHON")
+def test_pytorch_makes_a_pt_of_an_export(tmp_path):
+  """By the two lines of the README. PyTorch loads it, weights only, and so do we: the same numbers.
+  And what PyTorch itself makes of them: strided tensors, bfloat16 in its form before 1.6."""
+  model = shaken(HYBRIDS[0])
+  (tmp_path/"official").mkdir()
+  save_official(str(tmp_path/"official"/"model.safetensors"), model)
+  two_lines = readme_python("safetensors.torch")
+  assert two_lines == gen.TO_PT.format("official/model") + "\n"
+  done = subprocess.run([torch_python(), "-c", two_lines + TORCH_CHECK], cwd=tmp_path, check=True,
+                        capture_output=True, text=True)
+  assert int(done.stdout) == 1 + len(checkpoints.official_shapes(model.config))
+  load = lambda name: get_state_dict(H3LM.from_pretrained(str(tmp_path/"official"/name)))
+  want = load("model.safetensors")
+  for name in ("model.pt", "strided.ckpt"):
+    for k, v in load(name).items(): assert (v.numpy() == want[k].numpy()).all(), (name, k)
+  for k, v in load("old.pt").items():
+    got, w = v.numpy(), want[k].numpy()
+    assert (got.view(np.uint32) & 0xffff == 0).all() and (abs(got - w) <= 2**-8*abs(w)).all(), k
 
 def test_damaged_official_files(tiny, tmp_path, monkeypatch):
   "One line that names the file, and the tensor if it is one; nothing is run, nothing loaded. Flipped bits are seen."
   monkeypatch.chdir(tmp_path)
   new = get_state_dict(tiny)
-  h3tiny.save_torch("m.pt", new)
+  torch_file("m.pt", new)
   whole = Path("m.pt").read_bytes()
   def refused(data:bytes, why:str) -> None:
     Path("bad.pt").write_bytes(data)
@@ -1463,10 +1576,10 @@ def test_damaged_official_files(tiny, tmp_path, monkeypatch):
     with zipfile.ZipFile(out := io.BytesIO(), "w") as z: z.writestr("m/data.pkl", pickle.dumps(tree))
     return out.getvalue()
   for tree in (Evil(), {"w": Evil()}, {"state_dict": {"model.backbone.ln_f.weight": Evil()}, "extra": Evil()}):
-    refused(archive(tree), "refused")
+    refused(archive(tree), "no tensors in it")
   assert not Path("evil").exists()
   for i in (5, 10**8):                                            # a layer number far from the others
-    h3tiny.save_torch("bad.pt", new | {f"backbone.layers.{i}.norm1.weight": Tensor([1.0])})
+    torch_file("bad.pt", new | {f"backbone.layers.{i}.norm1.weight": Tensor([1.0])})
     with pytest.raises(CheckpointError, match="bad.pt: .*(is missing|not all there)"): H3LM.from_pretrained("bad.pt")
   some, seen = np.random.default_rng(0), 0
   for at in [*some.integers(0, len(whole), 80), *range(0, 60, 3)]:
@@ -1478,18 +1591,180 @@ def test_damaged_official_files(tiny, tmp_path, monkeypatch):
     else: assert all((v.numpy() == new[k].numpy()).all() for k, v in get_state_dict(got).items()), at
   assert seen >= 80                  # most of the bytes are tensors'; a zip's dates, for one, do not matter
 
+# the names in the pickles of two released files, as their pages list them
+RELEASED_NAMES = {"like_2.7B": {
+  "torch LongStorage", "torch FloatStorage", "torch._utils _rebuild_tensor_v2",
+  "collections OrderedDict", "collections defaultdict", "typing Any", "__builtin__ dict",
+  "__builtin__ list", "__builtin__ long", "omegaconf.base Metadata",
+  "omegaconf.base ContainerMetadata", "omegaconf.dictconfig DictConfig",
+  "omegaconf.listconfig ListConfig", "omegaconf.nodes AnyNode"}}
+RELEASED_NAMES["like_355M"] = {*RELEASED_NAMES["like_2.7B"], "torch Tensor",
+                               "torch._tensor _rebuild_from_type_v2"}
+
+@pytest.mark.parametrize("name", ["like_355M", "like_2.7B", "lightning_namespace",
+                                  "lightning_numpy", "before_torch_1.6"])
+def test_files_in_the_released_forms(tiny, name):
+  """Whole Lightning checkpoints as PyTorch and OmegaConf write them: each tensor, the logits, and
+  the names that their pickles hold."""
+  path = GOLDEN/"files"/f"{name}.pt"
+  model = H3LM.from_pretrained(str(path))
+  want, got = get_state_dict(tiny), get_state_dict(model)
+  assert got.keys() == want.keys()
+  for k in want: assert (got[k].numpy() == want[k].numpy()).all(), k
+  tokens, logits = (golden(f"tiny_h3/{x}_L7.npy") for x in ("tokens", "logits"))
+  assert_close(model(toks(tokens)), logits, 5e-5)
+  if name not in RELEASED_NAMES: return
+  with zipfile.ZipFile(path) as z: instructions = pickletools.genops(z.read(f"{name}/data.pkl"))
+  names = {arg for op, arg, _ in instructions if op.name == "GLOBAL"}
+  assert names == RELEASED_NAMES[name]
+
+def test_bytes_of_the_released_files():
+  "Four bytes a parameter of each shape, and 444 or 462 a tensor for the container."
+  assert checkpoints.RELEASED["125M"].size is None         # its page was not at hand
+  for name, size, spare in (("1.3B", 5_304_385_536, 462), ("2.7B", 10_681_231_360, 444),
+                            ("2.7B-rotary", 10_684_538_880, 444)):
+    shapes = checkpoints.official_shapes(H3Config.named(name))
+    parameters = [math.prod(v) for k, v in shapes.items() if "inv_freq" not in k]
+    assert 4*sum(parameters) == size
+    assert round((checkpoints.RELEASED[name].size - size) / len(parameters)) == spare
+  shapes = checkpoints.official_shapes(H3Config.named("355M"))
+  parameters = sum(map(math.prod, shapes.values()))
+  assert parameters == 361_058_304                         # with Adam's two moments: three times
+  assert checkpoints.RELEASED["355M"].size/(4*parameters) == pytest.approx(3.0004, abs=1e-4)
+
+def word(s:str) -> bytes: return b"X" + struct.pack("<I", len(s.encode())) + s.encode()
+def named_as(s:str) -> bytes: return b"c" + s.replace(" ", "\n").encode() + b"\n"
+def call(function:str, *words:str) -> bytes:
+  "Instructions of a pickle: a name, called with strings."
+  return named_as(function) + b"(" + b"".join(map(word, words)) + b"tR"
+
+DEEP = 10_000_000 if os.environ.get("SLOW") else 1_000_000
+TOUCH = "__import__('os').system('touch ran')"
+THING, ARGS = named_as("hostile Thing"), b"(" + word("touch ran") + b"t"
+STORAGE = b"(" + word("storage") + named_as("os system") + word("0") + word("cpu") + b"K\x01tQ"
+# what each file has beside a model that is whole; all of it leaves one value
+HOSTILE = {
+  "os.system": call("os system", "touch ran"),
+  "eval": call("builtins eval", TOUCH),
+  "exec": call("__builtin__ exec", TOUCH),
+  "subprocess": named_as("subprocess check_call") + b"(](" + word("touch") + word("ran") + b"etR",
+  "posix.system": call("posix system", "touch ran"),
+  "importlib": call("importlib import_module", "hostile"),
+  "runpy": call("runpy run_path", "hostile.py"),
+  "a module of its own": THING + b")\x81",
+  "by protocol 4": word("os") + word("system") + b"\x93" + ARGS + b"R",
+  "an old instance": b"(" + word("touch ran") + b"ios\nsystem\n",
+  "an object": b"(" + named_as("os system") + word("touch ran") + b"o",
+  "an extension": b"\x82\x01" + ARGS + b"R",
+  "a call of what a call gave": THING + b")R" + ARGS + b"R",
+  "getattr": call("builtins getattr", "a", "b") + ARGS + b"R",
+  "state": THING + b")\x81}" + word("__setstate__") + call("os system", "touch ran") + b"sb",
+  "state of a dictionary":
+    named_as("collections OrderedDict") + b")R}" + word("x") + named_as("os system") + b"sb",
+  "state of a name": THING + b"}" + word("x") + word("y") + b"sb",
+  "a storage that is a function": STORAGE,
+  "a storage of another kind":
+    b"(" + word("module") + THING + word("hostile.py") + word("") + b"tQ" + word("a") + b"Q0",
+  "a tensor of such a storage": named_as("torch._utils _rebuild_tensor_v2") + b"(" + STORAGE +
+    b"K\x00))\x89}tR",
+  "a tensor's function":
+    named_as("torch._tensor _rebuild_from_type_v2") + b"(" + named_as("os system") + THING + ARGS +
+    b"}tR",
+  "a default factory":
+    named_as("collections defaultdict") + b"(" + named_as("os system") + b"tR" + word("a") +
+    word("b") + b"s",
+  "a subclass of dict":
+    named_as("hostile Dict") + b")\x81(" + word("a") + call("os system", "touch ran") + b"u",
+  "a key": b"}((" + call("os system", "touch ran") + b"K\x01(ltK\x02u",
+  "a set": b"\x8f(" + call("os system", "touch ran") + b"\x90",
+  "tuples in tuples": b")" + b"\x85"*DEEP,
+  "a key of tuples in tuples": b"})" + b"\x85"*10_000 + b"K\x01s",
+  "lists in lists": b"]"*(DEEP//10) + b"a"*(DEEP//10 - 1),
+  "dictionaries in dictionaries": b"}" + (word("a") + b"}")*(DEEP//100) + b"s"*(DEEP//100),
+}
+WATCH = """
+import sys, pathlib
+from h3tiny import H3LM
+from tinygrad.nn.state import get_state_dict
+load = lambda path: {k: v.numpy() for k, v in get_state_dict(H3LM.from_pretrained(path)).items()}
+want, seen, modules = load("whole.pt"), [], set(sys.modules)
+watched = {"import", "exec", "compile", "os", "subprocess", "pickle", "marshal", "code"}
+def watch(event, args):
+  if event.split(".")[0] in watched and event not in ("os.listdir", "os.scandir"):
+    seen.append((event, str(args)[:200]))
+sys.addaudithook(watch)
+for path in sorted(pathlib.Path("files").iterdir()):
+  before = len(seen)
+  right = all((v == want[k]).all() for k, v in load(str(path)).items())
+  print(path.stem, "|", right, "|", seen[before:], "|", set(sys.modules) - modules, flush=True)
+"""
+
+def test_hostile_pickles(tiny, tmp_path):
+  """Nothing in a pickle is run or imported, wherever it stands, and none brings the interpreter
+  down: Python's own audit events are watched in another process. The model beside it is loaded,
+  each number of it."""
+  model = {f"model.{k}": v for k, v in get_state_dict(tiny).items()}
+  torch_file(str(tmp_path/"whole.pt"), model, ("state_dict",))
+  with zipfile.ZipFile(tmp_path/"whole.pt") as z:
+    parts = {i.filename: z.read(i) for i in z.infolist()}
+  pickled = parts.pop("m/data.pkl")
+  assert pickled.startswith(b"\x80\x02}q\0" + word("state_dict")) and pickled.endswith(b"s.")
+  state = pickled[5:-2]                                    # the key, and the dictionary of tensors
+  places = {"callbacks": (b"", b""), "hyper_parameters": (b"}" + word("model"), b"s"),
+            "optimizer_states": (b"](}" + word("state") + b"}K\x00", b"sse")}
+  (tmp_path/"files").mkdir()
+  ran = "import os\nos.system('touch ran')\nclass Thing: pass\nclass Dict(dict): pass\n"
+  (tmp_path/"hostile.py").write_text(ran)
+  for i, (what, code) in enumerate(HOSTILE.items()):
+    for place in places if i < 4 else ["hyper_parameters"]:
+      begin, end = places[place]
+      after = word("after") + code if len(code) < 1000 else b""
+      data = b"\x80\x02}(" + word(place) + begin + code + end + state + after + b"u."
+      with zipfile.ZipFile(tmp_path/"files"/f"{i:02} {what} in {place}.pt", "w") as z:
+        z.writestr("m/data.pkl", data)
+        for part in parts.items(): z.writestr(*part)
+  env = os.environ | {"DEV": "CPU", "PYTHONPATH": f"{HERE}{os.pathsep}."}
+  done = subprocess.run([sys.executable, "-c", WATCH], cwd=tmp_path, capture_output=True, text=True,
+                        env=env)
+  assert done.returncode == 0, (done.returncode, done.stdout[-500:], done.stderr[-2000:])
+  lines = done.stdout.splitlines()
+  assert len(lines) == len(HOSTILE) + 8 and not (tmp_path/"ran").exists()
+  for line in lines: assert line.endswith("| True | [] | set()"), line
+
+PEAK = """
+import sys, re, pathlib, flashconv, support.checkpoints
+from h3tiny import H3Config, H3LM
+def peak():
+  status = pathlib.Path("/proc/self/status").read_text()
+  return 1024*int(re.search(r"VmHWM:\\s+(\\d+)", status)[1])
+flashconv.setup_device()
+H3LM(H3Config(8, 8, 1))
+before = peak()
+model = H3LM.from_pretrained(sys.argv[1], 4, sys.argv[2])
+print(peak() - before)
+"""
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux tells a peak of memory")
 def test_loading_takes_the_model_and_one_tensor(tmp_path):
-  "The peak of a process's memory while it loads, float32 and bfloat16; the file is float32"
+  """The peak of a process's memory while it loads, float32 and bfloat16, from a Lightning file with
+  Adam's moments: three times the model's float32s. The moments are not read: their bytes are
+  not what their checksums say."""
   model = H3LM(H3Config(50257, 256, 4, (1,)), seed=None)
-  weights = {k: h3tiny.Stored(normal(*p.shape)) for k, p in get_state_dict(model).items()}
-  h3tiny.save_torch(str(tmp_path/"m.pt"), weights)
+  weights = {f"model.{k}": Stored(normal(*p.shape)) for k, p in get_state_dict(model).items()}
+  moments = {i: {m: Array(w.array) for m in ("exp_avg", "exp_avg_sq")}
+             for i, w in enumerate(weights.values())}
+  beside = {"optimizer_states": [{"state": moments}]}
+  torch_file(str(tmp_path/"m.pt"), weights, ("state_dict",), beside)
+  with zipfile.ZipFile(tmp_path/"m.pt") as z: last = max(i.header_offset for i in z.infolist())
+  with open(tmp_path/"m.pt", "r+b") as f:
+    f.seek(last + 60)
+    f.write(b"\xff"*4)
   sizes = [p.numel() for p in get_state_dict(model).values()]
-  code = ("import sys, numpy; from generate import peak_memory; from h3tiny import H3LM; import flashconv;"
-          "flashconv.setup_device(); H3LM(__import__('h3tiny').H3Config(8, 8, 1)); before = peak_memory();"
-          "model = H3LM.from_pretrained(sys.argv[1], 4, sys.argv[2]); print(peak_memory() - before)")
+  # VmHWM is the peak of this program alone; getrusage's is also its parent's, from before it began
   for dtype, a_weight in (("float32", 4), ("bfloat16", 2)):
-    grown = float(subprocess.run([sys.executable, "-c", code, str(tmp_path/"m.pt"), dtype], cwd=HERE, check=True,
-                                 capture_output=True, text=True, env=os.environ | {"DEV": "CPU"}).stdout)
+    done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path/"m.pt"), dtype], cwd=HERE,
+                          check=True, stdout=subprocess.PIPE, env=os.environ | {"DEV": "CPU"})
+    grown = float(done.stdout)
     # one tensor: as it lies in the file, and what it becomes
     assert grown <= a_weight*sum(sizes) + (4 + a_weight)*max(sizes) + 16e6, (dtype, grown/1e6)
 
@@ -1497,9 +1772,9 @@ def test_loading_takes_the_model_and_one_tensor(tmp_path):
 def test_small_weights_in_every_mode(dtype, tmp_path):
   "convolution, prefill, step: what float32s of the same values give; matrices alone are small"
   model, t = shaken(HYBRIDS[0]), np.random.default_rng(0).integers(0, 19, (2, 7))
-  h3tiny.save_official(str(tmp_path/"m.pt"), model)
-  small = H3LM.from_pretrained(str(tmp_path/"m.pt"), dtype=dtype)
-  params, kept = get_state_dict(small), H3LM.from_pretrained(str(tmp_path/"m.pt"))
+  save_official(str(tmp_path/"m.safetensors"), model)
+  small = H3LM.from_pretrained(str(tmp_path/"m.safetensors"), dtype=dtype)
+  params, kept = get_state_dict(small), H3LM.from_pretrained(str(tmp_path/"m.safetensors"))
   kinds = {k: p.dtype for k, p in params.items()}
   assert {k for k, d in kinds.items() if d != dtypes.float} == {k for k, p in params.items() if k.endswith(".weight")
                                                                and p.ndim == 2}
@@ -1512,7 +1787,7 @@ def test_small_weights_in_every_mode(dtype, tmp_path):
   # rounding moves a weight by at most half of its last bit, and the logits, sums of many, by little more
   assert np.abs(want - np_lm(model, t)).max() <= {"float16": 2e-2, "bfloat16": 0.16}[dtype]*np.abs(want).max()
   if dtype == "float16":
-    h3tiny.save_torch(str(tmp_path/"n.pt"), get_state_dict(model) | {k: Tensor(v.numpy()*1e6) for k, v in
+    torch_file(str(tmp_path/"n.pt"), get_state_dict(model) | {k: Tensor(v.numpy()*1e6) for k, v in
                                                                     get_state_dict(model).items() if "fc1.weight" in k})
     with pytest.raises(CheckpointError, match="fc1.weight has values past what float16 holds"):
       H3LM.from_pretrained(str(tmp_path/"n.pt"), 2, dtype)
@@ -1735,7 +2010,7 @@ def test_bigs_files_that_are_not_whole(tmp_path, monkeypatch):
     with zipfile.ZipFile(out := io.BytesIO(), "w") as z: z.writestr("m/data.pkl", pickle.dumps(tree))
     return out.getvalue()
   for tree in (Evil(), {"w": Evil()}, {"state_dict": {}, "extra": Evil()}):
-    refused("evil.bin", archive(tree), "refused")
+    refused("evil.bin", archive(tree), "no tensors in it")
   assert not (tmp_path/"evil").exists()
   refused("none.bin", archive({"w": 1}), "no tensors")
   whole = Path(f"{BIGS}/flax/flax_model.msgpack").read_bytes()
@@ -1753,40 +2028,140 @@ def test_bigs_files_that_are_not_whole(tmp_path, monkeypatch):
   (tmp_path/"config.json").write_text('{"hidden_size": 64}')
   with pytest.raises(CheckpointError, match="hidden_size 64"): BiGS.from_pretrained(str(tmp_path/"model.safetensors"))
 
-class Server(http.server.BaseHTTPRequestHandler):
-  "Serves `data`, with ranges, and breaks off after `most` bytes."
-  data, most, asked = bytes(range(256))*4000, 1 << 30, []
-  def do_GET(self):
-    if self.path.endswith("missing"): return self.send_error(404)
-    start = int((self.headers["Range"] or "bytes=0-")[6:-1])
-    self.asked.append(start)
-    self.send_response(206)
-    self.send_header("Content-Length", str(len(self.data) - start))
+class Hub(http.server.BaseHTTPRequestHandler):
+  "Answers the hub's client. What goes wrong is in a repository's name: breaks, short, other, none."
+  protocol_version = "HTTP/1.1"
+  files = {"model.pt": (GOLDEN/"files"/"like_355M.pt").read_bytes()}
+  asked: list = []                                         # repository, first byte
+  def do_HEAD(self): self.answer(False)
+  def do_GET(self): self.answer(True)
+  def answer(self, body:bool):
+    repo, file = re.sub("^/danfu09/(.*)/resolve/main/", r"\1/", self.path).split("/", 1)
+    data = self.files.get(file)
+    if repo == "none" or data is None:
+      self.send_response(404)
+      self.send_header("X-Error-Code", "EntryNotFound" if data is None else "RepoNotFound")
+      self.send_header("Content-Length", "0")
+      return self.end_headers()
+    if repo == "other": data = data[:-1] + b"?"
+    if repo == "short": data = data[:1000]
+    start = int(self.headers["Range"][6:].split("-")[0]) if "Range" in self.headers else 0
+    self.send_response(206 if start else 200)
+    if start: self.send_header("Content-Range", f"bytes {start}-{len(data)-1}/{len(data)}")
+    self.send_header("X-Repo-Commit", "c0ffee"*6 + "c0ff")
+    self.send_header("ETag", f'"{repo}{len(data)}"')
+    self.send_header("Content-Length", str(len(data) - start))
     self.end_headers()
-    self.wfile.write(self.data[start:start+self.most])
+    if not body: return
+    self.asked.append((repo, start))
+    if repo == "breaks" and not start:
+      self.wfile.write(data[:200_000])
+      self.close_connection = True
+    else: self.wfile.write(data[start:])
   def log_message(self, *args): pass
 
-def test_download_goes_on_where_it_broke_off(tmp_path, monkeypatch, capsys):
-  server = http.server.HTTPServer(("127.0.0.1", 0), Server)
+HUB_CASES = """
+import sys, time, generate
+from huggingface_hub import constants
+from support import checkpoints
+time.sleep = lambda seconds: None                     # between its attempts
+generate.check_kernels = lambda: None
+constants.DOWNLOAD_CHUNK_SIZE = 1 << 16
+size, sha = int(sys.argv[1]), sys.argv[2]
+for repo in sys.argv[3:]:
+  checkpoints.RELEASED[repo] = checkpoints.Release(f"danfu09/{repo}", "model.pt", size, sha)
+  try: print(repo, checkpoints.find(repo), flush=True)
+  except checkpoints.CheckpointError as e: print(repo, "refused:", e, flush=True)
+checkpoints.RELEASED["125M"] = checkpoints.Release(f"danfu09/{repo}", "model.pt", size, sha)
+try: generate.main(["--model", "125M", "--prompt", "x"])
+except SystemExit as e: print("status", e.code)
+"""
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+  """A function that asks a server on this machine for models, through huggingface_hub in another
+  process: what came of each, and stderr."""
+  pytest.importorskip("huggingface_hub")
+  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
   threading.Thread(target=server.serve_forever, daemon=True).start()
-  url, path = f"http://127.0.0.1:{server.server_port}/model.pt", tmp_path/"models"/"a"/"model.pt"
-  with monkeypatch.context() as m:
-    m.setattr(Server, "most", 300_000)
-    with pytest.raises(CheckpointError, match="300,000 of 1,024,000 bytes.*by hand at.*model.pt"):
-      h3tiny.download(url, path)
-  assert not path.exists()
-  assert h3tiny.download(url, path).read_bytes() == Server.data and Server.asked == [0, 299_999]
-  assert "100%" in capsys.readouterr().err and os.listdir(path.parent) == ["model.pt"]
+  data = Hub.files["model.pt"]
+  monkeypatch.setattr(Hub, "asked", [])
+  base = dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(tmp_path/"hub"),
+              HF_HUB_CACHE=str(tmp_path/"hub"/"hub"), HF_HUB_OFFLINE="0",
+              XDG_CACHE_HOME=str(tmp_path), DEV="CPU")
+  def ask(*repos:str, **env:str) -> tuple[dict[str, str], str]:
+    words = [str(len(data)), hashlib.sha256(data).hexdigest(), *repos]
+    done = subprocess.run([sys.executable, "-c", HUB_CASES, *words], cwd=HERE, text=True,
+                          capture_output=True, env=os.environ | base | env)
+    assert done.stdout, done.stderr
+    return dict(line.split(" ", 1) for line in done.stdout.splitlines()), done.stderr
+  yield ask
   server.shutdown()
-  h3tiny.download(url, path)                                              # it is there: nobody is asked
-  for module in (bigs_tiny, h3tiny): monkeypatch.setattr(module, "MODELS", tmp_path)
-  def refuse(*args, **kw): raise urllib.error.URLError("no network")
-  monkeypatch.setattr(urllib.request, "urlopen", refuse)
-  for args, file in ((["--model", "BiGS_128", "--fill", "x [MASK]"], tmp_path/"BiGS_128"/"config.json"),
-                     (["--model", "125M", "--prompt", "x"], tmp_path/"125M"/"model.pt")):
-    with pytest.raises(SystemExit) as stop: gen.main(args)
+
+def test_download_through_the_hub(hub, tmp_path):
+  """Resumed where it broke off; refused, in one line, where size or sha256 are not the released
+  ones, or there is nothing. What is there is taken from the cache, without a network; a folder of
+  the cache serves as a model's."""
+  said, err = hub("whole", "breaks", "short", "other", "none")
+  path, broken = Path(said["whole"]), Path(said["breaks"])
+  assert path.read_bytes() == broken.read_bytes() == Hub.files["model.pt"]
+  assert Hub.asked[:3] == [("whole", 0), ("breaks", 0), ("breaks", 196_608)]
+  assert "1,000 bytes where 334,301 are expected" in said["short"]
+  assert "has sha256" in said["other"]
+  for name in ("short", "other"):
+    for words in ("and it is downloaded again", "name the file itself"): assert words in said[name]
+  for words in ("RepositoryNotFound", "/danfu09/none/resolve/main/model.pt into a folder by hand"):
+    assert words in said["none"]
+  assert said["status"] == "2" and "Traceback" not in err
+  assert err.count("generate.py: error: can't download 125M") == 1
+  note = next((tmp_path/"tinygrad"/"verified").iterdir()).read_text()
+  assert note.startswith(str(broken.resolve()))            # the last that was found right
+  before = list(Hub.asked)
+  said, _ = hub("breaks", "whole", HF_HUB_OFFLINE="1")
+  assert said["whole"] == str(path) and Hub.asked == before
+  want = read_checkpoint(f"{GOLDEN}/tiny_h3/model.safetensors")[0]["backbone.ln_f.weight"].numpy()
+  root = path.parents[2]
+  assert root.name == "models--danfu09--whole"
+  for folder in (root, root/"snapshots", path.parent):
+    got = get_state_dict(H3LM.from_pretrained(str(folder)))
+    assert (got["backbone.ln_f.weight"].numpy() == want).all()
+
+@pytest.mark.parametrize("how", ["offline", "no server"])
+def test_download_without_network(hub, how):
+  "One line, which says how to get the file by hand."
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    closed = f"http://127.0.0.1:{s.getsockname()[1]}"
+  said, err = hub("whole", **{"offline": {"HF_HUB_OFFLINE": "1"},
+                              "no server": {"HF_ENDPOINT": closed}}[how])
+  assert said["whole"].startswith("refused: can't download whole (")
+  assert "into a folder by hand" in said["whole"] and said["status"] == "2"
+  assert "Traceback" not in err and err.splitlines()[-1].startswith("generate.py: error: can't")
+
+def test_packages_that_are_missing(monkeypatch, capsys):
+  "Without huggingface_hub or msgpack: which package to install, and where a file goes by hand."
+  for package in ("huggingface_hub", "msgpack"): monkeypatch.setitem(sys.modules, package, None)
+  hub, flax = "pip install huggingface_hub", "pip install msgpack"
+  for model, words in (("BiGS_128", (hub, "/BiGS_128/resolve/main/pytorch_model.bin")),
+                       ("355M", (hub, "/H3-355M/resolve/main/model.pt into a folder by hand")),
+                       (f"{BIGS}/flax", (flax,))):
+    with pytest.raises(SystemExit) as stop: gen.main(["--model", model, "--fill", "x [MASK]"])
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and str(file) in err
+    assert stop.value.code == 2 and err.count("\n") == 1 and all(w in err for w in words), err
+
+def test_which_file_of_a_folder(tmp_path):
+  "A run's own checkpoint, whatever else is newer; the authors' names; of others, none is guessed."
+  for name in ("a.pt", "b.pt"): (tmp_path/name).touch()
+  with pytest.raises(CheckpointError, match="2 models: name one of a.pt, b.pt"):
+    checkpoints.find(str(tmp_path))
+  os.remove(tmp_path/"b.pt")
+  assert checkpoints.find(str(tmp_path)).name == "a.pt"
+  for name in ("checkpoint.1.safetensors", "pytorch_model.bin", "model.safetensors",
+               "checkpoint.safetensors"):
+    (tmp_path/name).touch()
+    assert checkpoints.find(str(tmp_path)).name == name
+  (tmp_path/"checkpoint.7.safetensors").touch()
+  assert checkpoints.find(str(tmp_path)).name == "checkpoint.safetensors"
 
 # ================================================================ the trainer and the generator
 
@@ -1822,10 +2197,14 @@ def bad(tmp:Path, run8:Path) -> dict[str, tuple]:
   tensors, meta = read_checkpoint(str(run8/"out"/gen.CHECKPOINT))
   (tmp/"meta").mkdir()
   save_checkpoint(str(tmp/"meta"/gen.CHECKPOINT), tensors, meta | {"args": "[1]"})
+  for task in ("recall", "listops"):
+    (tmp/task).mkdir()
+    of_task = meta | {"args": json.dumps({"task": task})}
+    save_checkpoint(str(tmp/task/gen.CHECKPOINT), tensors, of_task)
   question = '{"context": "a", "choices": ["bcd"], "answer": 0}\n'
   (tmp/"q1.jsonl").write_text(question + '{"context": "a", "choices": ["b"], "answer": 1}\n')
   (tmp/"q2.jsonl").write_text(question)
-  (tmp/"there.pt").write_text("<html>404</html>")
+  for name in ("there.pt", "there.safetensors"): (tmp/name).write_text("<html>404</html>")
   data, out = ["--data", str(tmp/"text.txt")], ["--out", str(tmp/"out")]
   ok = [*TINY, *data, *out]
   t = lambda *a: [*TINY, *out, *a]
@@ -1869,15 +2248,16 @@ def bad(tmp:Path, run8:Path) -> dict[str, tuple]:
     "too few positions": (train, [*ok, "--max-positions", "5"], "positions for 5 tokens"),
     "positions of another model": (train, [*ok, "--task", "mlm", "--max-positions", "5"], "--max-positions is for mod"),
     "--truncate with positions": (train, [*ok, *"--model h3 --max-positions 99 --truncate 8".split()], "have none"),
-    "short lists": (train, [*ok, "--task", "listops"], "from 48 to 2000"),
-    "an odd state": (train, [*ok, *"--task listops --model s4d --length 50 --d-state 3".split()], "d_state must be"),
+    "short lists": (train, t("--task", "listops"), "from 48 to 2000"),
+    "an odd state": (train, t(*"--task listops --model s4d --length 50 --d-state 3".split()),
+                     "d_state must be"),
     "a grid with options": (train, ["--reproduce", "lm", "--steps", "3"], "not --steps"),
     "seeds of nothing": (train, [*ok, "--seeds", "3"], "for --reproduce"),
     "no such layer": (train, [*ok, "--attn-layers", "5"], "layer 5"),
     "layers not numbers": (train, [*ok, "--attn-layers", "a,b"], "a,b"),
     "unwritable folder": (train, [*TINY, *data, "--out", str(tmp/"text.txt"/"sub")], "can't write"),
     "nothing to resume": (train, [*ok, "--resume"], "no checkpoint"),
-    "no --init": (train, [*ok, "--init", str(tmp/"nope")], "no checkpoint"),
+    "no --init": (train, [*ok, "--init", str(tmp/"nope")], "no model at"),
     "--init torn": (train, [*ok, "--init", str(tmp/"torn"/gen.CHECKPOINT)], "truncated"),
     "--init of another model": (train, [*ok, "--init", str(other)], "not a checkpoint of train.py"),
     "--init is a text": (train, [*ok, "--init", str(tmp/"text.txt")], "not a safetensors"),
@@ -1886,6 +2266,12 @@ def bad(tmp:Path, run8:Path) -> dict[str, tuple]:
     "resume with another shape": (train, ["--resume", "--out", str(run8/"out"), "--n-layer", "3"], "differs"),
     "--init of another model kind": (train, [*ok, "--init", str(run8/"out"/gen.CHECKPOINT), "--model", "h3"],
                                      "differs"),
+    "data of another task": (train, [*ok, "--task", "agreement"], "--data is for --task text or"),
+    "columns of another task": (train, [*ok, "--columns", "1,2"],
+                                "--columns is for --task classify, not for text"),
+    "masks of another task": (train, [*ok, "--mask-run", "4"], "--mask-run is for --task mlm"),
+    "heads of another model": (train, [*ok, *"--model transformer --head-dim 2".split()],
+                               "--head-dim is for --model h3"),
     "damaged metadata": (train, ["--resume", "--out", str(tmp/"meta")], "metadata are damaged"),
     "model with damaged metadata": (gen, [*prompt, "--model", str(tmp/"meta")], "metadata are damaged"),
     "name too long": (train, t("--data", "x"*300), "File name too long"),
@@ -1896,6 +2282,10 @@ def bad(tmp:Path, run8:Path) -> dict[str, tuple]:
     "torn model": (gen, [*prompt, "--model", str(tmp/"torn")], "truncated"),
     "model of another kind": (gen, [*prompt, "--model", str(other)], "not a checkpoint of an H3 model"),
     "no prompt file": (gen, [*ckpt, "--prompt-file", str(tmp/"nope")], "can't read"),
+    "symbols that are no text": (gen, [*prompt, "--model", str(tmp/"recall")],
+                                 "the symbols of --task recall only"),
+    "lists that are no text": (gen, ["--fill", "x", "--model", str(tmp/"listops")],
+                               "the symbols of --task listops only"),
     "two prompts": (gen, [*ckpt, *prompt, "--prompt-file", str(tmp/"text.txt")], "not both"),
     "more than the cache": (gen, [*ckpt, *prompt, "--tokens", "3000"], "--max-length 3003"),
     "--bench of no shape": (gen, ["--bench", "9B"], "no model is called '9B'"),
@@ -1912,8 +2302,12 @@ def bad(tmp:Path, run8:Path) -> dict[str, tuple]:
     "no such dtype": (gen, [*ckpt, "--dtype", "int4"], "invalid choice: 'int4'"),
     "another tokenizer": (gen, [*prompt, "--model", f"{GOLDEN}/tiny_h3/model.safetensors", "--tokenizer", "bytes"],
                           "vocabulary of 101, not the 257 of bytes: give another"),
-    "export of no format": (gen, [*ckpt, "--export", str(tmp/"out"/"m.onnx")], "official formats"),
-    "export over a file": (gen, [*ckpt, "--export", str(tmp/"there.pt")], "is there already"),
+    "export of no format": (gen, [*ckpt, "--export", str(tmp/"out"/"m.onnx")],
+                            "written as .safetensors"),
+    "export of a .pt": (gen, [*ckpt, "--export", str(tmp/"out"/"m.pt")],
+                        "PyTorch makes a .pt of it: import torch"),
+    "export over a file": (gen, [*ckpt, "--export", str(tmp/"there.safetensors")],
+                           "is there already"),
     "a web page": (gen, [*prompt, "--model", str(tmp/"there.pt")], "there.pt: not a file of torch.save's"),
     "negative temperature": (gen, [*ckpt, *prompt, "--temperature", "-1"], "at least 0"),
   }
@@ -1930,6 +2324,141 @@ def test_bad_input(tmp_path, run8, capsys):
     assert not left, f"{name}: left {left}"
   after = weights(run8[0]/"out"/gen.CHECKPOINT)
   assert all((before[k] == after[k]).all() for k in before)
+
+# -- texts as people have them
+
+SAMPLE = "Ein Hase saß im Klee.\r\nнет 日本 🙂\n" * 40
+def jsonl(some:list, key:str="text") -> bytes:
+  return "".join(json.dumps({"id": 1, key: t}) + "\n" for t in some).encode()
+
+FORMS = {
+  "plain.txt": SAMPLE.encode(), "marked.txt": b"\xef\xbb\xbf" + SAMPLE.encode(),
+  "little.txt": b"\xff\xfe" + SAMPLE.encode("utf-16-le"),
+  "big.txt": b"\xfe\xff" + SAMPLE.encode("utf-16-be"),
+  "book.txt.gz": gzip.compress(SAMPLE.encode()), "book.txt.bz2": bz2.compress(SAMPLE.encode()),
+  "book.txt.xz": lzma.compress(SAMPLE.encode()), "one.jsonl": jsonl([SAMPLE]),
+  "marked.gz": gzip.compress(b"\xff\xfe" + SAMPLE.encode("utf-16-le"))}
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("piece", [1 << 22, 7])
+def test_texts(name, piece, tmp_path, monkeypatch):
+  "The same text of every form, in one piece or cut anywhere: as tokens, and as a prompt is read."
+  (tmp_path/name).write_bytes(FORMS[name])
+  monkeypatch.setattr(texts, "PIECE", piece)
+  tokens, ends = texts.read_tokens([str(tmp_path/name)], texts.ByteTokenizer())
+  assert tokens.tolist() == [*SAMPLE.encode(), 256] and ends.tolist() == [len(tokens)]
+  assert texts.read_texts(str(tmp_path/name)) == [SAMPLE]
+
+def test_lines_of_jsonl_are_documents(run8, tmp_path, capsys):
+  "<|endoftext|> behind each; --perplexity begins anew with each; each is a prompt of its own."
+  some = ["first", "", "zweiter \u2028 Text", "half a pair: \ud83d", "last one"]
+  packed = gzip.compress(jsonl(some, "content").replace(b"\n", b"\n\n"))
+  (tmp_path/"some.jsonl.gz").write_bytes(packed)
+  tok = texts.ByteTokenizer()
+  tokens, ends = texts.read_tokens([str(tmp_path/"some.jsonl.gz")], tok, "content")
+  parts = [tok.decode(tokens[i:j]).decode() for i, j in zip([0, *ends], ends)]
+  assert parts == [t.encode("utf-8", "replace").decode() for t in some]
+  assert (tokens[ends-1] == 256).all()
+  a, b, model = TEXT[:60], TEXT[100:170], ["--model", str(run8[0]/"out")]
+  files = {"a.txt": a.encode(), "b.txt": b.encode(), "both.jsonl": jsonl([a, b])}
+  figures = []
+  for name, data in files.items():
+    (tmp_path/name).write_bytes(data)
+    assert gen.main([*model, "--perplexity", str(tmp_path/name), "--window", "64"]) == 0
+    said = capsys.readouterr().out
+    nats = re.search(r"per token: .* ([\d.]+) nats", said)[1]
+    figures.append((int(re.search(r"(\d+) tokens,", said)[1]), float(nats)))
+  (m, x), (n, y), both = figures
+  assert both == (m+n, pytest.approx((m*x + n*y)/(m+n), abs=1e-3))
+  assert gen.main([*model, "--prompt-file", str(tmp_path/"both.jsonl"), "--tokens", "1"]) == 0
+  assert capsys.readouterr().out.count("--- ") == 2
+
+def unreadable(tmp:Path) -> dict[str, tuple[str, bytes, str]]:
+  "name -> (file, its bytes, what is said of it)"
+  long, damaged = "ä\n".encode()*3_000_000, "is damaged, or not what its name says"
+  old = f"'{tmp}/old book.txt' > '{tmp}/old book.utf8.txt'"
+  return {
+    "Latin-1": ("old book.txt", "Der Hase\nsaß".encode("latin1"), "is not UTF-8: byte 11, in line 2, "
+                f"is 0xdf; if it is Latin-1, convert it: iconv -f latin1 -t utf-8 {old}"),
+    "one bad byte at the end": ("long.txt", long + b"\xff",
+                                "is not UTF-8: byte 9,000,000, in line 3,000,001, is 0xff"),
+    "half a character": ("half.txt", "aß".encode()[:-1],
+                         "is not UTF-8: byte 1, in line 1, is 0xc3"),
+    "Latin-1, packed": ("old.gz", gzip.compress(b"a\n\xe9"),
+                        "byte 2, in line 2, is 0xe9 (unpacked); if it is Latin-1, unpack it"),
+    "UTF-16 without its mark": ("16.txt", "Hase".encode("utf-16-le"),
+                                "is a binary file, not UTF-8 text: byte 1, in line 1"),
+    "UTF-16, cut": ("cut.txt", b"\xff\xfea\0\n\0b",
+                    "begins as UTF-16-LE and does not go on so: byte 6, in line 2"),
+    "an image": ("x.png", b"\x89PNG\0", "is not UTF-8: byte 0, in line 1, is 0x89"),
+    "a torn .gz": ("torn.gz", gzip.compress(SAMPLE.encode())[:60], damaged),
+    "no .gz": ("no.gz", b"text", damaged),
+    "no .bz2": ("no.bz2", b"text, no bz2", damaged),
+    "no .xz": ("no.xz", b"text", damaged),
+    "Zstandard": ("book.txt.zst", b"\x28\xb5\x2f\xfd", "pip install zstandard"),
+    "lines of no JSON": ("a.jsonl", b'{"text": "a"}\n\nb\n', "a.jsonl line 3 is not JSON"),
+    "lines of no object": ("b.jsonl", b'["a"]\n', "b.jsonl line 1 is no object"),
+    "another key": ("c.jsonl", b'{"text": "a"}\n{"id": 1, "content": "b"}\n',
+                    "c.jsonl line 2 has no text under the key 'text' (its keys: id, content): name "
+                    "another with --text-key"),
+    "nothing but a mark": ("mark.txt", b"\xef\xbb\xbf", "has no text in it"),
+  }
+
+def test_unreadable_texts(tmp_path, run8, monkeypatch, capsys):
+  """One line, with the place, from each program that reads text; in a folder they are left out, and
+  a line says so."""
+  monkeypatch.setattr(texts, "zstd", lambda: None)
+  model, notes = ["--model", str(run8[0]/"out")], tmp_path/"notes"
+  notes.mkdir()
+  (notes/"a.txt").write_text(TEXT)
+  cases = unreadable(tmp_path)
+  for name, (file, data, words) in cases.items():
+    for folder in (tmp_path, notes): (folder/file).write_bytes(data)
+    tries = [(train, [*TINY, "--data", str(tmp_path/file), "--out", str(tmp_path/"out")])]
+    if len(data) < 1000 and name != "nothing but a mark":
+      tries += [(gen, [*model, "--perplexity", str(tmp_path/file)]),
+                (gen, [*model, "--prompt-file", str(tmp_path/file)])]
+    for module, args in tries:
+      capsys.readouterr()
+      with pytest.raises(SystemExit) as stop: module.main(args)
+      err = capsys.readouterr().err
+      assert stop.value.code == 2 and err.count("\n") == 1 and words in err, (name, err)
+  assert not (tmp_path/"out").exists()
+  tokens, ends = texts.read_tokens([str(notes)], texts.ByteTokenizer())
+  assert tokens.tolist() == [*TEXT.encode(), 256]
+  assert f"left out {len(cases)} of the files in {notes}; the first: " in capsys.readouterr().err
+
+# the first lines of GLUE's own files and of others: text, --columns, label and texts of each row
+GLUE = {
+  "SST-2": ("sentence\tlabel\nhide new secretions \t0\n", None, ["0", "hide new secretions "]),
+  "MRPC": ("\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t7028\t7029\tHe said .\tNo .\r\n",
+           None, ["1", "He said .", "No ."]),
+  "RTE": ("index\tsentence1\tsentence2\tlabel\n0\tNo weapons.\tWeapons.\tnot_entailment\n", None,
+          ["not_entailment", "No weapons.", "Weapons."]),
+  "QNLI": ("index\tquestion\tsentence\tlabel\n0\tWhen?\tIn 1803.\tentailment\n", None,
+           ["entailment", "When?", "In 1803."]),
+  "QQP": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tHow?\tWhy?\t0\n", None,
+          ["0", "How?", "Why?"]),
+  "MNLI": ("index\tsentence1_parse\tsentence1\tsentence2\tlabel1\tgold_label\n"
+           "0\t(a)\ta b\tc d\tneutral\tentailment\n", None, ["entailment", "a b", "c d"]),
+  "STS-B": ("index\tgenre\tsentence1\tsentence2\tscore\n0\tnews\tA plane.\tA jet.\t4.6\n", None,
+            ["4.6", "A plane.", "A jet."]),
+  "CoLA": ("gj04\t1\t\tOur friends won't buy this.\ngj04\t0\t*\tThey drank the pub.\n", "2,4",
+           ["1", "Our friends won't buy this."], ["0", "They drank the pub."]),
+  "by name": ("mood\tnote\nglad\thello\n", "mood, note", ["glad", "hello"]),
+  "by number": ("label\tid\tsentence\n1\t7\thello\n", "1,3", ["1", "hello"]),
+  "plain": ("a\tone\nb\ttwo\n", None, ["a", "one"], ["b", "two"]),
+  "plain, a pair": ("a\tone\ttwo\n", None, ["a", "one", "two"]),
+}
+@pytest.mark.parametrize("name", GLUE)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_tables_of_glue(name, encoding, tmp_path):
+  "Label and texts by the header's names, by --columns, or as they come; in UTF-8 and UTF-16."
+  text, columns, *want = GLUE[name]
+  if encoding == "utf-16": text = text.removeprefix("\ufeff")        # its encoder sets the mark
+  (tmp_path/"train.tsv").write_bytes(text.encode(encoding))
+  labels, some, lines = texts.read_tsv(str(tmp_path/"train.tsv"), columns)
+  assert [[label, *row] for label, row in zip(labels, some)] == want
+  assert lines[0] == 1 + (name not in ("CoLA", "plain", "plain, a pair"))
 
 def test_gpt2_without_network(tmp_path, monkeypatch, capsys):
   tiktoken = pytest.importorskip("tiktoken")
@@ -1973,7 +2502,7 @@ def test_a_new_run_keeps_the_old_checkpoint(run8, tmp_path, capsys):
   assert len((tmp_path/"a"/"table.csv").read_text().splitlines()) == 3
   if importlib.util.find_spec("matplotlib"): assert "<svg" in (tmp_path/"picture.svg").read_text()
   assert (out/"checkpoint.1.safetensors").read_bytes() == old != (out/gen.CHECKPOINT).read_bytes()
-  assert gen.find_checkpoint(str(out)) == out/gen.CHECKPOINT
+  assert checkpoints.find(str(out)) == out/gen.CHECKPOINT
 
 def test_resume_is_exact(run8, tmp_path, monkeypatch, capsys):
   "Interrupted after 4 of 8 steps and resumed: the same bits as the run that was not. With dropout too."
@@ -2187,8 +2716,9 @@ def test_truncate():
 def test_truncate_is_resumed(run8, tmp_path):
   "a checkpoint's setting is taken up; one from before the option goes on"
   tensors, meta = read_checkpoint(str(run8[0]/"out"/gen.CHECKPOINT))
-  old = {k: v for k, v in json.loads(meta["args"]).items() if k not in train.NEWER}
-  for args, want in ((old | train.NEWER | {"truncate": 8}, 8), (old, None)):
+  new = dict(truncate=None, accumulate=1, dtype="float32", columns=None)
+  old = {k: v for k, v in json.loads(meta["args"]).items() if k not in new}
+  for args, want in ((old | new | {"truncate": 8}, 8), (old, None)):
     save_checkpoint(str(tmp_path/gen.CHECKPOINT), tensors, meta | {"args": json.dumps(args)})
     assert train.settle(["--resume", "--steps", "9", "--out", str(tmp_path)])[0].truncate == want
 
@@ -2311,8 +2841,8 @@ def test_schedule():
 
 def test_split_and_batches(run8, tmp_path):
   "Held-out text is nowhere in the training part; the same seed and step give the same batch."
-  assert train.split(np.arange(10, 401, 10), 0.05) == 380                 # 40 texts: the last two
-  assert train.split(np.array([100]), 0.05) == 95 and train.split(np.array([1, 1000]), 0.4) == 600
+  assert texts.split(np.arange(10, 401, 10), 0.05) == 380                 # 40 texts: the last two
+  assert texts.split(np.array([100]), 0.05) == 95 and texts.split(np.array([1, 1000]), 0.4) == 600
   args = train.settle([*run8[1], "--out", str(tmp_path)])[0]
   one, two = train.text_task(args), train.text_task(args)
   for s in (0, 1, 77):
@@ -2320,7 +2850,7 @@ def test_split_and_batches(run8, tmp_path):
     assert (x == x2).all() and (y == y2).all() and (x[:, 1:] == y[:, :-1]).all() and x.shape == (2, 16)
   assert not (one.batch(0)[0] == one.batch(1)[0]).all()
   assert one.bits == pytest.approx(1/np.log(2), rel=1e-3)
-  files = train.stdlib_files()
+  files = texts.stdlib_files()
   assert files == sorted(files) and len(files) > 100
   assert not any("test" in f.parts or "site-packages" in f.parts for f in files)
 
@@ -2336,20 +2866,22 @@ def test_tokens_in_a_file(tmp_path, monkeypatch, capsys):
     name = "words"
     def encode(self, text:str) -> np.ndarray:
       return np.array([len(w)*7 + ord(w[0]) for w in re.findall(r" ?\w+|\s+(?!\S)|\s+|[^\w\s]+", text)])
-  whole = {tok: train.read_tokens(paths := [str(tmp_path/"notes"), str(tmp_path/"c.txt")], tok)
+  whole = {tok: texts.read_tokens(paths := [str(tmp_path/"notes"), str(tmp_path/"c.txt")], tok)
            for tok in (gen.ByteTokenizer(), Words())}
-  for k, v in dict(LARGE=0, PIECE=97, cache_dir=str(tmp_path/"cache")).items(): monkeypatch.setattr(train, k, v)
+  for k, v in dict(LARGE=0, PIECE=97, cache_dir=str(tmp_path/"cache")).items():
+    monkeypatch.setattr(texts, k, v)
   for tok, (ids, ends) in whole.items():
-    got, at = train.read_tokens(paths, tok)
+    got, at = texts.read_tokens(paths, tok)
     assert isinstance(got, np.memmap) and (got == ids).all() and (at == ends).all() and len(ends) == 2
     assert ids[ends[0]-1] == ids[-1] == 256 and "kept" in capsys.readouterr().out
-    train.read_tokens(paths, tok)
+    texts.read_tokens(paths, tok)
     assert "kept" not in capsys.readouterr().out                           # it is there
   assert (whole[tok][0][:ends[0]-1] == tok.encode(text)).all()
   (tmp_path/"c.txt").write_text("f"*500)
-  assert train.read_tokens(paths, tok)[0][-2] != got[-2]
+  assert texts.read_tokens(paths, tok)[0][-2] != got[-2]
   assert not [*(tmp_path/"cache").rglob("*.part")]
-  with pytest.raises(gen.UserError, match="binary"): train.read_tokens([str(tmp_path/"notes"/"b.bin")], tok)
+  with pytest.raises(gen.UserError, match="byte 1,440, in line 61, is 0xff"):
+    texts.read_tokens([str(tmp_path/"notes"/"b.bin")], tok)
 
 def test_bigram_bits():
   train_ids = np.array([0, 1, 0, 1, 2], np.uint16)        # pairs 01 10 01 12
@@ -2381,7 +2913,7 @@ def test_stream_is_whole_characters_and_stops():
 
 def test_generation(run8, monkeypatch, capfd):
   "The same seed, the same text; each token as the whole forward pass gives it; --stop; --batch."
-  path = gen.find_checkpoint(str(run8[0]/"out"))
+  path = checkpoints.find(str(run8[0]/"out"))
   model = H3LM.from_pretrained(str(path))
   prompt = np.frombuffer(b"def f", np.uint8)
   take = lambda **kw: [t[0].tolist() for t in gen.generate(model, prompt, 12, **kw)]
@@ -2535,6 +3067,52 @@ def test_mlm_learns_goes_on_longer_and_fills(mlm, tmp_path, capsys):
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and words in err, err
 
+def test_tokens_a_second_are_those_of_the_batch(monkeypatch, capsys, tmp_path):
+  "One step a second: what a batch holds, not --length"
+  options = "--task recall --length 12 --batch 3 --steps 9 --out".split()
+  args = train.settle([*options, str(tmp_path)])[0]
+  task, clock = train.TASKS["recall"](args), itertools.count()
+  monkeypatch.setattr(train.time, "perf_counter", lambda: float(next(clock)))
+  log = train.Log(args, task)
+  for step in range(4): log.step(step+1, 1.0, 1e-3, task.batch(step)[0].size)
+  # rows of 14: with the special symbol and a key
+  assert "  42 tokens/s  5s left" in capsys.readouterr().out
+
+def test_evaluation_weighs_targets_as_training_does(tmp_path, monkeypatch):
+  "The loss held out is the mean over all masked bytes: rows that are cut short have fewer."
+  (tmp_path/"tale.txt").write_text(TALE)
+  targets = lambda batch: int((batch[-1] >= 0).sum())
+  # a batch's loss is the number of its targets; then hits and targets, for the accuracy
+  outputs = lambda batch: [np.float32(targets(batch)), np.int32(0), np.int32(1)]
+  monkeypatch.setattr(train, "make_eval", lambda *a: outputs)
+  options = "--task mlm --d-model 16 --n-layer 1 --d-state 4 --length 48 --batch 2 --holdout 0.3"
+  args = [*options.split(), *"--steps 1 --sample 0 --data".split(), str(tmp_path/"tale.txt"),
+          "--out", str(tmp_path/"m")]
+  assert train.main(args) == 0
+  meta = read_checkpoint(str(tmp_path/"m"/gen.CHECKPOINT))[1]
+  said = json.loads(meta["held_out"])[-1][1]*np.log(2)
+  counts = np.array([targets(b) for b in train.TASKS["mlm"](train.settle(args)[0]).held_out])
+  assert said == pytest.approx((counts**2).sum()/counts.sum(), rel=1e-4)
+  assert abs(counts.mean()/said - 1) > 1e-3                # the mean over batches is another
+
+def test_another_number_of_columns_in_the_log(run8, tmp_path, capsys):
+  "is no damage: a column that this version lacks is left, one that it has more is empty"
+  tensors, meta = read_checkpoint(str(run8[0]/"out"/gen.CHECKPOINT))
+  rows = json.loads(meta["losses"])
+  empty = pytest.approx(math.nan, nan_ok=True)
+  for change, want in ((lambda r: [*r, 0.5], rows[0]), (lambda r: r[:2], [*rows[0][:2], empty])):
+    (out := tmp_path/str(len(os.listdir(tmp_path)))).mkdir()
+    changed = {"losses": json.dumps([*map(change, rows)])}
+    save_checkpoint(str(out/gen.CHECKPOINT), tensors, meta | changed)
+    assert train.main(["--resume", "--steps", "9", "--out", str(out), "--sample", "0"]) == 0
+    kept = json.loads(read_checkpoint(str(out/gen.CHECKPOINT))[1]["losses"])
+    assert kept[0] == want and len(kept) == 9
+    assert len((out/"log.csv").read_text().splitlines()) == 10
+  save_checkpoint(str(out/gen.CHECKPOINT), tensors, meta | {"losses": "[1, 2]"})
+  (out/train.PREVIOUS).unlink()
+  with pytest.raises(SystemExit): train.main(["--resume", "--steps", "9", "--out", str(out)])
+  assert "metadata are damaged" in capsys.readouterr().err
+
 def tsv(path:Path, rows) -> str:
   path.write_text("".join("\t".join(map(str, r)) + "\n" for r in rows))
   return str(path)
@@ -2573,12 +3151,34 @@ def test_classify_bad_lines(tmp_path, capsys):
            "line 2 has 2 columns and an empty text": (tsv(tmp_path/"4.tsv", [("a", "x"), ("b", " ")]), None),
            "line 3: 'neg' is not a number": (tsv(tmp_path/"9.tsv", [("1.5", "x"), ("2", "y"), ("neg", "z")]), None),
            "is empty": (tsv(tmp_path/"5.tsv", []), None),
+           "4 columns: a line is label, tab, text, tab, text; --columns names others, in CoLA's":
+             (tsv(tmp_path/"cola.tsv", [("x", 1, "*", "y"), ("x", 0, "", "z")]), None),
+           "h2.tsv line 1 looks like a header (label, review)":
+             (tsv(tmp_path/"h2.tsv", [("label", "review"), ("a", "x"), ("b", "y")]), None),
+           "h3.tsv line 1 looks like a header (index, sentence)":
+             (tsv(tmp_path/"h3.tsv", [("index", "sentence"), (0, "x"), (1, "y")]), None),
+           "has no lines but its header": (tsv(tmp_path/"h.tsv", [("label", "sentence")]), None),
+           "line 3 has 3 columns: a line is 2 columns":
+             (tsv(tmp_path/"i.tsv", [("label", "text"), (1, "x"), (0, "y", 2)]), None),
+           "dev4.tsv line 1 names 2 texts, where the file to train on has 1":
+             (good, tsv(tmp_path/"dev4.tsv", [("label", "sentence1", "sentence2"), ("a", "x", "y")])),
            "no lines": (tsv(tmp_path/"6.tsv", [("",)]), None),
+           "turned.tsv has 12 labels in 12 lines, the first 'text 0': is that a text? --columns":
+             (tsv(tmp_path/"turned.tsv", [(f"text {i}", i % 2) for i in range(12)]), None),
            "every line has the label 'a'": (tsv(tmp_path/"7.tsv", [("a", "x"), ("a", "y")]), None),
            "dev1.tsv line 2: the label 'c' does not occur": (good, tsv(tmp_path/"dev1.tsv", [("a", "x"), ("c", "y")])),
            "dev2.tsv line 1: 'high' is not a number": (tsv(tmp_path/"8.tsv", [("1.5", "x"), ("2", "y")]),
                                                        tsv(tmp_path/"dev2.tsv", [("high", "x")])),
            "dev3.tsv line 1 has 3 columns": (good, tsv(tmp_path/"dev3.tsv", [("a", "x", "y")]))}
+  options = {"a.tsv line 1 names no column 'mood', only label, text": ["mood,text"],
+             "of one or two texts": ["2"],
+             "a.tsv line 1 has 2 columns, and --columns 1,7 names others": ["1,7"]}
+  named = tsv(tmp_path/"a.tsv", [("label", "text"), *ok])
+  for words, columns in options.items():
+    with pytest.raises(SystemExit) as stop:
+      train.main([*CLASSIFY, "--data", named, "--columns", *columns, "--out", str(tmp_path/"out")])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and words in err, (words, err)
   for words, (data, dev) in cases.items():
     with pytest.raises(SystemExit) as stop:
       train.main([*CLASSIFY, "--data", data, *(["--dev", dev] if dev else []), "--out", str(tmp_path/"out")])
@@ -2694,7 +3294,9 @@ def test_enough_ends_a_run(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(train, "EXAMPLES", (64, 100))
   small = "--d-model 8 --n-layer 1 --d-state 4 --sample 0".split()
   assert train.main(["--task", "recall", "--steps", "9", "--eval-every", "1", *small, "--out", str(tmp_path/"r")]) == 0
-  assert "that is enough" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  # --length 20, the special symbol, a key
+  assert "that is enough" in said and "9 steps of 32 x 22 = 704 tokens" in said
   assert train.finished(tmp_path/"r")["step"] == "3" and train.finished(tmp_path/"none") is None
   for model in ("s4d", "transformer"):
     args = [*"--task listops --length 50 --batch 4 --steps 1 --n-heads 1".split(), "--model", model, *small]
@@ -2797,19 +3399,22 @@ def test_readme_commands(section, tmp_path, monkeypatch, capfd):
   monkeypatch.setattr(sys, "stdin", None)
   (tmp_path/"notes").mkdir()
   for f in ("book.txt", "notes/a.md"): (tmp_path/f).write_text(TEXT)
+  (tmp_path/"pile.jsonl.gz").write_bytes(gzip.compress(jsonl([TEXT], "content")))
+  tsv(tmp_path/"cola.tsv", [("gj04", i % 2, "*", f"text {i}") for i in range(9)])
   for f in ("train.tsv", "dev.tsv"): tsv(tmp_path/f, [("ab"[i % 2], f"text {i}") for i in range(9)])
   project, seen = (HERE/"pyproject.toml").read_text(), 0
   monkeypatch.setattr(flashconv, "selfcheck", lambda *a: 0.0)             # has a test of its own
   if any("--score" in c for c in readme_commands()[section]):
     (tmp_path/"BoolQ").mkdir()
     (tmp_path/"BoolQ"/"val.jsonl").write_text('{"question": "is it", "passage": "It is.", "label": true}\n'*7)
-    exec(re.search(r"```python\n(.*?)```", (HERE/"README.md").read_text(), re.S)[1])
+    exec(readme_python("boolq"))
     model = H3LM(H3Config(257, 12, 2, (1,), 2))
     meta = {"model": "h3", "config": json.dumps(dataclasses.asdict(model.config))}
     for folder in ("released", "out"): (tmp_path/folder).mkdir()
-    h3tiny.save_official(str(tmp_path/"released"/"model.pt"), model)
+    save_official(str(tmp_path/"released"/"model.safetensors"), model)
     save_checkpoint(str(tmp_path/"out"/gen.CHECKPOINT), get_state_dict(model), meta)
-    monkeypatch.setattr(h3tiny, "released", lambda name: str(tmp_path/"released"/"model.pt"))
+    there = tmp_path/"released"/"model.safetensors"
+    monkeypatch.setattr(checkpoints, "download", lambda name: there)
   for command in readme_commands()[section]:
     for part in re.split(r" && | \| ", command):
       words = [w.removeprefix(".venv/bin/") for w in shlex.split(part) if not re.fullmatch(r"[A-Z_]+=\S*", w)]

@@ -8,29 +8,34 @@
   python train.py --reproduce table2                 a table of the papers, trained here with three seeds
   python train.py --help                             every option
 
-From top to bottom: options, data, tasks, optimiser, checkpoints, what is shown, the loop. The models are in h3tiny.py
-and bigs_tiny.py, sampling in generate.py. A run leaves in --out: checkpoint.safetensors (weights under the official
-names, the optimiser's moments, all settings), log.csv and, with matplotlib, loss.png.
+From top to bottom: options, tasks, optimiser, checkpoints, the log, the loop. The models are in
+h3tiny.py and bigs_tiny.py, sampling in generate.py, files of text and of models in support/. A run
+leaves in --out: checkpoint.safetensors (weights under the official names, the optimiser's moments,
+all settings), log.csv and, with matplotlib, loss.png.
 
 Not here: several machines.
 """
 import time
 START = time.perf_counter()
-import argparse, codecs, collections, contextlib, csv, dataclasses, functools, hashlib, importlib.util, io, itertools
-import json, math, os, random, re, shutil, signal, subprocess, sys, sysconfig, tempfile, threading, warnings
+import argparse, contextlib, csv, dataclasses, functools, importlib.util, itertools, json, math, os
+import random, re, shutil, signal, subprocess, sys, tempfile, threading, warnings
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 import numpy as np
 from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.device import Buffer
-from tinygrad.helpers import Context, cache_dir, tqdm
+from tinygrad.helpers import Context
 from tinygrad.nn.state import get_state_dict
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
-from bigs_tiny import BLOCKS, RELEASED, BiGS, BiGSConfig, find, read_weights
+from bigs_tiny import BLOCKS, BiGS, BiGSConfig
 from flashconv import FLASH, capture, check_kernels, embedding, machine, setup_device
-from generate import (CHECKPOINT, MASK, OUT, RUN, TOKENIZERS, Parser, Session, Tokenizer, UserError,
-                      make_tokenizer, number, peak_memory, show_fill, surprisal, write)
-from h3tiny import CheckpointError, H3Config, H3LM, Weights, save_checkpoint
+from generate import (MASK, OUT, RUN, Parser, Session, number, peak_memory, show_fill, surprisal,
+                      write)
+from h3tiny import H3Config, H3LM
+from support.checkpoints import (CHECKPOINT, CheckpointError, Weights, bigs_model, find, h3_model,
+                                 read_weights, save_checkpoint)
+from support.text import (TEXT_KEY, TOKENIZERS, Tokenizer, UserError, is_jsonl, make_tokenizer,
+                          read_tokens, read_tsv, split)
 
 # ---- options --------------------------------------------------------------------------------------
 
@@ -80,9 +85,15 @@ def parser() -> Parser:
       "verb's number in sentences of a small grammar (agreement); the two languages of the H3 paper (induction, "
       "recall); nested lists of operations (listops) and images as sequences (pixels), of the Long Range Arena",
       choices=list(TASKS))
-  add(g, "--data", str, None, "files or folders of text; for classify lines of label, tab, text, or label, tab, text, "
-      "tab, text; for pixels a CSV of label, pixels 0 to 255, or an .npz of x_train, y_train, x_test, y_test",
-      "Python's own source", nargs="+", metavar="PATH")
+  add(g, "--data", str, None, "files or folders of text: UTF-8, or UTF-16 with its mark; .gz; "
+      ".jsonl with a text in each line; for classify a TSV with a header like GLUE's, or lines of "
+      "label, tab, text, or label, tab, text, tab, text; for pixels a CSV of label, pixels 0 to "
+      "255, or an .npz of x_train, y_train, x_test, y_test", "Python's own source", nargs="+", metavar="PATH")
+  add(g, "--text-key", str, TEXT_KEY, "of text and mlm: key of the text in each line of a .jsonl",
+      metavar="KEY")
+  add(g, "--columns", str, None, "of classify: columns of the label and of one or two texts, by "
+      "the header's names or by number, from 1; 2,4 for CoLA's files", "what the header says",
+      metavar="L,T,…")
   add(g, "--dev", str, None, "of classify: such lines to evaluate on", "--holdout's share of --data", metavar="FILE")
   add(g, "--vocab", str, None, "BERT's vocab.txt", "that beside --init's file", metavar="FILE")
   add(g, "--tokenizer", str, "bytes", "how text becomes tokens", choices=list(TOKENIZERS))
@@ -168,10 +179,11 @@ def parser() -> Parser:
 
 SHAPE = ("d_model", "n_layer", "n_heads", "attn_layers", "rotary_dim", "max_positions", "d_state", "head_dim",
          "mlp_mult", "init_std", "embed_dropout", "resid_dropout")
-# options that a checkpoint may lack, as it was written before they were there
-NEWER = dict(truncate=None, dev=None, vocab=None, mask_run=None, accumulate=1, checkpoint_activations=False,
-             dtype="float32", devices=1, sample_every=None, log=None, plot=None, symbols=None,
-             max_positions=0, init_std=None)
+# options that only some tasks look at
+OF_TASKS = dict(data=("text", "mlm", "classify", "pixels"), text_key=("text", "mlm"),
+                columns=("classify",), dev=("classify",), vocab=("text", "mlm", "classify"),
+                tokenizer=("text", "mlm", "classify"), mask_run=("mlm",), symbols=LANGUAGES,
+                holdout=("text", "mlm", "classify", "pixels"))
 PRECISIONS = ("float32", "float16", "bfloat16")
 FIXED = ("task", "symbols", "tokenizer", "model", "size", "seed", "holdout", *SHAPE)    # what --resume can't change
 
@@ -243,110 +255,6 @@ class Task:
   # of a batch, how many targets its mean loss is the mean of
   count: Callable[[Batch], int] = lambda batch: int((batch[-1] >= 0).sum())
 
-SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-
-def stdlib_files() -> list[Path]:
-  root = Path(sysconfig.get_paths()["stdlib"])
-  return sorted(f for f in root.rglob("*.py") if not SKIP & set(f.relative_to(root).parts))
-
-def read_text(path:Path) -> str:
-  try: data = path.read_bytes()
-  except OSError as e: raise UserError(f"can't read {path}: {e.strerror}") from None
-  if not data: raise UserError(f"{path} is empty: there is nothing to train on")
-  try: text = data.decode("utf-8")
-  except UnicodeDecodeError: text = "\0"
-  if "\0" in text: raise UserError(f"{path} is a binary file: --data takes text in UTF-8")
-  return text
-
-def text_files(paths:list[str]|None) -> list[tuple[Path, str|None]]:
-  "Files, in order, and the folder that each was found in: one that was named must be text, of a folder's some are."
-  files = []
-  for path in map(Path, paths or []):
-    if not path.exists(): raise UserError(f"no such file or folder: {path}")
-    inside = lambda f: f.is_file() and not any(n.startswith(".") for n in f.relative_to(path).parts)
-    files += [(f, str(path)) for f in sorted(path.rglob("*")) if inside(f)] if path.is_dir() else [(path, None)]
-    if path.is_dir() and not files: raise UserError(f"no text in the folder {path}: --data takes text in UTF-8")
-  return files if paths else [(f, "Python's library") for f in stdlib_files()]
-
-PIECE, LARGE = 1 << 22, 1 << 26                 # bytes that are read at once; of text, from which tokens lie in a file
-
-def token_pieces(path:Path, tok:Tokenizer) -> Iterator[np.ndarray]:
-  """A text's tokens, from a file read piece by piece. It is cut where a line ends and the next begins with no space:
-  byte pairs do not cross that."""
-  decoder, rest = codecs.getincrementaldecoder("utf-8")(), ""
-  with open(path, "rb") as f:
-    while data := f.read(PIECE):
-      rest += decoder.decode(data)
-      ends = [m.end() for m in re.finditer(r"\S\n(?=\S)", rest[-65536:])]
-      cut = len(rest) if tok.name == "bytes" else max(0, len(rest)-65536) + ends[-1] if ends else 0
-      if "\0" in rest: raise UnicodeDecodeError("utf-8", b"\0", 0, 1, "a binary file")
-      if cut:
-        yield tok.encode(rest[:cut])
-        rest = rest[cut:]
-  rest += decoder.decode(b"", final=True)
-  if rest: yield tok.encode(rest)
-
-def read_tokens(paths:list[str]|None, tok:Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-  """All texts as tokens, uint16, <|endoftext|> behind each, and where each text ends.
-
-  Tokens of much text are put into a file in tinygrad's cache, once for as long as the texts stay as they are, and
-  mapped: memory need not hold them."""
-  files = text_files(paths)
-  try: stats = [f.stat() for f, _ in files]
-  except OSError as e: raise UserError(f"can't read {e.filename}: {e.strerror}") from None
-  size = sum(s.st_size for s in stats)
-  names = [(str(f.absolute()), s.st_size, s.st_mtime_ns) for (f, _), s in zip(files, stats)]
-  key = hashlib.sha256(repr((1, tok.name, getattr(tok, "words", None), names)).encode()).hexdigest()[:24]
-  kept = Path(cache_dir) / "tokens" / f"{key}.bin"
-  index = kept.with_suffix(".npy")
-  if size < LARGE: sink = io.BytesIO()
-  elif kept.is_file() and index.is_file(): return np.memmap(kept, np.uint16, "r"), np.load(index)
-  else:
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    sink = open(part := kept.with_name(f"{key}.{os.getpid()}.part"), "w+b")
-  ends, found = [], collections.Counter()
-  try:
-    bar = tqdm(total=size, desc="tokens", unit="B", unit_scale=True, disable=size < LARGE)
-    for (path, folder), stat in zip(files, stats):
-      begin = sink.tell()
-      try:
-        for piece in token_pieces(path, tok): sink.write(piece.astype(np.uint16).tobytes())
-        if stat.st_size == 0: raise UserError(f"{path} is empty: there is nothing to train on")
-      except UnicodeDecodeError:
-        if folder is None: raise UserError(f"{path} is a binary file: --data takes text in UTF-8") from None
-        sink.seek(begin)
-        sink.truncate()
-      except (UserError, OSError) as e:
-        if isinstance(e, OSError) and sink.tell() != begin: raise
-        if folder is None:
-          raise e if isinstance(e, UserError) else UserError(f"can't read {path}: {e.strerror}") from None
-      else:
-        sink.write(np.uint16(tok.eot).tobytes())
-        ends.append(sink.tell()//2)
-        found[folder] += 1
-      bar.update(stat.st_size)
-    bar.update(0, close=True)
-    for folder in {folder for _, folder in files} - {None}:
-      if not found[folder]: raise UserError(f"no text in the folder {folder}: --data takes text in UTF-8")
-    if size < LARGE: return np.frombuffer(sink.getvalue(), np.uint16), np.array(ends)
-    sink.close()
-    np.save(index, np.array(ends))
-    os.replace(part, kept)
-    print(f"kept {ends[-1]:,} tokens in {kept}", flush=True)
-    return np.memmap(kept, np.uint16, "r"), np.array(ends)
-  except OSError as e:
-    raise UserError(f"can't keep the tokens of {size/1e9:.1f} GB of text in {kept.parent}: {e.strerror}") from None
-  finally:
-    sink.close()
-    if size >= LARGE and os.path.exists(part): os.remove(part)
-
-def split(ends:np.ndarray, share:float) -> int:
-  "How many tokens are for training: all but the last texts, or but the end of the text where there are few."
-  n, total = len(ends), int(ends[-1])
-  cut = n - round(n * share)
-  if n * share >= 1 and total - ends[cut-1] >= total * share / 2: return int(ends[cut-1])
-  return total - round(total * share)
-
 def shuffled(args:argparse.Namespace, n:int) -> Callable[[int], list[int]]:
   "Of a step, which of n rows are its batch: each epoch all of them, in an order of its own."
   @functools.lru_cache(2)
@@ -378,7 +286,7 @@ class Windows:
   size: int
   def __post_init__(self):
     args, self.tok = self.args, tokenizer(self.args)
-    tokens, ends = read_tokens(args.data, self.tok)
+    tokens, ends = read_tokens(args.data, self.tok, args.text_key)
     cut = split(ends, args.holdout)
     self.train, self.held = tokens[:cut], tokens[cut:]
     for name, part in (("training", self.train), ("held-out", self.held)):
@@ -386,8 +294,10 @@ class Windows:
         raise UserError(f"the text is too short: its {name} part has {len(part)} tokens and a window "
                         f"takes {self.size}: give more text or a smaller --length")
     name = ", ".join(args.data) if args.data else "Python's standard library"
-    self.about = (f"{name}: {len(ends):,} file{'s'*(len(ends) != 1)}, {len(self.train)/1e6:.2f} M tokens to train "
-                  f"on, {len(self.held)/1e6:.3f} M held out ({args.tokenizer})")
+    kind = "text" if any(is_jsonl(Path(p)) for p in args.data or ()) else "file"
+    self.about = (f"{name}: {len(ends):,} {kind}{'s'*(len(ends) != 1)}, "
+                  f"{len(self.train)/1e6:.2f} M tokens to train on, "
+                  f"{len(self.held)/1e6:.3f} M held out ({args.tokenizer})")
   def evenly(self) -> np.ndarray:
     "Windows (n,B,size) evenly over the held-out part, 128 at most, in batches."
     n = min(128, (len(self.held)-1) // (self.size-1))
@@ -491,21 +401,6 @@ def mlm_task(args:argparse.Namespace) -> Task:
 
 # ---- fine-tuning ----------------------------------------------------------------------------------
 
-def read_tsv(path:str, columns:int|None=None) -> tuple[list[str], list[list[str]], list[int]]:
-  "Labels, texts (one or two each), and the numbers of their lines."
-  labels, texts, lines = [], [], []
-  for i, line in enumerate(re.split(r"\r\n|\n|\r", read_text(Path(path)).removeprefix("\ufeff")), 1):
-    if not line.strip(): continue
-    label, *rest = line.split("\t")
-    columns = columns or min(3, max(2, 1 + len(rest)))
-    if 1 + len(rest) != columns or not all(r.strip() for r in rest):
-      wanted = "label, tab, text" + ", tab, text"*(columns - 2)
-      raise UserError(f"{path} line {i} has {1+len(rest)} column{'s'*(len(rest) > 0)}"
-                      f"{' and an empty text' if 1+len(rest) == columns else ''}: a line is {wanted}")
-    for x, to in ((label.strip(), labels), (rest, texts), (i, lines)): to.append(x)
-  if not labels: raise UserError(f"{path} has no lines: each is label, tab, text")
-  return labels, texts, lines
-
 def real(text:str) -> float|None:
   try: return x if math.isfinite(x := float(text)) else None
   except ValueError: return None
@@ -535,7 +430,7 @@ def classify_task(args:argparse.Namespace) -> Task:
   "Labels, or real values, of texts or pairs of texts: [CLS] a [SEP], or [CLS] a [SEP] b [SEP], filled up with [PAD]."
   if not args.data or len(args.data) != 1: raise UserError("--task classify takes one TSV file: --data FILE")
   tok, L = tokenizer(args), args.length
-  labels, texts, lines = read_tsv(args.data[0])
+  labels, texts, lines = read_tsv(args.data[0], args.columns)
   values = [real(l) for l in labels]
   regression = any(v is not None and v != int(v) for v in values)
   if regression and None in values and values.count(None) < len(values)/2:
@@ -546,12 +441,16 @@ def classify_task(args:argparse.Namespace) -> Task:
   if L < (need := 2 + 2*len(texts[0])): raise UserError(f"--length {L} is too short for texts: give at least {need}")
   if names and len(names) < 2:
     raise UserError(f"{args.data[0]}: every line has the label {names[0]!r}: nothing to learn")
+  if names and len(names) > max(10, len(labels)/2):
+    raise UserError(f"{args.data[0]} has {len(names):,} labels in {len(labels):,} lines, the first "
+                    f"{labels[0][:40]!r}: is that a text? --columns says which columns are which")
   def table(labels:list[str], texts:list[list[str]], lines:list[int], path:str) -> list[Batch]:
     rows = []
     for label, text, line in zip(labels, texts, lines):
       if (real(label) is None) if regression else (label not in names):
         raise UserError(f"{path} line {line}: " + (f"{label!r} is not a number, as other labels are" if regression else
-                        f"the label {label!r} does not occur in {args.data[0]} (its labels: {', '.join(names)})"))
+                        f"the label {label!r} does not occur in {args.data[0]} (its labels: "
+                        f"{', '.join(names[:12])}{', …'*(len(names) > 12)})"))
       parts = [list(tok.encode(t)) for t in text]
       while sum(map(len, parts)) + len(parts) + 1 > L: max(parts, key=len).pop()      # of the longer text, from the end
       row = [tok.cls] + [t for p in parts for t in (*p, tok.sep)]
@@ -560,7 +459,7 @@ def classify_task(args:argparse.Namespace) -> Task:
                    np.float32(label) if regression else np.int32(names.index(label))))
     return rows
   rows = table(labels, texts, lines, args.data[0])
-  if args.dev: held = table(*read_tsv(args.dev, 1 + len(texts[0])), args.dev)
+  if args.dev: held = table(*read_tsv(args.dev, args.columns, len(texts[0])), args.dev)
   else:
     learned, kept = hold_out(args, len(rows))
     if not len(learned): raise UserError(f"{args.data[0]} has {len(rows)} line: some are held out, give more, or --dev")
@@ -1002,9 +901,13 @@ def read_newest(out:Path) -> tuple[Path, Weights, dict[str, str]]:
     return path, tensors, meta
   raise worse or UserError(f"no checkpoint at {out/CHECKPOINT}: leave --resume out to start a run")
 
+def read_losses(meta:dict[str, str]) -> list[list[float]]:
+  "The losses in a checkpoint's metadata, as in `Log.rows`: the columns that this version knows."
+  return [[*row, *[math.nan]*len(LOSSES)][:len(LOSSES)] for row in json.loads(meta["losses"])]
+
 def read_evals(meta:dict[str, str]) -> list[list]:
-  "What a checkpoint's metadata say of the evaluations, as in `Log.evals`; old ones have no metrics."
-  return [[*e, {}][:3] for e in json.loads(meta["held_out"])]
+  "The evaluations in a checkpoint's metadata, as in `Log.evals`; old ones have no metrics."
+  return [[step, loss, *metrics, {}][:3] for step, loss, *metrics in json.loads(meta["held_out"])]
 
 def restore(tensors:Weights, state:dict[str, Tensor], source:Path) -> None:
   for k, t in state.items():
@@ -1045,11 +948,13 @@ def duration(seconds:float) -> str:
   s = round(seconds)
   return f"{s//3600}h{s//60%60:02d}m" if s >= 3600 else f"{s//60}m{s%60:02d}s" if s >= 60 else f"{s}s"
 
+LOSSES = ("step", "loss_nats", "learning_rate")     # the columns of Log.rows
+
 class Log:
   "The losses so far; the progress line; the CSV and the plot."
   def __init__(self, args:argparse.Namespace, task:Task):
     self.args, self.task = args, task
-    self.rows: list[list[float]] = []             # step, loss in nats, lr
+    self.rows: list[list[float]] = []             # of a step each, see LOSSES
     self.evals: list[list] = []                   # step, held-out loss in the task's unit, its metrics
     self.live, self.begun, self.a_step, self.before = bool(sys.stdout and sys.stdout.isatty()), 0, 0.0, 0.0
     self.restart_clock()
@@ -1061,7 +966,8 @@ class Log:
     "A line that stays, over the progress line if there is one."
     self.show(("\r\x1b[K" if self.live else "") + text)
 
-  def step(self, step:int, loss:float, lr:float) -> None:
+  def step(self, step:int, loss:float, lr:float, tokens:int) -> None:
+    "A step's loss in nats, its learning rate, and how many tokens its batch had."
     a = self.args
     self.rows.append([step, round(loss, 5), float(f"{lr:.4g}")])
     self.times = (self.times + [time.perf_counter()])[-21:]
@@ -1072,7 +978,7 @@ class Log:
     if len(self.rows) - self.begun > 2:                        # the first two compile and capture
       self.a_step = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
     if self.a_step:
-      text += f"  {a.batch*a.length/self.a_step:,.0f} tokens/s  {duration((a.steps-step)*self.a_step)} left"
+      text += f"  {tokens/self.a_step:,.0f} tokens/s  {duration((a.steps-step)*self.a_step)} left"
     if not math.isnan(peak := peak_memory()): text += f"  {peak/1e9:.2f} GB"
     if self.live:
       width = shutil.get_terminal_size().columns - 1
@@ -1297,13 +1203,13 @@ def make_model(args:argparse.Namespace, task:Task, tensors:Weights|None, meta:di
     if isinstance(config, H3Config): return H3LM(config, seed=args.seed)
     if task.labels: config.n_labels = len(task.labels)
     return BiGS(config, args.seed, (task.head,))
-  if block_of(args) is None: model = H3LM.from_checkpoint(tensors, meta, source)
+  if block_of(args) is None: model = h3_model(tensors, meta, source)
   else:
     labels = task.labels and len(task.labels)
     old = tensors.get("classifier.weight")
     if not args.resume and labels and old is not None and old.shape[0] != labels:      # as MRPC and RTE start from MNLI
       tensors = {k: v for k, v in tensors.items() if not k.startswith("classifier.")}
-    model = BiGS.from_checkpoint(tensors, meta, source, task.head, "tanh", labels)
+    model = bigs_model(tensors, meta, source, task.head, "tanh", labels)
   if model.config.vocab_size != task.vocab_size:
     raise UserError(f"the checkpoint's vocabulary is {model.config.vocab_size}, --tokenizer {args.tokenizer}'s "
                     f"{task.vocab_size}: give the tokenizer it was trained with")
@@ -1344,7 +1250,7 @@ def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str
   state = everything(model, opt)
   if args.resume:
     restore(tensors, state, Path(source))
-    first, log.rows = int(meta["step"]), json.loads(meta["losses"])
+    first, log.rows = int(meta["step"]), read_losses(meta)
     log.evals = read_evals(meta)
     log.before = float(meta.get("seconds", 0))
     if "scale" in meta: scale.value, scale.good = json.loads(meta["scale"])
@@ -1372,7 +1278,8 @@ def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str
   where = " and ".join(devices) if devices else Device.DEFAULT
   print(f"{title}, on {where}{'' if FLASH else ' without custom kernels (FLASH=0)'}")
   print(task.about)
-  print(f"{args.steps} steps of {args.batch} x {args.length} = {args.batch*args.length:,} tokens"
+  rows, length = task.batch(first)[0].shape
+  print(f"{args.steps} steps of {rows} x {length} = {rows*length:,} tokens"
         + (f" in {args.accumulate} parts" if args.accumulate > 1 else "")
         + (f", the gradient within {args.truncate}" if args.truncate else "")
         + (f", in {args.dtype}" if args.dtype != "float32" else "")
@@ -1402,7 +1309,7 @@ def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str
   def evaluate(step:int) -> bool:
     "Whether the loss is finite; if so it is shown."
     outputs = [*map(eval_step, task.held_out)]
-    counts = [len(b[0]) for b in task.held_out]
+    counts = [task.count(b) for b in task.held_out]      # as in training, by targets
     counts[len(counts)-task.aside:] = [0]*task.aside
     mean = float(np.average([o[0] for o in outputs], weights=counts))
     if math.isfinite(mean):
@@ -1434,13 +1341,14 @@ def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str
     for step in range(first, args.steps):
       lr = learning_rate(step, args.steps, args.lr, args.warmup, args.task in LINE)
       hyper = opt.hyper(step, lr, args.weight_decay, args.clip, min(1e-3, args.lr) / args.lr, scale.value)
-      loss, norm = train_step(task.batch(step), hyper)
+      batch = task.batch(step)
+      loss, norm = train_step(batch, hyper)
       if step == first: log.line(f"first step after {time.perf_counter()-START:.1f} s")
       finite = math.isfinite(norm)
       if not math.isfinite(loss) or (not finite and not scale.saw(False)): recover(step+1)
       else:
         if finite: scale.saw(True)
-        log.step(step+1, loss, lr)
+        log.step(step+1, loss, lr, batch[0].size)
       if step - first < 2: log.restart_clock()
       last, stop = step+1 == args.steps, interrupt.seen   # a signal from here on waits for the next step
       saving = stop or (step+1) % args.save_every == 0 or last
@@ -1815,9 +1723,7 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
   if args.resume or args.init:
     path = Path(args.out) / CHECKPOINT if args.resume else Path(args.init)
     if args.resume: path, tensors, meta = read_newest(path.parent)
-    elif not path.exists() and args.init not in RELEASED:
-      raise UserError(f"no checkpoint at {path}: --init takes a file, or an official BiGS model's folder")
-    else: tensors, meta = read_weights(path := find(str(path)))
+    else: tensors, meta = read_weights(path := find(args.init))
     official = not meta and "bigs.embeddings.word_embeddings.weight" in tensors
     if not official and (meta.get("model") not in ("h3", "bigs") or not {"config", "args", "step"} <= meta.keys()):
       raise CheckpointError(f"{path} is not a checkpoint of train.py")
@@ -1826,11 +1732,14 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
                                                      model="bigs", size="small", tokenizer="bert")
       else:
         config = json.loads(meta["config"])
-        old = NEWER | json.loads(meta["args"]) | {k: config[k] for k in SHAPE if k in config}
+        # an option that is newer than the checkpoint has its default
+        saved = json.loads(meta["args"])
+        old = {a.dest: a.default for a in parser()._actions} | saved
+        old |= {k: config[k] for k in SHAPE if k in config}
+        if "task" not in saved: raise ValueError
       if args.resume:
+        for read in (read_losses, read_evals): read(meta)
         int(meta["step"])
-        if not all(len(row) in n for name, n in (("losses", (3,)), ("held_out", (2, 3)))
-                   for row in json.loads(meta[name])) or not vars(args).keys() <= old.keys(): raise ValueError
       keep = set(vars(args)) if args.resume else {*SHAPE, "model", "size", "tokenizer"}
       for k in keep:
         if k not in now: setattr(args, k, old[k])
@@ -1841,8 +1750,14 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
     args.resume, args.out, args.init = "resume" in now, now.get("out", OUT), args.init if args.resume else str(path)
   if args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
     raise UserError(f"--plot {args.plot}: it draws .png, .svg or .pdf: name such a file")
+  for k, tasks in OF_TASKS.items():
+    if k in now and args.task not in tasks:
+      raise UserError(f"--{k.replace('_', '-')} is for --task {' or '.join(tasks)}, not for "
+                      f"{args.task}")
   for k, v in (COMMON | DEFAULTS[args.task]).items():
     if getattr(args, k) is None: setattr(args, k, v)
+  if "head_dim" in now and args.model in ("transformer", "s4d"):
+    raise UserError(f"--head-dim is for --model h3 or hybrid, not for {args.model}")
   if args.lr is None: args.lr = FINE_TUNING["lr"] if args.task == "classify" and args.init else SIZES[args.size]["lr"]
   if args.steps: complete(args)
   return args, tensors, meta

@@ -1,0 +1,410 @@
+"""Text: files of it to strings and tokens, and the tokenizers.
+
+  for document in documents("book.txt.gz"): ...      each text of a file, piece by piece
+  tokens, ends = read_tokens(["book.txt", "notes/"], ByteTokenizer())
+
+A file is UTF-8 with or without a byte-order mark, or UTF-16 with one; packed by gzip, bzip2, xz
+or Zstandard; .jsonl holds a text in each line. What is none of that is refused with the place of
+the first wrong byte.
+
+Not here: guessing an encoding from the bytes, PDF and HTML.
+"""
+from __future__ import annotations
+import bz2, codecs, collections, functools, gzip, hashlib, importlib, io, json, lzma, os, re, shlex
+import sys, sysconfig, zlib
+from pathlib import Path
+from types import ModuleType
+from typing import BinaryIO, Iterator, NamedTuple
+import numpy as np
+from tinygrad.helpers import cache_dir, tqdm
+
+class UserError(Exception):
+  "What the user can put right: shown as one line, exit status 2."
+
+# ---- tokenizers: encode(str) -> ids, decode(ids) -> bytes, vocab_size, eot -----------------------
+
+class Tokenizer:
+  """Text to tokens and back. Masked models add four tokens behind a vocabulary that has none of
+  them; `masked_size` counts them too."""
+  cls, sep, mask, pad = (property(lambda self, i=i: self.vocab_size + i) for i in range(4))
+  masked_size = property(lambda self: self.vocab_size + 4)
+
+class ByteTokenizer(Tokenizer):
+  "UTF-8 bytes, and one token more: <|endoftext|>."
+  name, vocab_size, eot = "bytes", 257, 256
+  def encode(self, text:str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8).astype(np.uint16)
+  def decode(self, ids:np.ndarray) -> bytes:
+    ids = np.asarray(ids)
+    return ids[ids < 256].astype(np.uint8).tobytes()
+
+class GPT2Tokenizer(Tokenizer):
+  "GPT-2's byte pairs, from tiktoken, which downloads its vocabulary once."
+  name, vocab_size, eot = "gpt2", 50257, 50256
+  def __init__(self):
+    try: import tiktoken
+    except ImportError:
+      raise UserError("--tokenizer gpt2 needs tiktoken: pip install tiktoken") from None
+    try: self.bpe = tiktoken.get_encoding("gpt2")
+    except Exception as e:        # whatever the network layer raises: requests, urllib3, OSError
+      raise UserError(f"tiktoken could not get GPT-2's vocabulary ({type(e).__name__}): connect "
+                      "once, or name a folder that holds it in TIKTOKEN_CACHE_DIR") from None
+  def encode(self, text:str) -> np.ndarray:
+    return np.array(self.bpe.encode_ordinary(text), np.uint16)
+  def decode(self, ids:np.ndarray) -> bytes:
+    return self.bpe.decode_bytes([int(i) for i in ids if i < self.eot])
+
+class BertTokenizer(Tokenizer):
+  "BERT's WordPiece, lower-cased, of a vocab.txt, by the library `tokenizers`."
+  name = "bert"
+  cls = sep = mask = pad = vocab_size = masked_size = 0             # the file says
+  def __init__(self, vocab:Path|None):
+    if vocab is None or not vocab.is_file():
+      raise UserError(f"--tokenizer bert needs its vocabulary: no {vocab or 'vocab.txt'}; put that "
+                      "of the model, or bert-large-uncased's, beside the checkpoint, or in "
+                      "train.py name it with --vocab")
+    try: from tokenizers import BertWordPieceTokenizer
+    except ImportError:
+      raise UserError("--tokenizer bert needs a package: pip install tokenizers") from None
+    try: self.words, self.path = vocab.read_text("utf-8").split("\n"), vocab
+    except UnicodeDecodeError:
+      raise UserError(f"{vocab} is not a vocabulary: it is not text in UTF-8") from None
+    while self.words and not self.words[-1]: self.words.pop()
+    self.vocab_size = self.masked_size = len(self.words)
+    special = ("[CLS]", "[SEP]", "[MASK]", "[PAD]")
+    try: self.cls, self.sep, self.mask, self.pad = map(self.words.index, special)
+    except ValueError:
+      raise UserError(f"{vocab} is not BERT's vocabulary: it lacks {', '.join(special[:3])} or "
+                      f"{special[3]}") from None
+    self.eot, self.pieces = self.sep, BertWordPieceTokenizer(str(vocab), lowercase=True)
+  def encode(self, text:str) -> np.ndarray:
+    text = text.encode("utf-8", "replace").decode()                 # a terminal's stray bytes
+    return np.array(self.pieces.encode(text, add_special_tokens=False).ids, np.int32)
+  def decode(self, ids:np.ndarray) -> bytes:
+    words = (self.words[i] for i in ids if i not in (self.cls, self.sep, self.pad))
+    return "".join(w[2:] if w.startswith("##") else " " + w for w in words).encode()
+
+TOKENIZERS = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer, "bert": BertTokenizer}
+
+def make_tokenizer(name:str, vocab:Path|None=None) -> Tokenizer:
+  "vocab: the vocab.txt of \"bert\"."
+  return BertTokenizer(vocab) if name == "bert" else TOKENIZERS[name]()
+
+# ---- files to strings ---------------------------------------------------------------------------
+
+class NotText(UserError):
+  "A file that is no text, or cannot be read as it."
+
+PIECE = 1 << 22                            # bytes that are read at once
+TEXT_KEY = "text"                          # in a .jsonl file, the key of a line's text
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le",
+         codecs.BOM_UTF16_BE: "utf-16-be"}
+DAMAGED = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError)
+
+@functools.cache
+def zstd() -> ModuleType|None:
+  "The module that reads Zstandard: Python 3.14's, or the package zstandard's; None without either."
+  for module in ("compression.zstd", "zstandard"):
+    try: return importlib.import_module(module)
+    except ImportError: pass
+  return None
+
+def is_packed(path:Path) -> bool: return path.suffix in (*PACKED, ".zst")
+
+def opened(path:Path) -> BinaryIO:
+  "A file's bytes, unpacked. Raises NotText where that takes a package that is missing, OSError."
+  if path.suffix in PACKED: return PACKED[path.suffix](path, "rb")
+  if path.suffix != ".zst": return open(path, "rb")
+  if not zstd():
+    raise NotText(f"{path} is packed by Zstandard: pip install zstandard, or unpack it by unzstd")
+  return zstd().open(path, "rb")
+
+def pieces(path:Path) -> Iterator[str]:
+  "The text of a file, piece by piece. Raises NotText, with the place of a wrong byte; OSError."
+  damaged = f"{path} is damaged, or not what its name says: it can't be unpacked"
+  try:
+    with opened(path) as f: yield from decoded(f, path)
+  except (*DAMAGED, *([zstd().ZstdError] if zstd() else [])) as e:
+    raise NotText(f"{damaged} ({e})") from None
+  except OSError as e:
+    if e.strerror or not is_packed(path): raise            # the system's own have a text
+    raise NotText(f"{damaged} ({e})") from None
+
+def decoded(f:BinaryIO, path:Path) -> Iterator[str]:
+  "Bytes to text, by the mark that they begin with, else as UTF-8. Raises NotText."
+  data = f.read(PIECE)
+  mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
+  encoding = MARKS.get(mark, "utf-8")
+  decoder = codecs.getincrementaldecoder(encoding)()
+  data = data[len(mark):]
+  at, line = len(mark), 1                                # bytes before `data`; the line they end in
+  while True:
+    begin = at - len(decoder.getstate()[0])              # half a character may be left from before
+    try: text = decoder.decode(data, final=not data)
+    except UnicodeDecodeError as e:
+      before = e.object[:e.start].decode(encoding)
+      place = begin + e.start, line + before.count("\n"), e.object[e.start]
+      raise NotText(wrong_byte(path, encoding, *place, binary="\0" in before)) from None
+    if (zero := text.find("\0")) >= 0:
+      place = begin + len(text[:zero].encode(encoding)), line + text.count("\n", 0, zero), 0
+      raise NotText(wrong_byte(path, encoding, *place, binary=True))
+    if text: yield text
+    if not data: return
+    at += len(data)
+    line += text.count("\n")
+    data = f.read(PIECE)
+
+def wrong_byte(path:Path, encoding:str, at:int, line:int, byte:int, binary:bool) -> str:
+  "The message about a byte, at an offset from 0 and in a line from 1, that is no part of a text."
+  place = f"byte {at:,}, in line {line:,}, is 0x{byte:02x}"
+  if is_packed(path): place += " (unpacked)"
+  if binary: return f"{path} is a binary file, not UTF-8 text: {place}"
+  if encoding != "utf-8":
+    return f"{path} begins as {encoding.upper()} and does not go on so: {place}"
+  convert = "iconv -f latin1 -t utf-8"
+  if is_packed(path): how = f"unpack it and convert it by {convert}"
+  else:
+    to = path.with_name(f"{path.stem}.utf8{path.suffix}")
+    how = f"convert it: {convert} {shlex.quote(str(path))} > {shlex.quote(str(to))}"
+  return f"{path} is not UTF-8: {place}; if it is Latin-1, {how}"
+
+def is_jsonl(path:Path) -> bool:
+  return (path.with_suffix("") if is_packed(path) else path).suffix == ".jsonl"
+
+def lines(path:Path) -> Iterator[str]:
+  "The lines of a file, which need not fit into memory. Raises as `pieces`."
+  parts = []                                               # of the line that is not at its end yet
+  for text in pieces(path):
+    end, *more = text.split("\n")
+    parts.append(end)
+    for begin in more:
+      yield "".join(parts)
+      parts = [begin]
+  yield "".join(parts)
+
+def documents(path:Path, key:str=TEXT_KEY) -> Iterator[Iterator[str]]:
+  """The texts of a file, each piece by piece: of a .jsonl file what `key` names in each line, else
+  the whole of it. Raises NotText, with a line's number, for what holds none; OSError."""
+  if not is_jsonl(path): yield pieces(path)
+  else:
+    for i, line in enumerate(lines(path), 1):
+      if line.strip(): yield iter([json_text(line, key, f"{path} line {i}")])
+
+def json_text(line:str, key:str, where:str) -> str:
+  "The text in a line of a .jsonl file."
+  try: fields = json.loads(line)
+  except (ValueError, RecursionError): raise NotText(f"{where} is not JSON") from None
+  if type(fields) is not dict: raise NotText(f'{where} is no object: a line is {{"{key}": "…"}}')
+  if type(fields.get(key)) is not str:
+    keys = ", ".join(list(fields)[:8]) or "none"
+    raise NotText(f"{where} has no text under the key {key!r} (its keys: {keys}): "
+                  "name another with --text-key")
+  return fields[key].encode("utf-8", "replace").decode()   # half of a surrogate pair is no text
+
+def read_texts(path:str, key:str=TEXT_KEY) -> list[str]:
+  "The texts of a file, as in `documents`. Raises UserError."
+  try: return ["".join(text) for text in documents(Path(path), key)]
+  except OSError as e: raise UserError(f"can't read {path}: {e.strerror or e}") from None
+
+def read_text(path:str) -> str:
+  "The whole of a file, whatever its name. Raises UserError."
+  try: return "".join(pieces(Path(path)))
+  except OSError as e: raise UserError(f"can't read {path}: {e.strerror or e}") from None
+
+# ---- files to tokens ----------------------------------------------------------------------------
+
+SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+LIBRARY = "Python's library"               # what is read where no file is named
+
+def stdlib_files() -> list[Path]:
+  root = Path(sysconfig.get_paths()["stdlib"])
+  return sorted(f for f in root.rglob("*.py") if not SKIP & set(f.relative_to(root).parts))
+
+def text_files(paths:list[str]|None) -> list[tuple[Path, str|None]]:
+  "Files, in order, and the folder that each was found in; None for a file that was named itself."
+  files = []
+  for path in map(Path, paths or []):
+    if not path.exists(): raise UserError(f"no such file or folder: {path}")
+    if not path.is_dir():
+      files.append((path, None))
+      continue
+    hidden = lambda f: any(n.startswith(".") for n in f.relative_to(path).parts)
+    found = [f for f in sorted(path.rglob("*")) if f.is_file() and not hidden(f)]
+    if not found: raise UserError(f"no text in the folder {path}: --data takes text in UTF-8")
+    files += [(f, str(path)) for f in found]
+  return files if paths else [(f, LIBRARY) for f in stdlib_files()]
+
+LARGE = 1 << 26                            # bytes of text from which on tokens lie in a file
+UNPACKED = 5                               # about how many times its size a packed text is
+
+def token_pieces(text:Iterator[str], tok:Tokenizer) -> Iterator[np.ndarray]:
+  """The tokens of a text in pieces. It is cut where a line ends and the next begins with no space:
+  byte pairs do not cross that."""
+  rest = ""
+  for more in text:
+    rest += more
+    ends = [m.end() for m in re.finditer(r"\S\n(?=\S)", rest[-65536:])]
+    cut = len(rest) if tok.name == "bytes" else max(0, len(rest)-65536) + ends[-1] if ends else 0
+    if cut:
+      yield tok.encode(rest[:cut])
+      rest = rest[cut:]
+  if rest: yield tok.encode(rest)
+
+def read_tokens(paths:list[str]|None, tok:Tokenizer, key:str=TEXT_KEY
+                ) -> tuple[np.ndarray, np.ndarray]:
+  """All texts as tokens, uint16, <|endoftext|> behind each, and where each text ends.
+
+  key: names a text in a line of a .jsonl file. Tokens of much text are put into a file in
+  tinygrad's cache, once for as long as the texts stay as they are, and mapped: memory need not hold
+  them. Raises UserError: a file that is named must be text; what a folder holds besides is left
+  out, and a line on stderr says so."""
+  files = text_files(paths)
+  try: stats = [f.stat() for f, _ in files]
+  except OSError as e: raise UserError(f"can't read {e.filename}: {e.strerror}") from None
+  size = sum(s.st_size*(UNPACKED if is_packed(f) else 1) for (f, _), s in zip(files, stats))
+  names = [(str(f.absolute()), s.st_size, s.st_mtime_ns) for (f, _), s in zip(files, stats)]
+  inputs = repr((2, tok.name, getattr(tok, "words", None), key, names)).encode()
+  kept = Path(cache_dir) / "tokens" / f"{hashlib.sha256(inputs).hexdigest()[:24]}.bin"
+  index = kept.with_suffix(".npy")
+  if size < LARGE: sink = io.BytesIO()
+  elif kept.is_file() and index.is_file(): return np.memmap(kept, np.uint16, "r"), np.load(index)
+  else:
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    sink = open(part := kept.with_name(f"{kept.stem}.{os.getpid()}.part"), "w+b")
+  ends, found, left_out = [], collections.Counter(), collections.defaultdict(list)
+  try:
+    bar = tqdm(total=sum(s.st_size for s in stats), desc="tokens", unit="B", unit_scale=True,
+               disable=size < LARGE)
+    for (path, folder), stat in zip(files, stats):
+      begin, before = sink.tell(), len(ends)
+      try:
+        write_tokens(path, tok, key, sink, ends)
+        found[folder] += 1
+      except NotText as e:
+        if folder is None: raise
+        if stat.st_size: left_out[folder].append(e)
+        sink.seek(begin)
+        sink.truncate()
+        del ends[before:]
+      bar.update(stat.st_size)
+    bar.update(0, close=True)
+    for folder in {folder for _, folder in files} - {None}:
+      if not found[folder]:
+        raise UserError(f"no text in the folder {folder}: --data takes text in UTF-8")
+    for folder, why in left_out.items():
+      if folder != LIBRARY:
+        print(f"left out {len(why)} of the files in {folder}; the first: {why[0]}", file=sys.stderr)
+    if size < LARGE: return np.frombuffer(sink.getvalue(), np.uint16), np.array(ends)
+    sink.close()
+    np.save(index, np.array(ends))
+    os.replace(part, kept)
+    print(f"kept {ends[-1]:,} tokens in {kept}", flush=True)
+    return np.memmap(kept, np.uint16, "r"), np.array(ends)
+  except OSError as e:
+    raise UserError(f"can't keep the tokens of {size/1e9:.1f} GB of text in {kept.parent}: "
+                    f"{e.strerror}") from None
+  finally:
+    sink.close()
+    if size >= LARGE and os.path.exists(part): os.remove(part)
+
+def write_tokens(path:Path, tok:Tokenizer, key:str, sink:BinaryIO, ends:list[int]) -> None:
+  "Appends the tokens of a file's texts to `sink`, and where each ends to `ends`. Raises NotText."
+  begin, before = sink.tell(), len(ends)
+  for text in reading(documents(path, key), path):
+    for some in token_pieces(reading(text, path), tok): sink.write(some.astype(np.uint16).tobytes())
+    sink.write(np.uint16(tok.eot).tobytes())
+    ends.append(sink.tell()//2)
+  texts = len(ends) - before
+  if sink.tell() == begin + 2*texts:                       # an <|endoftext|> each, and nothing else
+    what = "has no text in it" if path.stat().st_size else "is empty"
+    raise NotText(f"{path} {what}: there is nothing to train on")
+
+def reading(parts:Iterator, path:Path) -> Iterator:
+  "The same parts. Raises NotText if the file can't be read: an OSError is then the writer's."
+  try: yield from parts
+  except OSError as e: raise NotText(f"can't read {path}: {e.strerror or e}") from None
+
+def split(ends:np.ndarray, share:float) -> int:
+  "The number of tokens for training: all but the last texts, or of few texts all but the end."
+  n, total = len(ends), int(ends[-1])
+  cut = n - round(n * share)
+  if n * share >= 1 and total - ends[cut-1] >= total * share / 2: return int(ends[cut-1])
+  return total - round(total * share)
+
+# ---- tables of labels and texts -----------------------------------------------------------------
+
+# How GLUE's files name their columns, in lower case
+LABELS = ("label", "gold_label", "quality", "is_duplicate", "score", "similarity")
+TEXTS = ("sentence", "sentence1", "sentence2", "question", "question1", "question2", "#1 string",
+         "#2 string", "text", "text1", "text2", "premise", "hypothesis")
+
+class Table(NamedTuple):
+  "The rows of a TSV file."
+  labels: list[str]
+  texts: list[list[str]]           # one or two each
+  lines: list[int]                 # where they stand, from 1
+
+def known_columns(names:list[str]) -> list[int]:
+  "The columns, from 0, of label and one or two texts that a header names; none of another line."
+  names = [n.strip().lower() for n in names]
+  labels, texts = ([names.index(n) for n in known if n in names] for known in (LABELS, TEXTS))
+  return [labels[0], *sorted(texts)[:2]] if labels and texts else []
+
+def parse_columns(columns:str, names:list[str], where:str) -> tuple[list[int], bool]:
+  """The columns, from 0, that --columns asks for by name or by number from 1, and whether by name.
+  names: the cells of the first line. Raises UserError."""
+  wanted, names = [c.strip() for c in columns.split(",")], [n.strip() for n in names]
+  if len(wanted) not in (2, 3):
+    raise UserError(f"--columns {columns}: give the column of the label and those of one or two "
+                    "texts, as in 2,4")
+  if all(c.isdecimal() and int(c) > 0 for c in wanted): return [int(c) - 1 for c in wanted], False
+  for c in wanted:
+    if c not in names:
+      raise UserError(f"{where} names no column {c!r}, only {', '.join(names[:12])}")
+  return [names.index(c) for c in wanted], True
+
+def read_tsv(path:str, columns:str|None=None, n_texts:int|None=None) -> Table:
+  """Labels and texts of a TSV file.
+
+  columns: which they are in, by the header's names or by number; by default those that a header
+  like GLUE's names, or without one label, text, or label, text, text. n_texts: how many texts there
+  must be. Raises UserError, with a line's number."""
+  text = read_text(path)
+  if not text: raise UserError(f"{path} is empty: there is nothing to train on")
+  split_lines = enumerate(re.split(r"\r\n|\n|\r", text), 1)
+  rows = [(i, line.split("\t")) for i, line in split_lines if line.strip()]
+  if not rows: raise UserError(f"{path} has no lines: each is label, tab, text")
+  first, names = rows[0]
+  where, width = f"{path} line {first}", len(names)
+  at = known_columns(names)
+  header = bool(at)
+  if columns:
+    at, by_name = parse_columns(columns, names, where)
+    header |= by_name
+    if max(at) >= width:
+      raise UserError(f"{where} has {width} columns, and --columns {columns} names others")
+  elif not header:
+    if {n.strip().lower() for n in names} & {*LABELS, *TEXTS}:
+      raise UserError(f"{where} looks like a header ({', '.join(names[:12])}) and does not name both "
+                      "a label and a text as GLUE's do: name their columns with --columns")
+    width = 1 + n_texts if n_texts else min(3, max(2, width))
+    at = [*range(width)]
+  if n_texts and len(at) != 1 + n_texts:
+    raise UserError(f"{where} names {len(at)-1} texts, where the file to train on has {n_texts}: "
+                    "see --columns")
+  if not rows[header:]: raise UserError(f"{path} has no lines but its header")
+  a_line = "label, tab, text" + ", tab, text"*(width - 2)
+  if header or columns: a_line = f"{width} columns"
+  table = Table([], [], [])
+  for i, cells in rows[header:]:
+    fits = len(cells) == width
+    if not fits or not all(cells[j].strip() for j in at[1:]):
+      has = f"{len(cells)} column{'s'*(len(cells) != 1)}{' and an empty text'*fits}"
+      raise UserError(f"{path} line {i} has {has}: a line is {a_line}; --columns names others, "
+                      "in CoLA's files 2,4")
+    table.labels.append(cells[at[0]].strip())
+    table.texts.append([cells[j] for j in at[1:]])
+    table.lines.append(i)
+  return table
