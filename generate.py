@@ -62,12 +62,18 @@ def peak_memory() -> float:
 
 # ---- sampling -------------------------------------------------------------------------------------
 
+def finite(x:np.ndarray) -> np.ndarray:
+  "Returns logits, or -log p, (…,n). Raises UserError where a row holds NaN or +inf, or nothing but -inf."
+  if not np.isfinite(x.max(-1)).all():
+    raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
+  return x
+
 def sample(logits:np.ndarray, rng:np.random.Generator, temperature:float=1.0, top_k:int=0,
            top_p:float=1.0) -> np.ndarray:
   """One token a row: logits (B,V) -> (B,). Temperature 0 takes the likeliest. top_k keeps the k likeliest,
-  top_p the fewest whose probabilities reach p (after top_k and the temperature)."""
-  if temperature == 0: return logits.argmax(-1)
-  x = logits.astype(np.float64)
+  top_p the fewest whose probabilities reach p (after top_k and the temperature). UserError as in `finite`."""
+  if temperature == 0: return finite(logits).argmax(-1)
+  x = finite(logits).astype(np.float64)
   if 0 < top_k < x.shape[-1]: x[x < np.partition(x, -top_k, -1)[:, -top_k, None]] = -np.inf
   p = np.exp((x - x.max(-1, keepdims=True)) / temperature)
   p /= p.sum(-1, keepdims=True)
@@ -116,6 +122,8 @@ def generate(model:H3LM, prompts:np.ndarray|list[np.ndarray], n:int, temperature
   one at a time. max_length: the room in the attention layers' caches (default: the config's). Raises UserError where
   prompt and continuation do not fit in it; models without attention have no limit."""
   prompts = [np.asarray(p, np.int32) for p in (prompts if isinstance(prompts, list) else np.atleast_2d(prompts))]
+  if not prompts or not all(map(len, prompts)):
+    raise UserError("a prompt is empty: generate needs at least one token to go on from")
   B, longest, shortest = len(prompts), max(map(len, prompts)), min(map(len, prompts))
   room = max_length or model.config.max_length
   if model.config.attn_layers and longest + n > room:
@@ -146,7 +154,7 @@ def surprisals(model:H3LM) -> Callable[[np.ndarray], np.ndarray]:
   graph = functools.cache(lambda shape: capture(lambda x, y: surprisal(model(x), y).realize()))
   def ask(rows:np.ndarray) -> np.ndarray:
     x, y = (Tensor(np.ascontiguousarray(r, np.int32)).realize() for r in (rows[:, :-1], rows[:, 1:]))
-    return graph(x.shape)(x, y).numpy()
+    return finite(graph(x.shape)(x, y).numpy())
   return ask
 
 AT_ONCE = 4096                             # tokens that go through a model side by side
@@ -283,7 +291,7 @@ def fill(model:BiGS, tokenizer:Tokenizer, text:str, run:int=RUN, pad:int=0) -> l
   logits = capture(lambda t: model.mlm(t).realize())
   def ask(rows:list[np.ndarray], what:str="word") -> np.ndarray:
     "Log-probabilities (rows,L,V), without the tokens that only masked models have; in a word, without white space."
-    x = logits(Tensor(np.stack(rows).astype(np.int32)).realize()).numpy().astype(np.float64)
+    x = finite(logits(Tensor(np.stack(rows).astype(np.int32)).realize()).numpy().astype(np.float64))
     x[..., [tokenizer.cls, tokenizer.sep, tokenizer.mask, tokenizer.pad]] = -np.inf
     if tokenizer.name == "bytes" and what == "word": x[..., [*b" \t\n\r\f\v", tokenizer.eot]] = -np.inf
     return x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) - x.max(-1, keepdims=True)

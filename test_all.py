@@ -2899,6 +2899,30 @@ def test_sampling():
   both = gen.sample(np.array([[9.0, 0], [0, 9.0]]), rng, temperature=0.1)
   assert both.tolist() == [0, 1]
 
+@pytest.mark.parametrize("bad", [[np.nan, 1.0], [1.0, np.inf], [-np.inf, -np.inf]])
+def test_logits_that_are_not_finite(bad, tmp_path, capsys):
+  "No token is drawn from them, and no likelihood, fill or score is made of them: one line."
+  for temperature in (0, 1.0):
+    with pytest.raises(gen.UserError, match="not finite"):
+      gen.sample(np.array([[0.0, 1.0], bad]), np.random.default_rng(0), temperature)
+  assert gen.sample(np.array([[-np.inf, 1.0]]), np.random.default_rng(0)).tolist() == [1]
+  if not np.isnan(bad).any(): return
+  model = H3LM(H3Config(257, 8, 1, (), 2, d_state=4))
+  model.backbone.ln_f.bias.assign(np.nan).realize()
+  meta = {"model": "h3", "config": json.dumps(dataclasses.asdict(model.config))}
+  save_checkpoint(str(tmp_path/"nan.safetensors"), get_state_dict(model), meta)
+  (tmp_path/"text").write_text("some text")
+  (tmp_path/"questions").write_text('{"context": "a", "choices": ["b", "c"], "answer": 0}\n')
+  for use in (["--prompt", "a"], ["--perplexity", str(tmp_path/"text")], ["--score", str(tmp_path/"questions")]):
+    with pytest.raises(SystemExit) as stop: gen.main(["--model", str(tmp_path/"nan.safetensors"), *use])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "not finite" in err and err.count("\n") == 1, err
+
+def test_generate_refuses_an_empty_prompt():
+  model = H3LM(H3Config(257, 8, 1, (), 2, d_state=4))
+  for prompts in ([], [[]], [np.array([1]), np.array([])], np.zeros((2, 0))):
+    with pytest.raises(gen.UserError, match="a prompt is empty"): next(gen.generate(model, prompts, 1))
+
 def test_stream_is_whole_characters_and_stops():
   text = "naïve 🙂 日本語"
   stream, pieces = gen.TextStream(), []
@@ -3383,6 +3407,15 @@ def test_bert_tokens(tmp_path, monkeypatch, capsys):
   refused("needs its vocabulary")
 
 # ================================================================ the README
+
+@slow
+def test_readme_loop_of_ones_own(tmp_path, monkeypatch, capsys):
+  "as written: it prints the loss before `backward`, and learns"
+  monkeypatch.chdir(tmp_path)
+  (tmp_path/"book.txt").write_text(TEXT*20)
+  exec(readme_python("loss.backward()"), {})
+  losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+  assert len(losses) == 20 and losses[-1] < losses[0]/2 and np.isfinite(losses).all()
 
 def readme_commands() -> dict[str, list[str]]:
   "Of each section that has some."
