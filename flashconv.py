@@ -25,7 +25,7 @@ H=256, CPU), and its backward pass would do two transforms more, to compute anew
 """
 from __future__ import annotations
 import argparse, cmath, ctypes, dataclasses, functools, hashlib, importlib.metadata, importlib.util, itertools
-import math, mmap, operator, os, queue, subprocess, sys, threading, time
+import math, mmap, operator, os, queue, signal, subprocess, sys, threading, time
 from typing import Callable, NamedTuple, Sequence
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit, UOp, codegen, dtypes, helpers, tensor
@@ -33,7 +33,7 @@ from tinygrad.codegen import to_program
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
 from tinygrad.codegen.opt.postrange import Scheduler
 from tinygrad.dtype import AddrSpace, DType
-from tinygrad.engine import worker
+from tinygrad.engine import jit as tinyjit, realize, worker
 from tinygrad.engine.jit import _TinyJit
 from tinygrad.engine.realize import capturing
 from tinygrad.helpers import (NOOPT, Context, ContextVar, GlobalCounters, Target, all_int, cache_dir,
@@ -1561,13 +1561,40 @@ class Cores:
 
 CORES = Cores()
 
+class Uninterrupted:
+  "Holds back Ctrl-C, which Python raises in the main thread, until the block has ended."
+  def __enter__(self):
+    self.came, handler = False, signal.getsignal(signal.SIGINT)
+    held = callable(handler) and threading.current_thread() is threading.main_thread()
+    self.handler = handler if held else None
+    if held: signal.signal(signal.SIGINT, self.note)
+  def note(self, *_): self.came = True
+  def __exit__(self, *_):
+    if self.handler: signal.signal(signal.SIGINT, self.handler)
+    if self.came: self.handler(signal.SIGINT, None)
+
+class Turn:
+  """What one call that realises Tensors has done so far. `replaced` is each Tensor that it gave the
+  buffers to come, with its graph before; `ran` is whether the kernels that fill them have begun."""
+  calls: list[Turn] = []                              # those that are going on, each inside the one before
+  def __init__(self): self.replaced, self.ran = [], False
+  def begins(self): self.replaced, self.ran = [], True
+  def __enter__(self): self.calls.append(self)
+  def __exit__(self, error:type|None, *_):
+    self.calls.pop()
+    if error and not self.ran:
+      for t, graph in reversed(self.replaced): t.uop = graph
+    elif self.calls and not self.ran: self.calls[-1].replaced += self.replaced   # captured: a TinyJit runs it
+
 @functools.cache
-def allow_threads_and_forks():
-  """Lets several Python threads use tinygrad 0.14.0 at once, and a child process go on after a fork.
+def guard_tinygrad():
+  """Lets several Python threads use tinygrad 0.14.0, a child go on after a fork, and anyone after Ctrl-C.
 
   What tinygrad captures and compiles it keeps in tables that all threads share, and its cache on
   disk is open for one thread alone: so one thread at a time realises Tensors or calls a TinyJit.
   After a fork the child has none of the other threads and processes that its tables name.
+  Tensors get their buffers before these are compiled for and filled: interrupted in between, they
+  would read as zeros. Here they get their graphs back, and from the first kernel on all of them run.
   """
   own = threading.local()
   def in_turn(method:Callable) -> Callable:
@@ -1575,11 +1602,33 @@ def allow_threads_and_forks():
     def call(*args, **options):
       with TURN:
         others, helpers._db_connection = helpers._db_connection, getattr(own, "cache", None)
-        try: return method(*args, **options)
+        try:
+          with Turn(): return method(*args, **options)
         finally: own.cache, helpers._db_connection = helpers._db_connection, others
     return call
   for owner, name in ((Tensor, "realize"), (Tensor, "_buffer"), (_TinyJit, "__call__")):
     setattr(owner, name, in_turn(getattr(owner, name)))
+
+  replace = tensor._apply_map_to_tensors
+  def replace_and_note(new:dict[UOp, UOp], name:str):
+    before = [(t, t.uop) for t in (ref() for ref in list(tensor.all_tensors)) if t is not None]
+    try: replace(new, name)
+    finally:
+      if Turn.calls: Turn.calls[-1].replaced += [(t, graph) for t, graph in before if t.uop is not graph]
+  tensor._apply_map_to_tensors = replace_and_note
+
+  run = realize.run_linear
+  def run_whole(linear:UOp, var_vals:dict[str, int]|None=None, input_uops:Sequence[UOp]=(), update_stats:bool=True,
+                jit:bool=False, wait:bool=False):
+    if not jit:
+      linear = realize.compile_linear(linear, validate=helpers.VALIDATE_WITH_CPU, input_uops=list(input_uops))
+      linear = realize.link_linear(linear)
+    if not linear.src: return
+    with Uninterrupted():
+      if Turn.calls: Turn.calls[-1].begins()
+      run(linear, var_vals, input_uops, update_stats, True, wait)
+  realize.run_linear = tensor.run_linear = tinyjit.run_linear = run_whole
+
   def in_child():
     CORES.__init__()
     worker.worker_pool = own.cache = helpers._db_connection = None
@@ -1635,7 +1684,6 @@ def use_all_cores():
   0.1 ms each. From here on threads run at once, and a TinyJit's kernels run without Python between them."""
   from tinygrad.runtime.ops_cpu import BufferSpec, CPUAllocator, CPUProgram, HCQBuffer
   from tinygrad.codegen import do_to_program
-  from tinygrad.engine import realize
   from tinygrad.engine.jit import GraphRunner, get_call_arg_uops
   one_by_one = CPUProgram.__call__
   @functools.wraps(one_by_one)
@@ -1737,7 +1785,7 @@ def setup_device():
     device = Device[Device.DEFAULT]
     if _compiler_says(device.renderer, "__AVX512F__") and WIDE not in device.arch: device.arch += f",{WIDE}"
     use_all_cores()
-  allow_threads_and_forks()
+  guard_tinygrad()
   # tinygrad's compile workers live on instead of starting anew: the first step 9.6 s, not 12.3
   os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "100000")
 

@@ -898,6 +898,39 @@ for work, most in ((jit, 3), (add, 1)):
     now = x.numpy()
     assert (now == before + most).all(), (place, np.unique(now))   # no core is left behind, none ran twice
   assert place > 100
+
+# Ctrl-C at 40 lines of all that runs when Tensors are scheduled, compiled and realised, tinygrad's own among them
+import signal
+U, K, W = (Tensor(normal(i, *s)).realize() for i, s in enumerate(((2, 4, 30), (4, 30), (30, 20))))
+def step():
+  global made
+  loss = matmul(fftconv(U, K), W).square().mean()
+  made = [loss, *loss.gradient(K, W)]
+  Tensor.realize(*made, x.assign(x + 1))
+def interrupted_at(place):
+  "Whether `step` was, by a signal at the line with this number, and how many lines it took."
+  seen = 0
+  def line(frame, event, arg):
+    nonlocal seen
+    seen += event == "line"
+    if event == "line" and seen == place:
+      sys.settrace(None)
+      signal.raise_signal(signal.SIGINT)
+    return line
+  sys.settrace(line)
+  try: step()
+  except KeyboardInterrupt: return True, seen
+  finally: sys.settrace(None)
+  return False, seen
+step()
+want, lines, hits = [t.numpy() for t in made], interrupted_at(0)[1], 0
+for place in np.random.default_rng(0).integers(1, lines, 40):
+  made, before = [], x.numpy()[0]
+  hits += interrupted_at(place)[0]
+  for t, y in zip(made, want): assert np.abs(t.numpy() - y).max() <= 1e-6*np.abs(y).max(), place
+  now = x.numpy()
+  assert now[0] - before in (0, 1) and (now == now[0]).all(), (place, np.unique(now))
+assert hits >= 35
 """
 
 @on_cpu
