@@ -134,13 +134,19 @@ tensor.pm_early_transform_tensor_graph = PatternMatcher([
    lambda c, x: x if c.tag is None and x.has_buffer_identity(after_ok=True) else None)
 ]) + tensor.pm_early_transform_tensor_graph
 
-def _same_gradient(dy:Tensor, y:Tensor, x:Tensor) -> tuple[Tensor]: return dy,
-
 def stored(x:Tensor) -> Tensor:
   "Returns x.contiguous(), but its gradient survives when a Tensor that depends on it is realised."
   if x.uop.has_buffer_identity() or x.device is None: return x
   body = UOp.maketuple(x.uop.param_like(0).contiguous())
   return Tensor(body.call(x.uop, grad_fxn=_as_grad_fxn(_same_gradient)).gettuple(0))
+
+def stored_backward(x:Tensor) -> Tensor:
+  "Returns x; its gradient is `stored`."
+  body = UOp.maketuple(x.uop.param_like(0))
+  return Tensor(body.call(x.uop, grad_fxn=_as_grad_fxn(_stored_gradient)).gettuple(0))
+
+def _same_gradient(dy:Tensor, y:Tensor, x:Tensor) -> tuple[Tensor]: return dy,
+def _stored_gradient(dy:Tensor, y:Tensor, x:Tensor) -> tuple[Tensor]: return stored(dy),
 
 @functools.cache
 def _zero(device:str|tuple[str, ...], floating:bool) -> Tensor:
@@ -851,9 +857,9 @@ def _plain_product(x:Tensor, w:Tensor, sums:DType|None) -> Tensor:
   products. PoCL, two cores, (4096,1024) x (1024,256): 42 ms, dw 48 ms and not 270; after GELU 42 ms and not 700."""
   M = prod(x.shape[:-1])
   G = next(g for g in range(max(1, M//256), 0, -1) if M % g == 0) if w.ndim == 2 else 1
-  if G == 1: return stored(x).dot(w, dtype=sums).contiguous_backward()
-  y = stored(x).reshape(G, M//G, -1).dot(w.expand(G, *w.shape).contiguous_backward(), dtype=sums)
-  return y.contiguous_backward().reshape(*x.shape[:-1], -1)
+  if G == 1: return stored_backward(stored(x).dot(w, dtype=sums))
+  y = stored(x).reshape(G, M//G, -1).dot(stored_backward(w.expand(G, *w.shape)), dtype=sums)
+  return stored_backward(y).reshape(*x.shape[:-1], -1)
 
 def matmul(x:Tensor, w:Tensor, transposed:bool=False, bias:Tensor|None=None) -> Tensor:
   """x @ w + bias -> (…,M,N): x (…,M,K); w (K,N), or (…,K,N) with x's leading dimensions, or any
@@ -1098,8 +1104,8 @@ def _walk_grad(names:tuple[str, ...], m:Machine, shape:tuple[int, int, int], S:i
   forward that keeps one in R, then group by group on the way back."""
   @functools.cache
   def kernel(dx0:UOp, dQ:UOp, dP:UOp, da:UOp, *bufs:UOp) -> UOp:
-    d, (kept, dout, x0, Q, P, a, PT, TQ), inputs = bufs[:len(names)], bufs[len(names):][:8], bufs[len(names)+8:]
-    x, d, w = dict(zip(names, inputs)), dict(zip(names, d)), Walk(m, shape, S, c, R)
+    d, (kept, dout, x0, Q, a, PT, TQ) = dict(zip(names, bufs)), bufs[len(names):][:7]
+    x, w = dict(zip((*names, "P"), bufs[len(names)+7:])), Walk(m, shape, S, c, R)
     W, M, h, us = S + c, S//2, w.h, [x[n] for n in "uv" if n in x]
     X, E = w.memory((R+1)*W), w.memory((R+1)*W)               # rows [x_n | w_n] and [e_(n-1) | dx_n], e = q dy
     sums = [(w.memory(W*c), W, c, dP), (w.memory(c*S), c, S, dQ), (w.memory(S), 1, S, da)]
@@ -1130,7 +1136,7 @@ def _walk_grad(names:tuple[str, ...], m:Machine, shape:tuple[int, int, int], S:i
     if "q" in x:
       def put(r:UOp, l:UOp, y:UOp) -> list[tuple[UOp, UOp, UOp]]:
         return [w.write(at := w.place(b, g, r, l), d["q"], y*w.read(at, dout))]
-      w.product(R, c, W, lambda r, k: now[r*W + k], lambda k, l: P[h, k, l], put)                # dq = y dy
+      w.product(R, c, W, lambda r, k: now[r*W + k], lambda k, l: x["P"][h, k, l], put)           # dq = y dy
     def put(r:UOp, j:UOp, dw:UOp) -> list[tuple[UOp, UOp, UOp]]:
       at = w.place(b, g, r, j)
       if "v" not in x: return [w.write(at, d["u"], dw)]
@@ -1184,7 +1190,8 @@ def _walk_gradient(dout:Tensor, _:Tensor, x0:Tensor, Q:Tensor, P:Tensor, a:Tenso
   given = (x0, Q, P, a, *inputs)
   states = shape[1] * -(-shape[2]//(R*c)) * S                        # kept on the walk forward
   outputs = launch(_walk_grad(names, m, shape, S, c, R), [*((x.numel(),) for x in given), (states,)],
-                   [dout, x0, Q, P, a, PT, TQ, *inputs], no_second_gradient("ssm_conv"))
+                   [dout, x0, Q, a, PT, TQ, *inputs, *([P] if "q" in names else [])],   # OpenCL: none unused
+                   no_second_gradient("ssm_conv"))
   return [d.reshape(x.shape) for d, x in zip(outputs, given)]
 
 def ssm_conv_ref(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None=None, q:Tensor|None=None,
