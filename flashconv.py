@@ -25,14 +25,14 @@ H=256, CPU), and its backward pass would do two transforms more, to compute anew
 """
 from __future__ import annotations
 import argparse, cmath, ctypes, dataclasses, functools, hashlib, importlib.metadata, importlib.util, itertools
-import math, mmap, operator, os, queue, signal, subprocess, sys, threading, time
+import math, mmap, multiprocessing, operator, os, queue, signal, subprocess, sys, threading, time
 from typing import Callable, NamedTuple, Sequence
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit, UOp, codegen, dtypes, helpers, tensor
 from tinygrad.codegen import to_program
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
 from tinygrad.codegen.opt.postrange import Scheduler
-from tinygrad.dtype import AddrSpace, DType
+from tinygrad.dtype import AddrSpace, DType, strong_dtype
 from tinygrad.engine import jit as tinyjit, realize, worker
 from tinygrad.engine.jit import _TinyJit
 from tinygrad.engine.realize import capturing
@@ -54,11 +54,11 @@ def capture(f:Callable, **options) -> TinyJit:
   jit.cnt = 1
   return jit
 
-TURN = threading.RLock()        # held by the thread that realises Tensors or calls a TinyJit
+LOCK = threading.RLock()        # held by the thread that realises Tensors or calls a TinyJit
 
 def constant(x:np.ndarray, device:str, dtype:type=np.float32) -> Tensor:
   "A Tensor realised at once, even while a TinyJit captures, so that replays do not make it again."
-  with TURN:
+  with LOCK:
     held, capturing[:] = capturing[:], []
     try: return Tensor(np.asarray(x, dtype), device=device).realize()
     finally: capturing[:] = held
@@ -90,10 +90,13 @@ def no_second_gradient(name:str) -> Callable:
 @functools.cache
 def _as_grad_fxn(gradient:Callable|str) -> Callable:
   "Returns `gradient`, as `launch` takes it, in the form that tinygrad calls."
-  def grad_fxn(dy:UOp, call:UOp) -> tuple[UOp|None, ...]:
+  def grad_fxn(dy:UOp, *rest:UOp, call:UOp|None=None) -> tuple[UOp|None, ...]:
+    if call is None: call = rest[0]                  # by name, if several outputs have gradients
     if isinstance(gradient, str): raise RuntimeError(gradient)
-    if dy.op is Ops.CONTIGUOUS: dy = dy.src[0]       # of contiguous_backward; it would be replaced
-    grads = gradient(Tensor(dy), Tensor(call.gettuple(0)), *(Tensor(x) for x in call.src[1:]))
+    # the CONTIGUOUS that `contiguous_backward` puts here would be replaced, see above
+    dy = Tensor(dy.src[0] if dy.op is Ops.CONTIGUOUS else dy)
+    if dy.uop.axis is not None: dy = dy.to(dy.device[0]).shard(dy.device)    # a kernel takes it whole
+    grads = gradient(dy, Tensor(call.gettuple(0)), *(Tensor(x) for x in call.src[1:]))
     return tuple(None if g is None else g.uop for g in grads)
   return grad_fxn
 
@@ -103,6 +106,7 @@ Shape = tuple[int, ...]
 def _call_of(kernel:Callable, shapes:tuple[Shape, ...], params:tuple[UOp, ...]) -> UOp:
   "The body of a FUNCTION: float32 buffers of these shapes, after the kernel has written them."
   device = params[0].device
+  # tinygrad puts the buffers of a caller in their place; slots below 0 are those of no other
   buffers = [UOp(Ops.BUFFER, src=(shape_to_shape_arg(s),), arg=ParamArg(-1-i, dtypes.float, device=device))
              for i, s in enumerate(shapes)]
   return UOp.maketuple(*UOp.custom_kernel(*buffers, *params, fxn=kernel)[:len(shapes)])
@@ -120,12 +124,14 @@ def launch(kernel:Callable, outputs:Sequence[Shape|Tensor], inputs:Sequence[Tens
   if isinstance(gradient, str):
     new = [x if isinstance(x, Tensor) else Tensor.empty(*x, dtype=dtypes.float, device=inputs[0].device)
            for x in outputs]
-    given = [x.contiguous() if x.uop.base.op is Ops.BUFFER else x for x in inputs]   # a view costs no copy
-    return Tensor.custom_kernel(*new, *given, fxn=kernel, grad_fxn=_as_grad_fxn(gradient))[:len(new)]
+    # contiguous() of a part of a buffer is a view, without it there would be a copy
+    stored = [x.contiguous() if x.uop.base.op is Ops.BUFFER else x for x in inputs]
+    return Tensor.custom_kernel(*new, *stored, fxn=kernel, grad_fxn=_as_grad_fxn(gradient))[:len(new)]
   params = tuple(x.uop.param_like(i) for i, x in enumerate(inputs))
   call = _call_of(kernel, tuple(outputs), params).call(
     *(x.uop for x in inputs), grad_fxn=_as_grad_fxn(gradient), precompile=True)
-  # tinygrad 0.14.0 does not replace a GETTUPLE by the buffer that it realised; what stands on it, it does
+  # tinygrad 0.14.0 replaces no GETTUPLE by the buffer it was realised in, and would compute it again
+  # at each use. It replaces an op that stands on it, and contiguous_backward costs nothing.
   return [Tensor(call.gettuple(i)).contiguous_backward() for i in range(len(outputs))]
 
 # tinygrad stores the inputs of such a FUNCTION, and would copy one that is stored but reshaped
@@ -138,19 +144,18 @@ def stored(x:Tensor) -> Tensor:
   "Returns x.contiguous(), but its gradient survives when a Tensor that depends on it is realised."
   if x.uop.has_buffer_identity() or x.device is None: return x
   body = UOp.maketuple(x.uop.param_like(0).contiguous())
-  return Tensor(body.call(x.uop, grad_fxn=_as_grad_fxn(_same_gradient)).gettuple(0))
+  return Tensor(body.call(x.uop, grad_fxn=_as_grad_fxn(_same_backward)).gettuple(0))
 
 def stored_backward(x:Tensor) -> Tensor:
-  "Returns x; its gradient is `stored`."
+  "Returns x. The gradient that arrives is written to memory before it is used."
   body = UOp.maketuple(x.uop.param_like(0))
-  return Tensor(body.call(x.uop, grad_fxn=_as_grad_fxn(_stored_gradient)).gettuple(0))
+  return Tensor(body.call(x.uop, grad_fxn=_as_grad_fxn(_stored_backward)).gettuple(0))
 
-def _same_gradient(dy:Tensor, y:Tensor, x:Tensor) -> tuple[Tensor]: return dy,
-def _stored_gradient(dy:Tensor, y:Tensor, x:Tensor) -> tuple[Tensor]: return stored(dy),
+def _same_backward(dy:Tensor, y:Tensor, x:Tensor) -> tuple[Tensor]: return dy,
+def _stored_backward(dy:Tensor, y:Tensor, x:Tensor) -> tuple[Tensor]: return stored(dy),
 
 @functools.cache
-def _zero(device:str|tuple[str, ...], floating:bool) -> Tensor:
-  return constant(np.zeros(1), device, np.float32 if floating else np.int32).reshape(())
+def _zero(device:str|tuple[str, ...]) -> Tensor: return constant(np.zeros(1), device).reshape(())
 
 def on_one_device(*tensors:Tensor|None) -> list[Tensor|None]:
   """Returns the Tensors, those without a device on that of the others.
@@ -160,7 +165,7 @@ def on_one_device(*tensors:Tensor|None) -> list[Tensor|None]:
   """
   device = next((t.device for t in tensors if t is not None and t.device is not None),
                 Device.DEFAULT)
-  return [t if t is None or t.device is not None else t + _zero(device, t.is_floating_point())
+  return [t if t is None or t.device is not None else t + _zero(device).cast(strong_dtype(t.dtype))
           for t in tensors]
 
 # ---------------------------------------------------------------- complex numbers: pairs (re, im) of Tensors or of UOps
@@ -180,13 +185,13 @@ def fft(x:Pair, inverse:bool=False) -> Pair:
   """X[k] = Σ_n x[n] exp(∓2πi nk/N) over the last axis, N a power of two, by matrix products.
   The inverse comes without its 1/N."""
   N, sign = x[0].shape[-1], conj if inverse else lambda w: w
-  kind = x[0].device, np.float64 if x[0].dtype == dtypes.double else np.float32
+  where = x[0].device, np.float64 if x[0].dtype == dtypes.double else np.float32
   if N <= 32:
-    (re, im), (c, s) = x, sign(_roots(N, N, N, *kind))
+    (re, im), (c, s) = x, sign(_roots(N, N, N, *where))
     return re@c - im@s, re@s + im@c
   N1 = 32 if N >= 1024 else 16 if N >= 256 else 8         # n = n1 N2 + n2, k = k1 + N1 k2
   a = tuple(p.reshape(*p.shape[:-1], N1, N//N1).transpose(-1, -2) for p in x)  # (…, n2, n1)
-  a = cmul(fft(a, inverse), sign(_roots(N//N1, N1, N, *kind)))                 # (…, n2, k1)
+  a = cmul(fft(a, inverse), sign(_roots(N//N1, N1, N, *where)))                 # (…, n2, k1)
   a = fft(tuple(p.transpose(-1, -2) for p in a), inverse)                      # (…, k1, k2)
   return tuple(p.transpose(-1, -2).reshape(x[0].shape) for p in a)
 
@@ -613,10 +618,10 @@ def _one(x:dict[str, Tensor], k:Tensor, N:int, kind:type) -> Tensor:
   if u.shape[0]*u.shape[1]*N < ONE_CORE: m = m._replace(cores=1)
   y, = launch(_conv(names, m, kind), [_written(u.shape, u.shape[1], S, kind)],
               [_twiddles(RADIX, S, k.device), k, *x.values()],
-              bound(_one_gradient, names=names, m=m, kind=kind))
+              bound(_one_backward, names=names, m=m, kind=kind))
   return _trimmed(y, u.shape, kind)
 
-def _one_gradient(dy:Tensor, _:Tensor, tw:Tensor, k:Tensor, *inputs:Tensor, names:tuple[str, ...],
+def _one_backward(dy:Tensor, y:Tensor, tw:Tensor, k:Tensor, *inputs:Tensor, names:tuple[str, ...],
                   m:Machine, kind:type) -> tuple[Tensor|None, ...]:
   "The gradient of `_one`: None for the roots, dk, and one for each of `names`."
   shape = inputs[names.index("u")].shape
@@ -633,19 +638,21 @@ def _one_gradient(dy:Tensor, _:Tensor, tw:Tensor, k:Tensor, *inputs:Tensor, name
 def _parts(x:Tensor, R:int, S:int) -> Tensor:
   "Rows (B,H,L) -> the R sub-transforms of a transform of length R S: (⌈B/2⌉,H R,2,S)."
   return launch(_split(machine(x.device)), [(Rows.count(x.shape), x.shape[1]*R, 2, S)],
-                [_twiddles(R, S, x.device), x], _parts_gradient)[0]
+                [_twiddles(R, S, x.device), x], _parts_backward)[0]
 
-def _parts_gradient(dX:Tensor, _:Tensor, tw:Tensor, x:Tensor) -> tuple[Tensor|None, ...]:
+def _parts_backward(dX:Tensor, X:Tensor, tw:Tensor, x:Tensor) -> tuple[Tensor|None, ...]:
+  "`_rows` is the adjoint of `_parts`; the roots get no gradient."
   return None, _rows(dX, x.shape, *tw.shape[1:])
 
 def _rows(X:Tensor, shape:tuple[int, ...], R:int, S:int) -> Tensor:
   "The way back, without its 1/R, and the adjoint of `_parts`."
   B, H, L = shape
   y, = launch(_join(machine(X.device), B, L), [_written(shape, H, S, Rows)],
-              [_twiddles(R, S, X.device), X], bound(_rows_gradient, shape=shape))
+              [_twiddles(R, S, X.device), X], bound(_rows_backward, shape=shape))
   return _trimmed(y, shape, Rows)
 
-def _rows_gradient(dy:Tensor, _:Tensor, tw:Tensor, X:Tensor, shape:tuple[int, ...]) -> tuple[Tensor|None, ...]:
+def _rows_backward(dy:Tensor, y:Tensor, tw:Tensor, X:Tensor, shape:Shape) -> tuple[Tensor|None, ...]:
+  "`_parts` is the adjoint of `_rows`; the roots get no gradient."
   return None, _parts(_trimmed(dy, shape, Rows), *tw.shape[1:])
 
 def _overlapped(w:Tensor, k:Tensor, D:Tensor|None, N:int) -> Tensor:
@@ -684,8 +691,8 @@ def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor
   k = k[:, :L]
   N, short = _length(L, k.shape[1]), max(SHORT, _length(8*k.shape[1], 1))
   R, cut = levels(u.device, N), N > 2*short and levels(u.device, short) == 1
-  given = [x for x in (u, k, D, v, q) if x is not None]
-  if not (R or cut) or not whole(*given) or any(x.dtype != dtypes.float for x in given):
+  inputs = [x for x in (u, k, D, v, q) if x is not None]
+  if not (R or cut) or not whole(*inputs) or any(x.dtype != dtypes.float for x in inputs):
     return fftconv_ref(u, k, D, v, q)
   if cut:
     y = _overlapped(u if v is None else u*v, k, D, short)
@@ -839,9 +846,9 @@ def product(a:Tensor, b:Tensor, *bias:Tensor, ta:bool=False, tb:bool=False, tota
   G, m = max(a.shape[0], b.shape[0]), machine(a.device)
   M, N = a.shape[2 if ta else 1], b.shape[1 if tb else 2]
   kernel = bound(dots, m=m) if M <= 4 and tb and not ta and not total else bound(gemm, ta=ta, tb=tb, m=m)
-  return launch(kernel, [(1 if total else G, M, N)], [a, b, *bias], bound(_product_gradient, ta=ta, tb=tb))[0]
+  return launch(kernel, [(1 if total else G, M, N)], [a, b, *bias], bound(_product_backward, ta=ta, tb=tb))[0]
 
-def _product_gradient(dy:Tensor, _:Tensor, a:Tensor, b:Tensor, *bias:Tensor, ta:bool, tb:bool) -> tuple[Tensor, ...]:
+def _product_backward(dy:Tensor, y:Tensor, a:Tensor, b:Tensor, *bias:Tensor, ta:bool, tb:bool) -> tuple[Tensor, ...]:
   "dA = dY B^T, dB = A^T dY, or their transposes B dY^T, dY^T A; summed where one A or B has served all groups."
   one = [x.shape[0] < max(a.shape[0], b.shape[0]) for x in (a, b)]
   da = product(b, dy, ta=tb, tb=True, total=one[0]) if ta else product(dy, b, tb=not tb, total=one[0])
@@ -1182,17 +1189,17 @@ def _walk_tables(A:Pair, B:Pair, C:Pair, D:Tensor|None, c:int) -> tuple[Tensor, 
   tables = Tensor.cat(*Q, dim=1).flip(-1).transpose(1, 2), Tensor.cat(2*P[0], -2*P[1], T, dim=1)
   return *(stored(t) for t in tables), stored(Tensor.cat(*(p[..., c] for p in pw), dim=1))
 
-def _walk_gradient(dout:Tensor, _:Tensor, x0:Tensor, Q:Tensor, P:Tensor, a:Tensor, *inputs:Tensor,
+def _walk_backward(dout:Tensor, out:Tensor, x0:Tensor, Q:Tensor, P:Tensor, a:Tensor, *inputs:Tensor,
                    names:tuple[str, ...], m:Machine, shape:tuple[int, int, int], S:int, c:int, R:int
                    ) -> list[Tensor]:
   "The gradients of `_walk`'s inputs, in their order."
   PT, TQ = P[:, :S].transpose(1, 2), Tensor.cat(P[:, S:].transpose(1, 2), Q.transpose(1, 2), dim=1)
-  given = (x0, Q, P, a, *inputs)
-  states = shape[1] * -(-shape[2]//(R*c)) * S                        # kept on the walk forward
-  outputs = launch(_walk_grad(names, m, shape, S, c, R), [*((x.numel(),) for x in given), (states,)],
-                   [dout, x0, Q, a, PT, TQ, *inputs, *([P] if "q" in names else [])],   # OpenCL: none unused
-                   no_second_gradient("ssm_conv"))
-  return [d.reshape(x.shape) for d, x in zip(outputs, given)]
+  forward = (x0, Q, P, a, *inputs)
+  scratch = shape[1] * -(-shape[2]//(R*c)) * S                       # states kept on the walk forward
+  # tinygrad's OpenCL counts an argument that a kernel does not use wrongly: only dq needs P
+  outputs = launch(_walk_grad(names, m, shape, S, c, R), [*((x.numel(),) for x in forward), (scratch,)],
+                   [dout, x0, Q, a, PT, TQ, *inputs, *([P] if "q" in names else [])], no_second_gradient("ssm_conv"))
+  return [d.reshape(x.shape) for d, x in zip(outputs, forward)]
 
 def ssm_conv_ref(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None=None, q:Tensor|None=None,
                  state:Pair|None=None, chunk:int|None=None) -> tuple[Tensor, Pair]:
@@ -1237,7 +1244,7 @@ def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None
   x0 = Tensor.zeros(n, H, S, device=u.device).contiguous() if state is None else Tensor.cat(*state, dim=-1)
   inputs = [x0.flatten(), Q, P, a, *(x.flatten() for x in (u, *gates))]
   out, = launch(_walk(names, m, shape, S, c, R), [(_state_at(shape) + n*H*S,)], inputs,
-                bound(_walk_gradient, names=names, m=m, shape=shape, S=S, c=c, R=R))
+                bound(_walk_backward, names=names, m=m, shape=shape, S=S, c=c, R=R))
   y, x = out[:prod(shape)].reshape(shape), out[_state_at(shape):].reshape(n, H, S)
   re, im = x[..., :M], x[..., M:]
   if rest := L % c:                                  # after the last whole chunk: A^rest x + Σ_j A^(rest-1-j) B w_j
@@ -1307,10 +1314,11 @@ def layernorm(x:Tensor, w:Tensor, b:Tensor, eps:float=1e-5) -> Tensor:
   if not _float_on_cpu(x, w, b): return x.layernorm(eps=eps)*w + b
   rows, m = x.reshape(-1, x.shape[-1]), machine(x.device)
   if rows.numel() < ONE_CORE//8: m = m._replace(cores=1)
-  y, = launch(bound(_norm, eps=eps, m=m), [rows.shape], [rows, w, b], bound(_norm_gradient, eps=eps, m=m))
+  y, = launch(bound(_norm, eps=eps, m=m), [rows.shape], [rows, w, b], bound(_norm_backward, eps=eps, m=m))
   return y.reshape(x.shape)
 
-def _norm_gradient(dy:Tensor, _:Tensor, x:Tensor, w:Tensor, b:Tensor, eps:float, m:Machine) -> tuple[Tensor, ...]:
+def _norm_backward(dy:Tensor, y:Tensor, x:Tensor, w:Tensor, b:Tensor, eps:float, m:Machine) -> tuple[Tensor, ...]:
+  "dx, dw, db, the last two summed over the cores."
   cores = next(c for c in range(m.cores, 0, -1) if x.shape[0] % c == 0)
   dx, *sums = launch(bound(_norm_grad, eps=eps, m=m), [x.shape, (cores, *w.shape), (cores, *w.shape)], [x, w, dy],
                      no_second_gradient("layernorm"))
@@ -1319,6 +1327,7 @@ def _norm_gradient(dy:Tensor, _:Tensor, x:Tensor, w:Tensor, b:Tensor, eps:float,
 # ---------------------------------------------------------------- attention's softmax: one launch forward, one back
 # (32,2048,2048) with its gradient, two cores: tinygrad 5 launches and 1.7 s.
 LOWEST = float(np.finfo(np.float32).min)
+MAX_ROW = 1 << 18                    # scores of a row: 1 MB of the calling thread's stack
 
 def _softmax(p:UOp, s:UOp, *place:UOp, m:Machine) -> UOp:
   (G, L, T), ids = s.shape, itertools.count()
@@ -1349,7 +1358,7 @@ def causal_softmax(s:Tensor, pos:Tensor|None=None, start:Tensor|None=None) -> Te
   s, pos, start = on_one_device(s, pos, start)
   *lead, L, T = s.shape
   place = [x for x in (pos, start) if x is not None]
-  if not _float_on_cpu(s):
+  if not _float_on_cpu(s) or T > MAX_ROW:
     own = Tensor.arange(L).unsqueeze(-1) + (T - L if pos is None else pos)
     seen, t = Tensor.arange(T) <= own, Tensor.arange(T)
     if start is not None: seen = seen & ((t >= start.reshape(-1, *[1]*(s.ndim-1))) | (t == own))
@@ -1357,10 +1366,11 @@ def causal_softmax(s:Tensor, pos:Tensor|None=None, start:Tensor|None=None) -> Te
   m = machine(s.device)
   if s.numel() < ONE_CORE//8: m = m._replace(cores=1)
   p, = launch(bound(_softmax, m=m), [(prod(lead), L, T)], [s.reshape(-1, L, T), *place],
-              bound(_softmax_gradient, m=m))
+              bound(_softmax_backward, m=m))
   return p.reshape(s.shape)
 
-def _softmax_gradient(dp:Tensor, p:Tensor, s:Tensor, *place:Tensor, m:Machine) -> tuple[Tensor|None, ...]:
+def _softmax_backward(dp:Tensor, p:Tensor, s:Tensor, *place:Tensor, m:Machine) -> tuple[Tensor|None, ...]:
+  "ds from p, the softmax itself; positions get no gradient."
   rows = [x.reshape(-1, x.shape[-1]) for x in (p, dp)]
   ds, = launch(bound(_softmax_grad, m=m), [rows[0].shape], rows, no_second_gradient("softmax"))
   return ds.reshape(s.shape), *(None for _ in place)
@@ -1398,10 +1408,11 @@ def embedding(tokens:Tensor, w:Tensor) -> Tensor:
     return widened(onehot.unsqueeze(-1).where(w, 0).sum(-2, dtype=w.dtype))      # tinygrad makes this a look-up
   m = machine(w.device)
   y, = launch(bound(_embed, m=m), [(prod(tokens.shape), w.shape[1])],
-              [w.reshape(-1), tokens.reshape(-1).clip(0, w.shape[0]-1)], bound(_embed_gradient, m=m))
+              [w.reshape(-1), tokens.reshape(-1).clip(0, w.shape[0]-1)], bound(_embed_backward, m=m))
   return y.reshape(*tokens.shape, -1)
 
-def _embed_gradient(dy:Tensor, _:Tensor, w:Tensor, tokens:Tensor, m:Machine) -> tuple[Tensor|None, ...]:
+def _embed_backward(dy:Tensor, y:Tensor, w:Tensor, tokens:Tensor, m:Machine) -> tuple[Tensor|None, ...]:
+  "dw; tokens get no gradient."
   return launch(bound(_embed_grad, m=m), [w.shape], [dy, tokens], no_second_gradient("embedding"))[0], None
 
 # ---------------------------------------------------------------- decoding: states are overwritten
@@ -1456,7 +1467,7 @@ def attend_step(q:Tensor, k:Tensor, v:Tensor, pos:Tensor, start:Tensor|None=None
   """Attention of one query: q (B,heads,hd) over rows start (B,), or 0, to pos (1,) of k, v (B,heads,T,hd) -> like q.
   On a CPU the time is that of reading these rows, whatever T; elsewhere all are read. Not differentiable."""
   B, H, D = q.shape
-  if _float_on_cpu(q, k, v) and k.shape[2] <= 1 << 20:             # the scores are on the stack
+  if _float_on_cpu(q, k, v) and k.shape[2] <= MAX_ROW:
     inputs = [q.reshape(B*H, D), *(x.reshape(-1) for x in (k, v)), *(x for x in (pos, start) if x is not None)]
     y, = launch(bound(_attend, m=machine(q.device)), [(B*H*D,)], inputs,
                 "attend_step, which is for decoding, has no gradient.")
@@ -1509,16 +1520,23 @@ WORDS = 64                             # of an entry in a list of kernels: a fun
 class Job:
   """Kernels that all cores run together: a list for each core, `entries` (cores,n,WORDS), see `_replay`.
 
-  done[8 c] counts those that core c is through with. `memory` is kept alive until all are.
+  done[8 c] counts those that core c is through with. `memory` is kept alive until all are. After a
+  list of several kernels no core returns before all are through; after a single one, `wait` is for that.
   """
   def __init__(self, function:Callable, entries:np.ndarray, pause:np.ndarray, memory:object):
-    cores, n, _ = entries.shape
+    cores, self.n, _ = entries.shape
     self.function, self.memory = function, (entries, pause, memory)
-    self.done, self.taken = np.zeros(8*cores, np.uint64), threading.Lock()
+    self.done, self.taken, self.ended = np.zeros(8*cores, np.uint64), threading.Lock(), queue.SimpleQueue()
     at = entries.ctypes.data, self.done.ctypes.data, pause.ctypes.data
-    self.shares = [tuple(map(ctypes.c_uint64, (at[0] + c*entries.strides[0], *at[1:], n, c))) for c in range(cores)]
+    self.shares = [tuple(map(ctypes.c_uint64, (at[0] + c*entries.strides[0], *at[1:], self.n, c)))
+                   for c in range(cores)]
 
-  def run(self, core:int): self.function(*self.shares[core])
+  def run(self, core:int):
+    self.function(*self.shares[core])
+    if core > 0: self.ended.put(core)
+
+  def wait(self):
+    while (self.done[::8] < self.n).any(): self.ended.get()
 
 class Cores:
   """Python threads, one for each further core, that leave Python while they run their share of a job.
@@ -1536,16 +1554,19 @@ class Cores:
     try:
       self.jobs.put(job)
       job.run(0)
+      job.wait()
     except BaseException:
-      # An interrupt. Either the leader has not taken the job, and now never will, or the others wait
-      # for this thread's share: then it runs here, unless it has run already.
-      if not job.taken.acquire(blocking=False) and not job.done[0]: job.run(0)
+      # An interrupt. If neither this thread nor the leader has begun, the leader never will. Else the
+      # others run, and so does this thread's share, unless it has run already.
+      if job.done[0] or not job.taken.acquire(blocking=False):
+        if not job.done[0]: job.run(0)
+        job.wait()
       raise
 
   def start(self, loop:Callable, *args:object):
-    threading.stack_size(16 << 20)                    # a kernel's private arrays are on the stack
+    usual = threading.stack_size(16 << 20)            # a kernel's private arrays are on the stack
     threading.Thread(target=loop, args=args, daemon=True).start()
-    threading.stack_size(0)
+    threading.stack_size(usual)
 
   def lead(self):
     if not self.leading.acquire(blocking=False): return
@@ -1571,57 +1592,62 @@ CORES = Cores()
 class Uninterrupted:
   "Holds back Ctrl-C, which Python raises in the main thread, until the block has ended."
   def __enter__(self):
-    self.came, handler = False, signal.getsignal(signal.SIGINT)
+    self.came, handler = None, signal.getsignal(signal.SIGINT)
     held = callable(handler) and threading.current_thread() is threading.main_thread()
     self.handler = handler if held else None
     if held: signal.signal(signal.SIGINT, self.note)
-  def note(self, *_): self.came = True
+  def note(self, *came): self.came = came
   def __exit__(self, *_):
     if self.handler: signal.signal(signal.SIGINT, self.handler)
-    if self.came: self.handler(signal.SIGINT, None)
+    if self.came: self.handler(*self.came)
 
-class Turn:
-  """What one call that realises Tensors has done so far. `replaced` is each Tensor that it gave the
-  buffers to come, with its graph before; `ran` is whether the kernels that fill them have begun."""
-  calls: list[Turn] = []                              # those that are going on, each inside the one before
-  def __init__(self): self.replaced, self.ran = [], False
-  def begins(self): self.replaced, self.ran = [], True
-  def __enter__(self): self.calls.append(self)
+class Realisation:
+  """A call that realises Tensors, which gives them buffers first and computes what is in them later.
+
+  `graphs`: each Tensor that has got a buffer, and its graph before. If the call fails, the graphs
+  are given back, but for those that overwrite something once the kernels have begun: what they have
+  overwritten is not known.
+  """
+  going_on: list[Realisation] = []                    # each inside the one before
+  def __init__(self): self.graphs, self.begun = [], False
+  def __enter__(self): self.going_on.append(self)
   def __exit__(self, error:type|None, *_):
-    self.calls.pop()
-    if error and not self.ran:
-      for t, graph in reversed(self.replaced): t.uop = graph
-    elif self.calls and not self.ran: self.calls[-1].replaced += self.replaced   # captured: a TinyJit runs it
+    self.going_on.pop()
+    if error:
+      for t, graph in reversed(self.graphs):
+        if not self.begun or not graph.op_in_backward_slice_with_self(Ops.STORE): t.uop = graph
+    elif self.going_on and not self.begun:            # captured: the TinyJit around it runs the kernels
+      self.going_on[-1].graphs += self.graphs
 
 @functools.cache
 def guard_tinygrad():
-  """Lets several Python threads use tinygrad 0.14.0, a child go on after a fork, and anyone after Ctrl-C.
+  """Makes tinygrad 0.14.0 safe for several Python threads, in a child after a fork, and after Ctrl-C.
 
-  What tinygrad captures and compiles it keeps in tables that all threads share, and its cache on
-  disk is open for one thread alone: so one thread at a time realises Tensors or calls a TinyJit.
-  After a fork the child has none of the other threads and processes that its tables name.
-  Tensors get their buffers before these are compiled for and filled: interrupted in between, they
-  would read as zeros. Here they get their graphs back, and from the first kernel on all of them run.
+  Threads: what is being captured and compiled stands in tables that all threads share, and the
+  cache on disk is open in one thread only. So one thread at a time realises Tensors or calls a
+  TinyJit. Forks: the child forgets the threads and processes that it does not have. Ctrl-C: until
+  the first kernel runs, Tensors get their graphs back; from then on it is held back to the last one.
   """
   own = threading.local()
-  def in_turn(method:Callable) -> Callable:
+  def one_at_a_time(method:Callable) -> Callable:
     @functools.wraps(method)
     def call(*args, **options):
-      with TURN:
+      with LOCK:
         others, helpers._db_connection = helpers._db_connection, getattr(own, "cache", None)
         try:
-          with Turn(): return method(*args, **options)
+          with Realisation(): return method(*args, **options)
         finally: own.cache, helpers._db_connection = helpers._db_connection, others
     return call
   for owner, name in ((Tensor, "realize"), (Tensor, "_buffer"), (_TinyJit, "__call__")):
-    setattr(owner, name, in_turn(getattr(owner, name)))
+    setattr(owner, name, one_at_a_time(getattr(owner, name)))
 
   replace = tensor._apply_map_to_tensors
   def replace_and_note(new:dict[UOp, UOp], name:str):
     before = [(t, t.uop) for t in (ref() for ref in list(tensor.all_tensors)) if t is not None]
     try: replace(new, name)
     finally:
-      if Turn.calls: Turn.calls[-1].replaced += [(t, graph) for t, graph in before if t.uop is not graph]
+      if Realisation.going_on:
+        Realisation.going_on[-1].graphs += [(t, graph) for t, graph in before if t.uop is not graph]
   tensor._apply_map_to_tensors = replace_and_note
 
   run = realize.run_linear
@@ -1632,21 +1658,23 @@ def guard_tinygrad():
       linear = realize.link_linear(linear)
     if not linear.src: return
     with Uninterrupted():
-      if Turn.calls: Turn.calls[-1].begins()
+      if Realisation.going_on: Realisation.going_on[-1].begun = True
       run(linear, var_vals, input_uops, update_stats, True, wait)
+      if Realisation.going_on: Realisation.going_on[-1].graphs = []
   realize.run_linear = tensor.run_linear = tinyjit.run_linear = run_whole
 
   def in_child():
     CORES.__init__()
+    if worker.worker_pool: multiprocessing.process._children.difference_update(worker.worker_pool._pool)
     worker.worker_pool = own.cache = helpers._db_connection = None
-    TURN.release()
+    LOCK.release()
   if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=TURN.acquire, after_in_parent=TURN.release, after_in_child=in_child)
+    os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=in_child)
 
-def _replay(cores:int) -> UOp:
+def _replay(cores:int, wait:bool=True) -> UOp:
   """A core's part of a list of kernels: n entries of WORDS words. done[8 c]: how many of them core c is through
-  with; nobody starts on a kernel before all are through with the one before. pause: a function that does nothing,
-  and the one to call while waiting."""
+  with; nobody starts on a kernel before all are through with the one before, if `wait`. pause: a function that
+  does nothing, and the one to call while waiting."""
   u64 = dtypes.uint64
   entries, pause = UOp.param(0, u64, (1 << 30,)), UOp.param(2, u64, (2,))
   done = UOp.param(1, u64, (8*cores,), volatile=True)
@@ -1655,7 +1683,9 @@ def _replay(cores:int) -> UOp:
   i = UOp.range(n, 0, dtype=dtypes.int)
   f, *args = (entries.index(i*WORDS + w).load() for w in range(WORDS))
   ran = done.after(f.call(*args, ret_dtype=dtypes.void).barrier()).index(me*8).store((i + 1).cast(u64))
-  for c in range(cores):
+  # a parameter that is not used would not be one of the function's
+  if not wait: ran = pause.after(ran).index(0).load().call(ret_dtype=dtypes.void)
+  for c in range(cores) if wait else ():
     again = UOp.loop(1 + c)
     waits = done.after(again, ran).index(8*c).load() < (i + 1).cast(u64)
     ran = pause.after(again, ran).index(waits.where(1, 0)).load().call(ret_dtype=dtypes.void).end(again, waits)
@@ -1704,7 +1734,8 @@ def use_all_cores():
     entries = np.zeros((global_size[0], 1, WORDS), np.uint64)
     entries[:, 0, :len(args)] = args
     entries[:, 0, 1 + place] = np.arange(global_size[0])
-    CORES.run(Job(replay(global_size[0]).fxn, entries, pause, bufs))
+    # a core that is through with a single kernel sleeps: to spin takes a tenth of the others' time
+    CORES.run(Job(replay(global_size[0], wait=False).fxn, entries, pause, bufs))
     return time.perf_counter() - start if wait else None
   CPUProgram.__call__ = call
 
@@ -1723,7 +1754,8 @@ def use_all_cores():
     clang = cstyle.ClangRenderer(dataclasses.replace(device.renderer.target, renderer="CLANG"))
     return CPUProgram(device, do_to_program(body.sink(arg=KernelInfo(name), tag=1), clang).to_elf())
   @functools.cache
-  def replay(cores:int) -> CPUProgram: return program(f"replay_{cores}", _replay(cores))
+  def replay(cores:int, wait:bool=True) -> CPUProgram:
+    return program(f"replay_{cores}_{int(wait)}", _replay(cores, wait))
   class Replay(GraphRunner):
     def __init__(self, linear:UOp, input_uops:tuple[UOp, ...]=()):
       super().__init__(linear, input_uops)

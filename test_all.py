@@ -730,13 +730,47 @@ def test_kernel_second_derivative(own):
   def second() -> list[Tensor]:
     g = f(*x).square().sum().gradient(*x)
     g[-1].numpy()
-    return g[-1].square().sum().gradient(*x)
+    return sum(t.square().sum() for t in g).gradient(*x)
   try: ours = [g.numpy() for g in second()]
   except RuntimeError as e:
     assert re.fullmatch(r"\w+ can be differentiated once: .*Context\(FLASH=0\)\.", str(e)), e
     return
   with Context(FLASH=0): plain = [g.numpy() for g in second()]
   for a, b in zip(ours, plain): assert np.abs(a - b).max() <= 1e-4*max(np.abs(b).max(), 1e-3)
+
+def test_kernel_gradient_that_arrives_in_parts(flash):
+  "from a Tensor that several devices share, to one that is whole on each"
+  devices = tuple(f"{Device.DEFAULT}:{i}" for i in range(2))
+  u, x, k = normal(4, 3, 20), normal(4, 3, 20), normal(3, 20)
+  loss = lambda u, x, k: (fftconv(u, k) + x).square().sum()
+  K, K2 = Tensor(k).shard(devices).realize(), Tensor(k).realize()
+  dk, = loss(Tensor(u).shard(devices), Tensor(x).shard(devices, axis=0), K).gradient(K)
+  want, = loss(Tensor(u), Tensor(x), K2).gradient(K2)
+  np.testing.assert_allclose(dk.numpy(), want.numpy(), rtol=1e-4, atol=1e-4)
+
+@on_cpu
+def test_a_failed_realisation_leaves_the_graphs(monkeypatch):
+  "where memory runs out between two kernels: what was not computed is not read as if it had been"
+  x, allocate, left = Tensor(normal(64, 64)/8).realize(), Buffer.allocate, [3]
+  def scarce(self, *args, **kw):
+    left[0] -= 1
+    if left[0] == 0: raise MemoryError
+    return allocate(self, *args, **kw)
+  ys = [x]
+  for _ in range(6): ys.append((ys[-1] @ x + 1).contiguous())
+  monkeypatch.setattr(Buffer, "allocate", scarce)
+  with pytest.raises(MemoryError): Tensor.realize(*ys)
+  monkeypatch.undo()
+  want = x.numpy()
+  for y in ys[1:]:
+    want = want @ x.numpy() + 1
+    np.testing.assert_allclose(y.numpy(), want, rtol=1e-4, atol=1e-4)
+
+@on_cpu
+def test_kernel_softmax_of_a_long_row():
+  "does not fit on the stack, and is done by plain ops"
+  p = softmax(Tensor(np.zeros((1, 3_000_000), np.float32))).numpy()
+  np.testing.assert_allclose(p, 1/3e6, rtol=1e-3)
 
 @on_cpu
 def test_kernels_for_decoding_have_no_gradient():
