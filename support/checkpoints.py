@@ -29,6 +29,8 @@ from h3tiny import H3Config, H3LM
 
 class CheckpointError(ValueError):
   "A checkpoint that can't be used. The message is one line and names the file."
+  def __init__(self, message:str):         # it may quote a damaged file, whose names hold anything
+    super().__init__(re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", message))
 
 @dataclasses.dataclass
 class Stored:
@@ -124,7 +126,7 @@ def read_checkpoint(path:str) -> tuple[Weights, dict[str, str]]:
        "its metadata are malformed")
   sums = meta.pop("crc32", None)
   if sums is not None:
-    need(len(sums) == 8 + 8*len(header) and raw.count(sums.encode()) == 1
+    need(len(sums) == 8 + 8*len(header) and sums.isascii() and raw.count(sums.encode()) == 1
          and f"{zlib.crc32(raw.replace(sums[:8].encode(), b'0'*8, 1)):08x}" == sums[:8],
          "its header is damaged")
   elif "config" in meta: need(meta.keys() <= OURS, "its metadata are damaged")
@@ -146,7 +148,9 @@ def read_checkpoint(path:str) -> tuple[Weights, dict[str, str]]:
     @functools.cache
     def check(k=k, lo=n+8+lo, hi=n+8+hi, want=sums and sums[8+8*i:16+8*i]) -> None:
       if want: need(f"{zlib.crc32(memoryview(file)[lo:hi]):08x}" == want, f"tensor {k} is damaged")
-    array = np.frombuffer(file, DTYPES[dt], math.prod(shape), n + 8 + lo).reshape(shape)
+    try: array = np.frombuffer(file, DTYPES[dt], math.prod(shape), n + 8 + lo).reshape(shape)
+    except ValueError:                     # more dimensions than NumPy has, or larger ones
+      raise CheckpointError(f"{path}: its header is damaged at tensor {k}.") from None
     tensors[k] = Stored(array, dt == "BF16", file, check)
   return tensors, meta
 
@@ -195,7 +199,9 @@ def rebuilt(function:object, args:object) -> object:
   if type(function) is not Name or type(args) is not Nested: return IGNORED
   if function in DICTIONARIES:
     pairs = args[0] if args and type(args[0]) is list else []
-    return as_dictionary([pair for pair in pairs if type(pair) in (list, Nested)])
+    made = as_dictionary([pair for pair in pairs if type(pair) in (list, Nested)])
+    pairs.clear()          # else a small file could make gigabytes: many dictionaries of one list
+    return made
   if function == "torch._utils _rebuild_tensor_v2" and len(args) >= 4 and type(args[0]) is Storage:
     return Layout(*args[:4])
   if function in PARAMETERS and args and type(args[0]) is Layout: return args[0]
@@ -306,6 +312,9 @@ def read_torch(path:str) -> Weights:
 
 def view(tensor:Layout, storage:Callable[[Storage], Stored], what:str) -> Stored:
   "A tensor of a storage. Raises CheckpointError, about `what`, if it does not fit into that."
+  kind = tensor.storage.kind
+  if kind not in NUMBERS:
+    raise CheckpointError(f"{what} has numbers of type {kind}, which is not supported.")
   try:
     whole = storage(tensor.storage)
     offset, shape = tensor.storage.start + tensor.offset, tensor.shape
@@ -314,11 +323,11 @@ def view(tensor:Layout, storage:Callable[[Storage], Stored], what:str) -> Stored
     last = offset + sum((n-1)*s for n, s in zip(shape, stride))        # Python's do not overflow
     there = 0 in shape or last < len(whole.array)
     if math.prod(shape) > len(whole.array) or not there: raise ValueError
+    strides = [s*whole.array.itemsize for s in stride]
+    array = np.lib.stride_tricks.as_strided(whole.array[offset:], shape, strides, writeable=False)
   except CheckpointError: raise
-  except (KeyError, TypeError, ValueError) as e:
+  except (KeyError, OverflowError, TypeError, ValueError) as e:
     raise CheckpointError(f"{what} is damaged ({type(e).__name__}).") from None
-  strides = [s*whole.array.itemsize for s in stride]
-  array = np.lib.stride_tricks.as_strided(whole.array[offset:], shape, strides, writeable=False)
   return dataclasses.replace(whole, array=array)
 
 BIG_ENDIAN = "written on a big-endian machine: save it again on one like this"
@@ -329,7 +338,7 @@ def read_zip(path:str) -> tuple[object, Callable[[Storage], Stored]]:
   with zipfile.ZipFile(path) as file:
     pickled = next(i for i in file.infolist() if i.filename.endswith("/data.pkl"))
     root = pickled.filename.removesuffix("/data.pkl")
-    if pickled.file_size > LARGEST_PICKLE: raise ValueError
+    if pickled.compress_type or pickled.file_size > LARGEST_PICKLE: raise ValueError
     if f"{root}/byteorder" in file.namelist():
       with file.open(f"{root}/byteorder") as f: order = f.read(6)
       if order != b"little": raise CheckpointError(f"{path}: {BIG_ENDIAN}.")
@@ -515,8 +524,8 @@ def snapshot(path:Path) -> Path:
   folder = path/"snapshots" if (path/"snapshots").is_dir() else path
   if folder.name != "snapshots": return folder
   main = folder.parent/"refs"/"main"
-  if main.is_file() and (folder/main.read_text().strip()).is_dir():
-    return folder/main.read_text().strip()
+  name = main.read_text(errors="replace").strip() if main.is_file() else ""
+  if name and (folder/name).is_dir(): return folder/name
   revisions = [f for f in folder.iterdir() if f.is_dir()]
   return max(revisions, key=lambda f: f.stat().st_mtime) if revisions else folder
 
