@@ -12,8 +12,8 @@ a pickle is read by `unpickled`, which imports nothing and calls nothing.
 Not here: files in several parts (pytorch_model-00001-of-…), compressed or encrypted ones.
 """
 from __future__ import annotations
-import dataclasses, functools, hashlib, io, json, math, mmap, os, pickletools, re, sys
-import zipfile, zlib
+import dataclasses, functools, hashlib, io, json, logging, math, mmap, os, pickletools, re
+import sys, zipfile, zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -450,11 +450,16 @@ def download(name:str) -> Path:
   files = f"{endpoint}/{release.repo}/resolve/main/{release.file}"
   if bigs: files += ", its config.json and vocab.txt"
   by_hand = f"or put {files} into a folder by hand, and name that in place of {name}"
-  try: import huggingface_hub
+  try:
+    import huggingface_hub
+    get = huggingface_hub.hf_hub_download  # a lazy module: this sets the level of its log
   except ImportError:
     raise CheckpointError(f"to download {name} takes a package: pip install huggingface_hub; "
                           f"{by_hand}.") from None
-  def fetch(file:str) -> Path: return Path(huggingface_hub.hf_hub_download(release.repo, file))
+  def fetch(file:str) -> Path: return Path(get(release.repo, file))
+  log = logging.getLogger("huggingface_hub")
+  level = log.level
+  log.setLevel(logging.ERROR)              # not a line for each of its attempts
   try:
     path = fetch(release.file)
     if bigs:
@@ -464,7 +469,8 @@ def download(name:str) -> Path:
   except Exception as e:           # the hub's own and its network layer's differ between releases
     why = str(e).strip().partition("\n")[0].rstrip(".:")
     why = f"{type(e).__name__}: {why}"
-    raise CheckpointError(f"can't download {name} ({why}); {by_hand}.") from None
+    raise CheckpointError(f"can't download {name} ({why}): try again, {by_hand}.") from None
+  finally: log.setLevel(level)
   verify(path, name, release)
   return path
 
@@ -504,7 +510,8 @@ def find(path_or_name:str) -> Path:
   path = Path(path_or_name)
   if path_or_name in RELEASED and not path.exists(): return download(path_or_name)
   hint = "run train.py first, or name another"
-  if not path.exists(): raise CheckpointError(f"no model at {path}: {hint}.")
+  if not path.exists():
+    raise CheckpointError(f"no model at {path}: {hint} (released are {', '.join(RELEASED)}).")
   if not path.is_dir(): return path
   folder = snapshot(path)
   for name in PREFERRED:
@@ -536,6 +543,13 @@ def read_weights(path:Path|str) -> tuple[Weights, dict[str, str]]:
   if suffix == ".msgpack": return read_flax(str(path)), {}
   tensors, meta = read_checkpoint(str(path))
   return tensors, meta if {"config", "model"} & meta.keys() else {}
+
+def config_beside(source:str) -> tuple[Path, dict[str, object]]:
+  "The config.json in the folder of official weights, and what it says: nothing if there is none."
+  file = Path(source).with_name("config.json")
+  try: return file, dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
+  except (TypeError, ValueError, OSError, RecursionError):
+    raise CheckpointError(f"{file} is not JSON of a configuration.") from None
 
 # ---- official weights of H3 ---------------------------------------------------------------------
 
@@ -595,10 +609,7 @@ def h3_config(tensors:Weights, source:str, n_heads:int|None=None) -> H3Config:
   if h3 is not None:
     config |= dict(d_state=shape(f"layers.{h3}.mixer.ssm_k_kernel.kernel.B", 2)[1],
                    head_dim=D // shape(f"layers.{h3}.mixer.D", 1)[0])
-  file, given = Path(source).with_name("config.json"), {}
-  try: given = dict(json.loads(file.read_text())) if file.is_file() else {}
-  except (TypeError, ValueError, OSError):
-    raise CheckpointError(f"{file} is not JSON of a configuration.") from None
+  file, given = config_beside(source)
   stated = given.get("attn_cfg") or {}
   if type(stated) is not dict: raise CheckpointError(f"{file}: its attn_cfg is no object.")
   config["n_heads"] = n_heads or stated.get("num_heads") or HEADS.get(D) or (None if attn else 1)
@@ -699,13 +710,13 @@ def save_official(path:str, model:H3LM) -> None:
     resid_dropout=c.resid_dropout, embed_dropout=c.embed_dropout, layer_norm_epsilon=c.norm_eps,
     pad_vocab_size_multiple=c.pad_vocab_multiple, max_position_embeddings=c.max_positions)
   text, beside = json.dumps(config, indent=1) + "\n", Path(path).with_name("config.json")
-  if beside.exists() and beside.read_text() != text:
+  if beside.exists() and beside.read_text("utf-8", "replace") != text:
     raise CheckpointError(f"{beside} is there and says something else: name a file in a folder of "
                           "its own")
   stored = {k: Stored(v) for k, v in weights.items()}
   tied = {"lm_head.weight": stored["backbone.embeddings.word_embeddings.weight"]}
   save_checkpoint(str(path), stored | tied, {"format": "pt"})
-  beside.write_text(text)
+  beside.write_text(text, "utf-8")
 
 # ---- official weights of BiGS -------------------------------------------------------------------
 
@@ -725,10 +736,7 @@ def bigs_config(weights:Weights, source:str, head:str|None, gelu:str|None
                 n_types=shape("bigs.embeddings.token_type_embeddings.weight")[0],
                 n_labels=shape("classifier.weight")[0] if "classifier.weight" in weights else 2,
                 gelu=gelu or ("tanh" if source.endswith(".msgpack") else "erf"))
-  file = Path(source).with_name("config.json")
-  try: given = dict(json.loads(file.read_text())) if file.is_file() else {}
-  except (TypeError, ValueError):
-    raise CheckpointError(f"{file} is not JSON of a configuration.") from None
+  file, given = config_beside(source)
   names = dict(vocab_size="vocab_size", d_model="hidden_size", n_layer="num_hidden_layers",
                d_inner="intermediate_size", d_state="num_ssm",
                max_length="max_position_embeddings", n_types="type_vocab_size")
@@ -830,7 +838,7 @@ def bigs_model(tensors:Weights, meta:dict[str, str], source:str, head:str|None=N
       config = BiGSConfig(**json.loads(meta["config"]))
     else: config, head = bigs_config(weights, source, head, gelu)
   except CheckpointError: raise
-  except (KeyError, TypeError, ValueError) as e:
+  except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
     raise CheckpointError(f"{source}: its config is unusable: {e}") from None
   if "classifier.weight" not in weights: config.n_labels = n_labels or config.n_labels
   elif n_labels not in (None, config.n_labels):
