@@ -18,7 +18,8 @@ step: constant time and memory in the H3 layers, a key-value cache in the attent
 
 Not here: beam search, repetition penalties.
 """
-import argparse, codecs, collections, dataclasses, functools, json, math, os, stat, sys, time
+import argparse, codecs, collections, dataclasses, functools, json, math, os, re, stat, sys
+import time
 from pathlib import Path
 from typing import Callable, Iterator
 import numpy as np
@@ -37,7 +38,8 @@ OUT = "out"                                # train.py's default folder
 
 class Parser(argparse.ArgumentParser):
   def error(self, message:str):
-    self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", " ".join(message.split()))
+    self.exit(2, f"{self.prog}: error: {line}\n")
 
 def number(kind:type, low:float|None=None, high:float|None=None, above:float|None=None):
   "An argparse type: an int or a float, low <= x <= high, x > above."

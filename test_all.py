@@ -1626,6 +1626,40 @@ def test_pytorch_makes_a_pt_of_an_export(tmp_path):
     got, w = v.numpy(), want[k].numpy()
     assert (got.view(np.uint32) & 0xffff == 0).all() and (abs(got - w) <= 2**-8*abs(w)).all(), k
 
+@pytest.mark.parametrize("shape", [(1,)*65, (0, 2**70), (0, 2**40, 2**40)])
+def test_shapes_that_numpy_has_not(shape, tmp_path):
+  "Refused in one line, in a pickle and in a header; so is a tensor of odd numbers or an odd name."
+  def pickled(kind:str="Float", name:str="w") -> bytes:
+    text = pickle.dumps((0, shape, (1,)*len(shape)), 2)[2:-1]
+    text = text[:text.rindex(b"\x87")]                     # its three parts, without the tuple
+    return b"\x80\x02}" + word(name) + named_as("torch._utils _rebuild_tensor_v2") + b"((" + \
+      word("storage") + named_as(f"torch {kind}Storage") + word("0") + word("cpu") + b"K\x01tQ" + \
+      text + b"\x89}tRs."
+  def refused(data:bytes, why:str) -> None:
+    with zipfile.ZipFile(tmp_path/"m.pt", "w") as z:
+      z.writestr("m/data.pkl", data)
+      z.writestr("m/data/0", bytes(4))
+    with pytest.raises(CheckpointError, match=why) as e: checkpoints.read_torch(str(tmp_path/"m.pt"))
+    assert "\n" not in str(e.value)
+  refused(pickled(), "tensor w is damaged")
+  refused(pickled("ComplexFloat"), "tensor w has numbers of type ComplexFloat")
+  refused(pickled(name="a\nb\x1b"), "tensor a.b. is damaged")
+  size = 4*math.prod(shape)
+  header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+  (tmp_path/"m.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+  with pytest.raises(CheckpointError, match="damaged at tensor w"):
+    read_checkpoint(str(tmp_path/"m.safetensors"))
+
+def test_small_pickles_stay_small(tmp_path):
+  "Neither a packed pickle nor many dictionaries of one list take memory out of proportion."
+  with zipfile.ZipFile(tmp_path/"m.pt", "w", zipfile.ZIP_DEFLATED) as z:
+    z.writestr("m/data.pkl", b"]"*(1 << 24))
+  with pytest.raises(CheckpointError, match="damaged"): checkpoints.read_torch(str(tmp_path/"m.pt"))
+  pairs = b"]q\x01(" + b"".join(word(f"{i}") + b"N\x86" for i in range(1000)) + b"e0"
+  ordered = named_as("collections OrderedDict") + b"h\x01\x85R"
+  made = checkpoints.unpickled(io.BytesIO(pairs + b"](" + ordered*1000 + b"e."))
+  assert sum(map(len, made)) == 1000
+
 def test_damaged_official_files(tiny, tmp_path, monkeypatch):
   "One line that names the file, and the tensor if it is one; nothing is run, nothing loaded. Flipped bits are seen."
   monkeypatch.chdir(tmp_path)
@@ -2203,7 +2237,7 @@ def test_download_without_network(hub, how):
                               "no server": {"HF_ENDPOINT": closed}}[how])
   assert said["whole"].startswith("refused: can't download whole (")
   assert "into a folder by hand" in said["whole"] and said["status"] == "2"
-  assert "Traceback" not in err and err.splitlines()[-1].startswith("generate.py: error: can't")
+  assert err.startswith("generate.py: error: can't download 125M") and err.count("\n") == 1
 
 def test_packages_that_are_missing(monkeypatch, capsys):
   "Without huggingface_hub or msgpack: which package to install, and where a file goes by hand."
@@ -2415,6 +2449,18 @@ def test_texts(name, piece, tmp_path, monkeypatch):
   assert tokens.tolist() == [*SAMPLE.encode(), 256] and ends.tolist() == [len(tokens)]
   assert texts.read_texts(str(tmp_path/name)) == [SAMPLE]
 
+def test_zstandard_in_frames(tmp_path):
+  "Frames one after the other and what is to be skipped between them; a cut file is refused."
+  zstandard = pytest.importorskip("zstandard")
+  if texts.zstd() is not zstandard: pytest.skip("Python's own reader")
+  some, skipped = zstandard.compress(SAMPLE.encode()), struct.pack("<II", 0x184D2A50, 3) + b"abc"
+  file = tmp_path/"book.txt.zst"
+  file.write_bytes(some + skipped + some)
+  assert "".join(texts.pieces(file)) == 2*SAMPLE
+  for n in (1, 10, len(some)-1):
+    file.write_bytes(some + some[:n])
+    with pytest.raises(texts.NotText, match="is damaged"): list(texts.pieces(file))
+
 def test_lines_of_jsonl_are_documents(run8, tmp_path, capsys):
   "<|endoftext|> behind each; --perplexity begins anew with each; each is a prompt of its own."
   some = ["first", "", "zweiter \u2028 Text", "half a pair: \ud83d", "last one"]
@@ -2456,7 +2502,7 @@ def unreadable(tmp:Path) -> dict[str, tuple[str, bytes, str]]:
                                 "is a binary file, not UTF-8 text: byte 1, in line 1"),
     "UTF-16, cut": ("cut.txt", b"\xff\xfea\0\n\0b",
                     "begins as UTF-16-LE and does not go on so: byte 6, in line 2"),
-    "an image": ("x.png", b"\x89PNG\0", "is not UTF-8: byte 0, in line 1, is 0x89"),
+    "an image": ("x.png", b"\x89PNG\0", "a binary file, not UTF-8 text: byte 0, in line 1, is 0x89"),
     "a torn .gz": ("torn.gz", gzip.compress(SAMPLE.encode())[:60], damaged),
     "no .gz": ("no.gz", b"text", damaged),
     "no .bz2": ("no.bz2", b"text, no bz2", damaged),
@@ -2515,6 +2561,8 @@ GLUE = {
   "by number": ("label\tid\tsentence\n1\t7\thello\n", "1,3", ["1", "hello"]),
   "plain": ("a\tone\nb\ttwo\n", None, ["a", "one"], ["b", "two"]),
   "plain, a pair": ("a\tone\ttwo\n", None, ["a", "one", "two"]),
+  "plain, no header": ("a\ttext\na\tone\n", None, ["a", "text"], ["a", "one"]),
+  "in quotes": ('"sentence"\t"label"\n"hello"\t1\n', None, ["1", '"hello"']),
 }
 @pytest.mark.parametrize("name", GLUE)
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
@@ -2525,7 +2573,7 @@ def test_tables_of_glue(name, encoding, tmp_path):
   (tmp_path/"train.tsv").write_bytes(text.encode(encoding))
   labels, some, lines = texts.read_tsv(str(tmp_path/"train.tsv"), columns)
   assert [[label, *row] for label, row in zip(labels, some)] == want
-  assert lines[0] == 1 + (name not in ("CoLA", "plain", "plain, a pair"))
+  assert lines[0] == 1 + (name != "CoLA" and not name.startswith("plain"))
 
 def test_gpt2_without_network(tmp_path, monkeypatch, capsys):
   tiktoken = pytest.importorskip("tiktoken")

@@ -12,8 +12,8 @@ a pickle is read by `unpickled`, which imports nothing and calls nothing.
 Not here: files in several parts (pytorch_model-00001-of-…), compressed or encrypted ones.
 """
 from __future__ import annotations
-import dataclasses, functools, hashlib, io, json, math, mmap, os, pickletools, re, sys
-import zipfile, zlib
+import dataclasses, functools, hashlib, io, json, logging, math, mmap, os, pickletools, re
+import sys, zipfile, zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -29,6 +29,8 @@ from h3tiny import H3Config, H3LM
 
 class CheckpointError(ValueError):
   "A checkpoint that can't be used. The message is one line and names the file."
+  def __init__(self, message:str):         # it may quote a damaged file, whose names hold anything
+    super().__init__(re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", message))
 
 @dataclasses.dataclass
 class Stored:
@@ -124,7 +126,7 @@ def read_checkpoint(path:str) -> tuple[Weights, dict[str, str]]:
        "its metadata are malformed")
   sums = meta.pop("crc32", None)
   if sums is not None:
-    need(len(sums) == 8 + 8*len(header) and raw.count(sums.encode()) == 1
+    need(len(sums) == 8 + 8*len(header) and sums.isascii() and raw.count(sums.encode()) == 1
          and f"{zlib.crc32(raw.replace(sums[:8].encode(), b'0'*8, 1)):08x}" == sums[:8],
          "its header is damaged")
   elif "config" in meta: need(meta.keys() <= OURS, "its metadata are damaged")
@@ -146,7 +148,9 @@ def read_checkpoint(path:str) -> tuple[Weights, dict[str, str]]:
     @functools.cache
     def check(k=k, lo=n+8+lo, hi=n+8+hi, want=sums and sums[8+8*i:16+8*i]) -> None:
       if want: need(f"{zlib.crc32(memoryview(file)[lo:hi]):08x}" == want, f"tensor {k} is damaged")
-    array = np.frombuffer(file, DTYPES[dt], math.prod(shape), n + 8 + lo).reshape(shape)
+    try: array = np.frombuffer(file, DTYPES[dt], math.prod(shape), n + 8 + lo).reshape(shape)
+    except ValueError:                     # more dimensions than NumPy has, or larger ones
+      raise CheckpointError(f"{path}: its header is damaged at tensor {k}.") from None
     tensors[k] = Stored(array, dt == "BF16", file, check)
   return tensors, meta
 
@@ -195,7 +199,9 @@ def rebuilt(function:object, args:object) -> object:
   if type(function) is not Name or type(args) is not Nested: return IGNORED
   if function in DICTIONARIES:
     pairs = args[0] if args and type(args[0]) is list else []
-    return as_dictionary([pair for pair in pairs if type(pair) in (list, Nested)])
+    made = as_dictionary([pair for pair in pairs if type(pair) in (list, Nested)])
+    pairs.clear()          # else a small file could make gigabytes: many dictionaries of one list
+    return made
   if function == "torch._utils _rebuild_tensor_v2" and len(args) >= 4 and type(args[0]) is Storage:
     return Layout(*args[:4])
   if function in PARAMETERS and args and type(args[0]) is Layout: return args[0]
@@ -306,6 +312,9 @@ def read_torch(path:str) -> Weights:
 
 def view(tensor:Layout, storage:Callable[[Storage], Stored], what:str) -> Stored:
   "A tensor of a storage. Raises CheckpointError, about `what`, if it does not fit into that."
+  kind = tensor.storage.kind
+  if kind not in NUMBERS:
+    raise CheckpointError(f"{what} has numbers of type {kind}, which is not supported.")
   try:
     whole = storage(tensor.storage)
     offset, shape = tensor.storage.start + tensor.offset, tensor.shape
@@ -314,11 +323,11 @@ def view(tensor:Layout, storage:Callable[[Storage], Stored], what:str) -> Stored
     last = offset + sum((n-1)*s for n, s in zip(shape, stride))        # Python's do not overflow
     there = 0 in shape or last < len(whole.array)
     if math.prod(shape) > len(whole.array) or not there: raise ValueError
+    strides = [s*whole.array.itemsize for s in stride]
+    array = np.lib.stride_tricks.as_strided(whole.array[offset:], shape, strides, writeable=False)
   except CheckpointError: raise
-  except (KeyError, TypeError, ValueError) as e:
+  except (KeyError, OverflowError, TypeError, ValueError) as e:
     raise CheckpointError(f"{what} is damaged ({type(e).__name__}).") from None
-  strides = [s*whole.array.itemsize for s in stride]
-  array = np.lib.stride_tricks.as_strided(whole.array[offset:], shape, strides, writeable=False)
   return dataclasses.replace(whole, array=array)
 
 BIG_ENDIAN = "written on a big-endian machine: save it again on one like this"
@@ -329,7 +338,7 @@ def read_zip(path:str) -> tuple[object, Callable[[Storage], Stored]]:
   with zipfile.ZipFile(path) as file:
     pickled = next(i for i in file.infolist() if i.filename.endswith("/data.pkl"))
     root = pickled.filename.removesuffix("/data.pkl")
-    if pickled.file_size > LARGEST_PICKLE: raise ValueError
+    if pickled.compress_type or pickled.file_size > LARGEST_PICKLE: raise ValueError
     if f"{root}/byteorder" in file.namelist():
       with file.open(f"{root}/byteorder") as f: order = f.read(6)
       if order != b"little": raise CheckpointError(f"{path}: {BIG_ENDIAN}.")
@@ -441,11 +450,16 @@ def download(name:str) -> Path:
   files = f"{endpoint}/{release.repo}/resolve/main/{release.file}"
   if bigs: files += ", its config.json and vocab.txt"
   by_hand = f"or put {files} into a folder by hand, and name that in place of {name}"
-  try: import huggingface_hub
+  try:
+    import huggingface_hub
+    get = huggingface_hub.hf_hub_download  # a lazy module: this sets the level of its log
   except ImportError:
     raise CheckpointError(f"to download {name} takes a package: pip install huggingface_hub; "
                           f"{by_hand}.") from None
-  def fetch(file:str) -> Path: return Path(huggingface_hub.hf_hub_download(release.repo, file))
+  def fetch(file:str) -> Path: return Path(get(release.repo, file))
+  log = logging.getLogger("huggingface_hub")
+  level = log.level
+  log.setLevel(logging.ERROR)              # not a line for each of its attempts
   try:
     path = fetch(release.file)
     if bigs:
@@ -455,7 +469,8 @@ def download(name:str) -> Path:
   except Exception as e:           # the hub's own and its network layer's differ between releases
     why = str(e).strip().partition("\n")[0].rstrip(".:")
     why = f"{type(e).__name__}: {why}"
-    raise CheckpointError(f"can't download {name} ({why}); {by_hand}.") from None
+    raise CheckpointError(f"can't download {name} ({why}): try again, {by_hand}.") from None
+  finally: log.setLevel(level)
   verify(path, name, release)
   return path
 
@@ -495,7 +510,8 @@ def find(path_or_name:str) -> Path:
   path = Path(path_or_name)
   if path_or_name in RELEASED and not path.exists(): return download(path_or_name)
   hint = "run train.py first, or name another"
-  if not path.exists(): raise CheckpointError(f"no model at {path}: {hint}.")
+  if not path.exists():
+    raise CheckpointError(f"no model at {path}: {hint} (released are {', '.join(RELEASED)}).")
   if not path.is_dir(): return path
   folder = snapshot(path)
   for name in PREFERRED:
@@ -515,8 +531,8 @@ def snapshot(path:Path) -> Path:
   folder = path/"snapshots" if (path/"snapshots").is_dir() else path
   if folder.name != "snapshots": return folder
   main = folder.parent/"refs"/"main"
-  if main.is_file() and (folder/main.read_text().strip()).is_dir():
-    return folder/main.read_text().strip()
+  name = main.read_text(errors="replace").strip() if main.is_file() else ""
+  if name and (folder/name).is_dir(): return folder/name
   revisions = [f for f in folder.iterdir() if f.is_dir()]
   return max(revisions, key=lambda f: f.stat().st_mtime) if revisions else folder
 
@@ -527,6 +543,13 @@ def read_weights(path:Path|str) -> tuple[Weights, dict[str, str]]:
   if suffix == ".msgpack": return read_flax(str(path)), {}
   tensors, meta = read_checkpoint(str(path))
   return tensors, meta if {"config", "model"} & meta.keys() else {}
+
+def config_beside(source:str) -> tuple[Path, dict[str, object]]:
+  "The config.json in the folder of official weights, and what it says: nothing if there is none."
+  file = Path(source).with_name("config.json")
+  try: return file, dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
+  except (TypeError, ValueError, OSError, RecursionError):
+    raise CheckpointError(f"{file} is not JSON of a configuration.") from None
 
 # ---- official weights of H3 ---------------------------------------------------------------------
 
@@ -586,10 +609,7 @@ def h3_config(tensors:Weights, source:str, n_heads:int|None=None) -> H3Config:
   if h3 is not None:
     config |= dict(d_state=shape(f"layers.{h3}.mixer.ssm_k_kernel.kernel.B", 2)[1],
                    head_dim=D // shape(f"layers.{h3}.mixer.D", 1)[0])
-  file, given = Path(source).with_name("config.json"), {}
-  try: given = dict(json.loads(file.read_text())) if file.is_file() else {}
-  except (TypeError, ValueError, OSError):
-    raise CheckpointError(f"{file} is not JSON of a configuration.") from None
+  file, given = config_beside(source)
   stated = given.get("attn_cfg") or {}
   if type(stated) is not dict: raise CheckpointError(f"{file}: its attn_cfg is no object.")
   config["n_heads"] = n_heads or stated.get("num_heads") or HEADS.get(D) or (None if attn else 1)
@@ -690,13 +710,13 @@ def save_official(path:str, model:H3LM) -> None:
     resid_dropout=c.resid_dropout, embed_dropout=c.embed_dropout, layer_norm_epsilon=c.norm_eps,
     pad_vocab_size_multiple=c.pad_vocab_multiple, max_position_embeddings=c.max_positions)
   text, beside = json.dumps(config, indent=1) + "\n", Path(path).with_name("config.json")
-  if beside.exists() and beside.read_text() != text:
+  if beside.exists() and beside.read_text("utf-8", "replace") != text:
     raise CheckpointError(f"{beside} is there and says something else: name a file in a folder of "
                           "its own")
   stored = {k: Stored(v) for k, v in weights.items()}
   tied = {"lm_head.weight": stored["backbone.embeddings.word_embeddings.weight"]}
   save_checkpoint(str(path), stored | tied, {"format": "pt"})
-  beside.write_text(text)
+  beside.write_text(text, "utf-8")
 
 # ---- official weights of BiGS -------------------------------------------------------------------
 
@@ -716,10 +736,7 @@ def bigs_config(weights:Weights, source:str, head:str|None, gelu:str|None
                 n_types=shape("bigs.embeddings.token_type_embeddings.weight")[0],
                 n_labels=shape("classifier.weight")[0] if "classifier.weight" in weights else 2,
                 gelu=gelu or ("tanh" if source.endswith(".msgpack") else "erf"))
-  file = Path(source).with_name("config.json")
-  try: given = dict(json.loads(file.read_text())) if file.is_file() else {}
-  except (TypeError, ValueError):
-    raise CheckpointError(f"{file} is not JSON of a configuration.") from None
+  file, given = config_beside(source)
   names = dict(vocab_size="vocab_size", d_model="hidden_size", n_layer="num_hidden_layers",
                d_inner="intermediate_size", d_state="num_ssm",
                max_length="max_position_embeddings", n_types="type_vocab_size")
@@ -821,7 +838,7 @@ def bigs_model(tensors:Weights, meta:dict[str, str], source:str, head:str|None=N
       config = BiGSConfig(**json.loads(meta["config"]))
     else: config, head = bigs_config(weights, source, head, gelu)
   except CheckpointError: raise
-  except (KeyError, TypeError, ValueError) as e:
+  except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
     raise CheckpointError(f"{source}: its config is unusable: {e}") from None
   if "classifier.weight" not in weights: config.n_labels = n_labels or config.n_labels
   elif n_labels not in (None, config.n_labels):

@@ -19,7 +19,7 @@ import numpy as np
 from tinygrad.helpers import cache_dir, tqdm
 
 class UserError(Exception):
-  "What the user can put right: shown as one line, exit status 2."
+  "A mistake that the user can put right: shown as one line, exit status 2."
 
 # ---- tokenizers: encode(str) -> ids, decode(ids) -> bytes, vocab_size, eot -----------------------
 
@@ -110,15 +110,34 @@ def zstd() -> ModuleType|None:
     except ImportError: pass
   return None
 
-def is_packed(path:Path) -> bool: return path.suffix in (*PACKED, ".zst")
+class Frames(io.RawIOBase):
+  "A Zstandard file, read by the package, whose own `open` takes a truncated one for whole."
+  def __init__(self, path:Path): self.file, self.frame, self.rest = open(path, "rb"), None, b""
+  def read(self, size:int=PIECE) -> bytes:
+    "The next `size` unpacked bytes, or some more; none at the end. Raises EOFError if it is cut."
+    unpacked, n = [], 0
+    while n < size and (data := self.rest or self.file.read(4096)):    # a page may be 100 MB
+      self.frame = self.frame or zstd().ZstdDecompressor().decompressobj()
+      unpacked.append(self.frame.decompress(data))
+      n += len(unpacked[-1])
+      self.rest = self.frame.unused_data if self.frame.eof else b""
+      if self.frame.eof: self.frame = None
+    if n < size and self.frame: raise EOFError("it ends before its last frame does")
+    return b"".join(unpacked)
+  def close(self) -> None:
+    self.file.close()
+    super().close()
+
+def is_packed(path:Path) -> bool: return path.suffix.lower() in (*PACKED, ".zst")
 
 def opened(path:Path) -> BinaryIO:
   "A file's bytes, unpacked. Raises NotText where that takes a package that is missing, OSError."
-  if path.suffix in PACKED: return PACKED[path.suffix](path, "rb")
-  if path.suffix != ".zst": return open(path, "rb")
+  suffix = path.suffix.lower()
+  if suffix in PACKED: return PACKED[suffix](path, "rb")
+  if suffix != ".zst": return open(path, "rb")
   if not zstd():
     raise NotText(f"{path} is packed by Zstandard: pip install zstandard, or unpack it by unzstd")
-  return zstd().open(path, "rb")
+  return Frames(path) if zstd().__name__ == "zstandard" else zstd().open(path, "rb")
 
 def pieces(path:Path) -> Iterator[str]:
   "The text of a file, piece by piece. Raises NotText, with the place of a wrong byte; OSError."
@@ -145,7 +164,8 @@ def decoded(f:BinaryIO, path:Path) -> Iterator[str]:
     except UnicodeDecodeError as e:
       before = e.object[:e.start].decode(encoding)
       place = begin + e.start, line + before.count("\n"), e.object[e.start]
-      raise NotText(wrong_byte(path, encoding, *place, binary="\0" in before)) from None
+      binary = encoding == "utf-8" and b"\0" in e.object    # UTF-16 is full of zeros
+      raise NotText(wrong_byte(path, encoding, *place, binary)) from None
     if (zero := text.find("\0")) >= 0:
       place = begin + len(text[:zero].encode(encoding)), line + text.count("\n", 0, zero), 0
       raise NotText(wrong_byte(path, encoding, *place, binary=True))
@@ -170,7 +190,7 @@ def wrong_byte(path:Path, encoding:str, at:int, line:int, byte:int, binary:bool)
   return f"{path} is not UTF-8: {place}; if it is Latin-1, {how}"
 
 def is_jsonl(path:Path) -> bool:
-  return (path.with_suffix("") if is_packed(path) else path).suffix == ".jsonl"
+  return (path.with_suffix("") if is_packed(path) else path).suffix.lower() == ".jsonl"
 
 def lines(path:Path) -> Iterator[str]:
   "The lines of a file, which need not fit into memory. Raises as `pieces`."
@@ -189,7 +209,10 @@ def documents(path:Path, key:str=TEXT_KEY) -> Iterator[Iterator[str]]:
   if not is_jsonl(path): yield pieces(path)
   else:
     for i, line in enumerate(lines(path), 1):
-      if line.strip(): yield iter([json_text(line, key, f"{path} line {i}")])
+      if line.strip(): yield cut(json_text(line, key, f"{path} line {i}"))
+
+def cut(text:str) -> Iterator[str]:
+  for at in range(0, len(text), PIECE): yield text[at:at+PIECE]
 
 def json_text(line:str, key:str, where:str) -> str:
   "The text in a line of a .jsonl file."
@@ -197,7 +220,7 @@ def json_text(line:str, key:str, where:str) -> str:
   except (ValueError, RecursionError): raise NotText(f"{where} is not JSON") from None
   if type(fields) is not dict: raise NotText(f'{where} is no object: a line is {{"{key}": "…"}}')
   if type(fields.get(key)) is not str:
-    keys = ", ".join(list(fields)[:8]) or "none"
+    keys = ", ".join(k[:40] for k in list(fields)[:8]) or "none"
     raise NotText(f"{where} has no text under the key {key!r} (its keys: {keys}): "
                   "name another with --text-key")
   return fields[key].encode("utf-8", "replace").decode()   # half of a surrogate pair is no text
@@ -268,11 +291,17 @@ def read_tokens(paths:list[str]|None, tok:Tokenizer, key:str=TEXT_KEY
   inputs = repr((2, tok.name, getattr(tok, "words", None), key, names)).encode()
   kept = Path(cache_dir) / "tokens" / f"{hashlib.sha256(inputs).hexdigest()[:24]}.bin"
   index = kept.with_suffix(".npy")
+  def unkept(e:OSError) -> UserError:
+    return UserError(f"can't keep the tokens of {size/1e9:.1f} GB of text in {kept.parent}: "
+                     f"{e.strerror or e}")
   if size < LARGE: sink = io.BytesIO()
   elif kept.is_file() and index.is_file(): return np.memmap(kept, np.uint16, "r"), np.load(index)
   else:
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    sink = open(part := kept.with_name(f"{kept.stem}.{os.getpid()}.part"), "w+b")
+    part = kept.with_name(f"{kept.stem}.{os.getpid()}.part")
+    try:
+      kept.parent.mkdir(parents=True, exist_ok=True)
+      sink = open(part, "w+b")
+    except OSError as e: raise unkept(e) from None
   ends, found, left_out = [], collections.Counter(), collections.defaultdict(list)
   try:
     bar = tqdm(total=sum(s.st_size for s in stats), desc="tokens", unit="B", unit_scale=True,
@@ -295,16 +324,15 @@ def read_tokens(paths:list[str]|None, tok:Tokenizer, key:str=TEXT_KEY
         raise UserError(f"no text in the folder {folder}: --data takes text in UTF-8")
     for folder, why in left_out.items():
       if folder != LIBRARY:
-        print(f"left out {len(why)} of the files in {folder}; the first: {why[0]}", file=sys.stderr)
+        first = " ".join(str(why[0]).split())              # a key of .jsonl may hold anything
+        print(f"left out {len(why)} of the files in {folder}; the first: {first}", file=sys.stderr)
     if size < LARGE: return np.frombuffer(sink.getvalue(), np.uint16), np.array(ends)
     sink.close()
     np.save(index, np.array(ends))
     os.replace(part, kept)
     print(f"kept {ends[-1]:,} tokens in {kept}", flush=True)
     return np.memmap(kept, np.uint16, "r"), np.array(ends)
-  except OSError as e:
-    raise UserError(f"can't keep the tokens of {size/1e9:.1f} GB of text in {kept.parent}: "
-                    f"{e.strerror}") from None
+  except OSError as e: raise unkept(e) from None
   finally:
     sink.close()
     if size >= LARGE and os.path.exists(part): os.remove(part)
@@ -348,18 +376,19 @@ class Table(NamedTuple):
 
 def known_columns(names:list[str]) -> list[int]:
   "The columns, from 0, of label and one or two texts that a header names; none of another line."
-  names = [n.strip().lower() for n in names]
+  names = [n.lower() for n in names]
   labels, texts = ([names.index(n) for n in known if n in names] for known in (LABELS, TEXTS))
   return [labels[0], *sorted(texts)[:2]] if labels and texts else []
 
 def parse_columns(columns:str, names:list[str], where:str) -> tuple[list[int], bool]:
   """The columns, from 0, that --columns asks for by name or by number from 1, and whether by name.
   names: the cells of the first line. Raises UserError."""
-  wanted, names = [c.strip() for c in columns.split(",")], [n.strip() for n in names]
+  wanted = [c.strip() for c in columns.split(",")]
   if len(wanted) not in (2, 3):
     raise UserError(f"--columns {columns}: give the column of the label and those of one or two "
                     "texts, as in 2,4")
-  if all(c.isdecimal() and int(c) > 0 for c in wanted): return [int(c) - 1 for c in wanted], False
+  if all(c.isdecimal() and len(c) < 10 and int(c) > 0 for c in wanted):
+    return [int(c) - 1 for c in wanted], False
   for c in wanted:
     if c not in names:
       raise UserError(f"{where} names no column {c!r}, only {', '.join(names[:12])}")
@@ -376,7 +405,8 @@ def read_tsv(path:str, columns:str|None=None, n_texts:int|None=None) -> Table:
   split_lines = enumerate(re.split(r"\r\n|\n|\r", text), 1)
   rows = [(i, line.split("\t")) for i, line in split_lines if line.strip()]
   if not rows: raise UserError(f"{path} has no lines: each is label, tab, text")
-  first, names = rows[0]
+  first, cells = rows[0]
+  names = [cell.strip().strip('"') for cell in cells]
   where, width = f"{path} line {first}", len(names)
   at = known_columns(names)
   header = bool(at)
@@ -386,9 +416,11 @@ def read_tsv(path:str, columns:str|None=None, n_texts:int|None=None) -> Table:
     if max(at) >= width:
       raise UserError(f"{where} has {width} columns, and --columns {columns} names others")
   elif not header:
-    if {n.strip().lower() for n in names} & {*LABELS, *TEXTS}:
-      raise UserError(f"{where} looks like a header ({', '.join(names[:12])}) and does not name both "
-                      "a label and a text as GLUE's do: name their columns with --columns")
+    # a label that others have too is no name of a column
+    again = any(others[0] == cells[0] for _, others in rows[1:])
+    if not again and {n.lower() for n in names} & {*LABELS, *TEXTS}:
+      raise UserError(f"{where} looks like a header ({', '.join(names[:12])}) and does not name "
+                      "both a label and a text as GLUE's do: name their columns with --columns")
     width = 1 + n_texts if n_texts else min(3, max(2, width))
     at = [*range(width)]
   if n_texts and len(at) != 1 + n_texts:
