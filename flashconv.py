@@ -13,7 +13,8 @@ Glossary. B batch, H channels, L length, K taps, N ≥ L + K - 1 length of the F
   M       N/8                             length of the 8 transforms that go on side by side
 Also here: `ssm_conv`, the same with an SSM's filter at any length, by state passing; where tinygrad's own are slow on a
 CPU, `matmul`, `layernorm`, `causal_softmax`, `embedding`, with their gradients; for decoding `h3_step`, `attend_step`
-and `write`, which overwrite states; and, in the section on the device, what makes a CPU's cores work at once.
+and `write`, which overwrite states; `launch`, by which all of them run, with gradients that survive what is read before;
+and, in the section on the device, what makes a CPU's cores work at once, for threads and forks too.
 Run: `python flashconv.py` checks the kernels and times them against plain tinygrad and PyTorch;
 `python flashconv.py --render metal` (cuda, opencl) prints their sources; FLASH=0 turns them off.
 
@@ -125,8 +126,8 @@ def launch(kernel:Callable, outputs:Sequence[Shape|Tensor], inputs:Sequence[Tens
     new = [x if isinstance(x, Tensor) else Tensor.empty(*x, dtype=dtypes.float, device=inputs[0].device)
            for x in outputs]
     # contiguous() of a part of a buffer is a view, without it there would be a copy
-    stored = [x.contiguous() if x.uop.base.op is Ops.BUFFER else x for x in inputs]
-    return Tensor.custom_kernel(*new, *stored, fxn=kernel, grad_fxn=_as_grad_fxn(gradient))[:len(new)]
+    inputs = [x.contiguous() if x.uop.base.op is Ops.BUFFER else x for x in inputs]
+    return Tensor.custom_kernel(*new, *inputs, fxn=kernel, grad_fxn=_as_grad_fxn(gradient))[:len(new)]
   params = tuple(x.uop.param_like(i) for i, x in enumerate(inputs))
   call = _call_of(kernel, tuple(outputs), params).call(
     *(x.uop for x in inputs), grad_fxn=_as_grad_fxn(gradient), precompile=True)
