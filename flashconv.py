@@ -65,32 +65,31 @@ def constant(x:np.ndarray, device:str, dtype:type=np.float32) -> Tensor:
     finally: capturing[:] = held
 
 # ---------------------------------------------------------------- launching a kernel
-# Tensor.realize replaces every AFTER and CONTIGUOUS of a graph by its buffer, in all Tensors, and a
-# custom kernel's call with its gradient goes with them: after `loss.item()` all gradients would be
-# zero. What is inside a FUNCTION is not replaced. So `launch` puts the call of a kernel into one,
-# and `stored` the CONTIGUOUS. `precompile` lets the kernel write straight into the buffer that the
-# caller realises; without it there would be a copy.
+# With Tensor.custom_kernel alone, all gradients are zero once the loss has been read. The cause: to
+# realise anything, tinygrad replaces every AFTER and CONTIGUOUS of its graph by a buffer, in all
+# Tensors, and the call of a kernel with its gradient stands behind an AFTER. What is inside a
+# FUNCTION is not replaced. So `launch` puts the call of a kernel into one, and `stored` the
+# CONTIGUOUS. `precompile` lets the kernel write straight into the buffer that the caller realises;
+# without it there would be a copy.
 
 @functools.cache
 def bound(f:Callable, **options) -> Callable:
-  """Returns `functools.partial(f, **options)`, the same object for the same f and options.
+  """Returns functools.partial(f, **options), the same object each time it is asked for.
 
-  tinygrad's cache of schedules compares the functions that compute gradients by identity: with a
-  new one for each call, a loop without TinyJit would be scheduled again at every step.
+  For every kernel or gradient with options: tinygrad's cache of schedules compares these functions
+  by identity, and a new one makes each step of a loop without TinyJit schedule anew. f: a function
+  of a module, not a lambda or a nested one; options: hashable. Both are kept for ever.
   """
   return functools.partial(f, **options)
 
-@functools.cache
-def no_second_gradient(name:str) -> Callable:
-  "Returns the gradient function of a kernel that is a gradient itself. It raises RuntimeError."
-  def gradient(*_) -> tuple:
-    raise RuntimeError(f"{name} can be differentiated once: the kernel of its gradient has none of its own. "
-                       "For second derivatives use plain ops, Context(FLASH=0).")
-  return gradient
+def no_second_gradient(name:str) -> str:
+  "Returns what `launch` takes as the gradient of a kernel that is a gradient itself."
+  return (f"{name} can be differentiated once: the kernel of its gradient has none of its own. "
+          "For second derivatives use plain ops, Context(FLASH=0).")
 
 @functools.cache
 def _as_grad_fxn(gradient:Callable|str) -> Callable:
-  "Returns `gradient`, as `launch` takes it, in the form that tinygrad calls."
+  "Turns gradient(dy, y, *inputs) over Tensors, see `launch`, into tinygrad's grad_fxn(dy, call) over UOps."
   def grad_fxn(dy:UOp, *rest:UOp, call:UOp|None=None) -> tuple[UOp|None, ...]:
     if call is None: call = rest[0]                  # by name, if several outputs have gradients
     if isinstance(gradient, str): raise RuntimeError(gradient)
@@ -110,19 +109,26 @@ def _call_of(kernel:Callable, shapes:tuple[Shape, ...], params:tuple[UOp, ...]) 
   # tinygrad puts the buffers of a caller in their place; slots below 0 are those of no other
   buffers = [UOp(Ops.BUFFER, src=(shape_to_shape_arg(s),), arg=ParamArg(-1-i, dtypes.float, device=device))
              for i, s in enumerate(shapes)]
-  return UOp.maketuple(*UOp.custom_kernel(*buffers, *params, fxn=kernel)[:len(shapes)])
+  written = UOp.custom_kernel(*buffers, *params, fxn=kernel)[:len(shapes)]
+  if not isinstance(written[0].src[1].src[0].arg, KernelInfo):
+    raise ValueError("launch: the sink of a kernel needs a KernelInfo, or nothing would run.")
+  return UOp.maketuple(*written)
 
 def launch(kernel:Callable, outputs:Sequence[Shape|Tensor], inputs:Sequence[Tensor],
            gradient:Callable|str) -> list[Tensor]:
-  """Runs one kernel, `kernel(*outputs, *inputs) -> sink` over UOps, and returns its outputs.
+  """Runs one kernel and returns its outputs, differentiable, whatever is read before the gradient.
 
-  outputs: the shapes of new float32 Tensors. Inputs that are views or expressions are stored first.
-  gradient(dy, y, *inputs) returns a Tensor, or None, for each input; dy is the gradient of the
-  first output, y. Both functions have to be the same objects at each call, see `bound`.
-  A gradient that is a str says why there is none. Such a kernel may overwrite Tensors: they stand
-  among the outputs in place of shapes.
+  kernel(*outputs, *inputs) gets UOps to index, `x[i, j]`, and returns
+  `stores.end(*ranges).sink(arg=KernelInfo(name=..., opts_to_apply=()))`; `_norm` is a short one.
+  outputs: shapes, as tuples, of new float32 Tensors; or Tensors, which are overwritten.
+  inputs: of any type; views and expressions are written to memory first, in each realisation.
+  gradient(dy, y, *inputs) returns a Tensor, or None, for each input, usually by another `launch`;
+  y is the output and dy its gradient. A str is the message of the RuntimeError that is raised
+  instead: with `no_second_gradient`, and for several outputs, which can't have a gradient.
+  kernel and gradient are the same objects at each call: functions of a module, or `bound` ones.
   """
-  if isinstance(gradient, str):
+  if callable(gradient) and len(outputs) > 1: raise ValueError("launch: with several outputs there is no gradient.")
+  if any(isinstance(x, Tensor) for x in outputs):
     new = [x if isinstance(x, Tensor) else Tensor.empty(*x, dtype=dtypes.float, device=inputs[0].device)
            for x in outputs]
     # contiguous() of a part of a buffer is a view, without it there would be a copy
@@ -142,7 +148,10 @@ tensor.pm_early_transform_tensor_graph = PatternMatcher([
 ]) + tensor.pm_early_transform_tensor_graph
 
 def stored(x:Tensor) -> Tensor:
-  "Returns x.contiguous(), but its gradient survives when a Tensor that depends on it is realised."
+  """Writes x to memory before it is used, as x.contiguous() does.
+
+  After x.contiguous(), reading a Tensor that depends on it makes the gradients before it zero.
+  """
   if x.uop.has_buffer_identity() or x.device is None: return x
   body = UOp.maketuple(x.uop.param_like(0).contiguous())
   return Tensor(body.call(x.uop, grad_fxn=_as_grad_fxn(_same_backward)).gettuple(0))
@@ -1519,10 +1528,11 @@ def _is_clang(command:str) -> bool:
 WORDS = 64                             # of an entry in a list of kernels: a function and its arguments
 
 class Job:
-  """Kernels that all cores run together: a list for each core, `entries` (cores,n,WORDS), see `_replay`.
+  """Work for all cores: core c runs the n kernels of entries[c], (cores,n,WORDS), one after the other.
 
-  done[8 c] counts those that core c is through with. `memory` is kept alive until all are. After a
-  list of several kernels no core returns before all are through; after a single one, `wait` is for that.
+  `_replay` is the loop that does it. done[8 c] is how many core c has finished, a cache line each.
+  taken: whoever gets it runs the job, or cancels it. ended: the cores that have returned. memory: what
+  the kernels read and write, kept alive until they have. `wait` returns when all have finished.
   """
   def __init__(self, function:Callable, entries:np.ndarray, pause:np.ndarray, memory:object):
     cores, self.n, _ = entries.shape
@@ -1540,10 +1550,10 @@ class Job:
     while (self.done[::8] < self.n).any(): self.ended.get()
 
 class Cores:
-  """Python threads, one for each further core, that leave Python while they run their share of a job.
+  """A pool of threads. The thread that asks runs share 0 of a job, the leader share 1, workers the rest.
 
-  One of them, the leader, takes the jobs from a queue, one after the other, and hands out the
-  shares. So two jobs that are asked for at the same time never wait for each other's cores.
+  The leader takes the jobs from a queue, one after the other: two threads that ask at the same time
+  can't hold half of the cores each and wait for ever. Native code runs without Python's lock.
   """
   def __init__(self):
     self.jobs, self.workers, self.leading = queue.SimpleQueue(), [], threading.Lock()
@@ -1603,11 +1613,12 @@ class Uninterrupted:
     if self.came: self.handler(*self.came)
 
 class Realisation:
-  """A call that realises Tensors, which gives them buffers first and computes what is in them later.
+  """A call of realize or of a TinyJit that is going on.
 
-  `graphs`: each Tensor that has got a buffer, and its graph before. If the call fails, the graphs
-  are given back, but for those that overwrite something once the kernels have begun: what they have
-  overwritten is not known.
+  tinygrad gives a Tensor its buffer before the kernels that fill it have run. If the call fails
+  between the two, by Ctrl-C say, the Tensor looks computed and holds zeros. So `graphs` has each of
+  them with its graph before, which is given back. Not given back, once kernels have begun: a graph
+  that overwrites something, as it is not known whether it has.
   """
   going_on: list[Realisation] = []                    # each inside the one before
   def __init__(self): self.graphs, self.begun = [], False
@@ -1622,12 +1633,13 @@ class Realisation:
 
 @functools.cache
 def guard_tinygrad():
-  """Makes tinygrad 0.14.0 safe for several Python threads, in a child after a fork, and after Ctrl-C.
+  """Patches tinygrad 0.14.0, once in a process, for threads, forks and Ctrl-C.
 
   Threads: what is being captured and compiled stands in tables that all threads share, and the
-  cache on disk is open in one thread only. So one thread at a time realises Tensors or calls a
-  TinyJit. Forks: the child forgets the threads and processes that it does not have. Ctrl-C: until
-  the first kernel runs, Tensors get their graphs back; from then on it is held back to the last one.
+  cache on disk is open in one thread only, so one at a time realises Tensors or calls a TinyJit.
+  Forks: the child begins without the threads, processes and connections that it does not have.
+  Ctrl-C: before the first kernel, Tensors get their graphs back; while kernels run, Ctrl-C waits
+  until the last has run. `setup_device` calls this.
   """
   own = threading.local()
   def one_at_a_time(method:Callable) -> Callable:

@@ -772,6 +772,15 @@ def test_kernel_softmax_of_a_long_row():
   p = softmax(Tensor(np.zeros((1, 3_000_000), np.float32))).numpy()
   np.testing.assert_allclose(p, 1/3e6, rtol=1e-3)
 
+def square_kernel(y:UOp, x:UOp) -> UOp: return y[i := UOp.range(4, 0)].store(x[i]*x[i]).end(i).sink()
+
+def test_kernel_launch_refuses_what_would_be_wrong():
+  "a kernel that would not run, and a gradient of several outputs, of which tinygrad does not say which has one"
+  x = Tensor(normal(4)).realize()
+  with pytest.raises(ValueError, match="needs a KernelInfo"): flashconv.launch(square_kernel, [(4,)], [x], "none")
+  with pytest.raises(ValueError, match="several outputs"):
+    flashconv.launch(square_kernel, [(4,), (4,)], [x], lambda dy, y, x: (dy,))
+
 @on_cpu
 def test_kernels_for_decoding_have_no_gradient():
   q, k, pos = (Tensor(normal(*s)).realize() for s in ((1, 2, 4), (1, 2, 8, 4), (1,)))
@@ -3528,9 +3537,10 @@ def test_readme_loop_of_ones_own(tmp_path, monkeypatch, capsys):
   "as written: it prints the loss before `backward`, and learns"
   monkeypatch.chdir(tmp_path)
   (tmp_path/"book.txt").write_text(TEXT*20)
-  exec(readme_python("loss.backward()"), {})
+  exec(readme_python("setup_device()"), names := {})
+  exec(readme_python("@TinyJit"), names)
   losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
-  assert len(losses) == 20 and losses[-1] < losses[0]/2 and np.isfinite(losses).all()
+  assert len(losses) == 40 and losses[19] < losses[0]/2 and losses[39] < losses[20] and np.isfinite(losses).all()
 
 def readme_commands() -> dict[str, list[str]]:
   "Of each section that has some."
