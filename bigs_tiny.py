@@ -342,7 +342,9 @@ def flops() -> None:
       GlobalCounters.reset()
       x = model.embed(tokens).realize()
       # one by one, lest all layers' products are held at once
-      for layer, K in zip(model.bigs.encoder.layer, model.filters(L)): x = layer(x, *K).realize()
+      filters = model.filters(L)
+      Tensor.realize(*(K for pair in filters for K in pair if K is not None), x)
+      for layer, pair in zip(model.bigs.encoder.layer, filters): x = layer(x, *pair).realize()
       counts[L, block] = GlobalCounters.global_ops
   for L in LENGTHS:
     (ours, bert), (a, b) = (counts[L, block] for block in shapes), PAPER.get(L, (0, 0))
