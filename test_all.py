@@ -738,6 +738,7 @@ def test_kernel_second_derivative(own):
   with Context(FLASH=0): plain = [g.numpy() for g in second()]
   for a, b in zip(ours, plain): assert np.abs(a - b).max() <= 1e-4*max(np.abs(b).max(), 1e-3)
 
+@on_cpu                                  # which can be as many devices as one likes
 def test_kernel_gradient_that_arrives_in_parts(flash):
   "from a Tensor that several devices share, to one that is whole on each"
   devices = tuple(f"{Device.DEFAULT}:{i}" for i in range(2))
