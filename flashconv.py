@@ -267,17 +267,20 @@ def machine(device:str|tuple[str, ...]) -> Machine:
 
 WIDE = "prefer-vector-width=512"       # clang leaves half of an AVX-512 register empty unless told so
 
-def _compiler_says(r:Renderer, macro:str) -> bool:
-  "Whether the compiler of tinygrad's CPU device defines a macro for the processor that it compiles for."
-  try: out = subprocess.run([os.environ.get("CC", "clang"), *r.compiler.args, "-dM", "-E", "-x", "c", os.devnull],
-                            capture_output=True, text=True).stdout
-  except (OSError, AttributeError): return False
-  return f"#define {macro} " in out
+@functools.cache
+def _compiler_macros() -> str:
+  "The macros of the CPU's compiler: its version, and what it knows of the processor that it compiles for."
+  options = Device["CPU"].renderer.compiler.args
+  try: return subprocess.run([os.environ.get("CC", "clang"), *options, "-dM", "-E", "-x", "c", os.devnull],
+                             capture_output=True, text=True).stdout
+  except OSError: return ""
+
+def _compiler_says(macro:str) -> bool: return f"#define {macro} " in _compiler_macros()
 
 def _vectors(r:Renderer) -> tuple[int, int]:
   "Lanes and number of a CPU's vector registers."
-  return (16 if WIDE in r.target.arch else 8 if _compiler_says(r, "__AVX__") else 4,
-          32 if _compiler_says(r, "__AVX512VL__") or _compiler_says(r, "__ARM_NEON") else 16)
+  return (16 if WIDE in r.target.arch else 8 if _compiler_says("__AVX__") else 4,
+          32 if _compiler_says("__AVX512VL__") or _compiler_says("__ARM_NEON") else 16)
 
 def _cores(n:int, axis:int) -> tuple[UOp, UOp]:
   """A range that the cores of a CPU share, and its index; axis: the range's number. The mask tells clang the

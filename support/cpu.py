@@ -4,7 +4,8 @@
 """
 from __future__ import annotations
 import ctypes, dataclasses, functools, hashlib, importlib.metadata, importlib.util, itertools
-import math, mmap, multiprocessing, operator, os, queue, signal, subprocess, sys, threading, time
+import math, mmap, multiprocessing, operator, os, pickle, queue, signal, sqlite3, subprocess, sys, threading
+import time
 from typing import Callable, Sequence
 import numpy as np
 from tinygrad import Device, Tensor, UOp, codegen, dtypes, helpers, tensor
@@ -18,7 +19,7 @@ from tinygrad.helpers import (NOOPT, all_int, cache_dir, diskcache_get, diskcach
 from tinygrad.renderer import Estimates, cstyle
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, graph_rewrite
 import flashconv
-from flashconv import (CHECKS, FAST, FLASH, HALF, LOCK, ONE_CORE, WIDE, Machine, _compiler_says,
+from flashconv import (CHECKS, FAST, FLASH, HALF, LOCK, ONE_CORE, WIDE, Machine, _compiler_macros, _compiler_says,
                        _cores, _float_on_cpu, bound, constant, launch, machine, no_second_gradient,
                        on_one_device, selfcheck, stored, stored_backward, whole, widened)
 
@@ -756,6 +757,45 @@ def use_all_cores():
   pause = np.array([nothing.addr, give_way or nothing.addr], np.uint64)
   Device["CPU"].graph = Replay
 
+class Programs(dict):
+  """tinygrad's lowered programs, kept on disk too, where it keeps compiled sources alone.
+
+  The key on disk holds what a program depends on: the kernel, the renderer and its options (tinygrad's own key), the
+  versions of tinygrad and of the compiler, and for the CPU what the compiler knows of the processor. A row that is not
+  what was written counts as missing. SQLite keeps processes that write at the same time apart.
+  """
+  table = "h3tiny_programs"
+  @functools.cached_property
+  def versions(self) -> str: return f"{importlib.metadata.version('tinygrad')} {_compiler_macros()}"
+  def place(self, key:tuple) -> str:
+    kernel, renderer, target, *options = key
+    which = self.versions if target.device == "CPU" else importlib.metadata.version("tinygrad")
+    return hashlib.sha256(repr((kernel, renderer.__qualname__, target, options, which)).encode()).hexdigest()
+  def __missing__(self, key:tuple) -> UOp:
+    found = self.read(key)
+    if found is None: raise KeyError(key)
+    super().__setitem__(key, found)
+    return found
+  def read(self, key:tuple) -> UOp|None:
+    try:
+      checksum, program = diskcache_get(self.table, self.place(key))
+      return pickle.loads(program) if hashlib.sha256(program).digest() == checksum else None
+    except Exception: return None                       # none, or a damaged one
+  def get(self, key:tuple, default:UOp|None=None) -> UOp|None:
+    try: return self[key]
+    except KeyError: return default
+  def __contains__(self, key:tuple) -> bool: return self.get(key) is not None
+  def __setitem__(self, key:tuple, program:UOp):
+    super().__setitem__(key, program)
+    data = pickle.dumps(program)
+    try: diskcache_put(self.table, self.place(key), (hashlib.sha256(data).digest(), data))
+    except sqlite3.Error: pass                          # no room, or nobody may write there
+
+def keep_programs():
+  "Lets tinygrad find its lowered programs on disk."
+  if not isinstance(codegen.to_program_cache, Programs):
+    codegen.to_program_cache = realize.to_program_cache = Programs(codegen.to_program_cache)
+
 def setup_device():
   """What a program calls before it touches a device.
 
@@ -785,9 +825,10 @@ def setup_device():
   if FLASH and not Device[Device.DEFAULT].renderer.has_local:
     if "NOOPT" not in os.environ: NOOPT.value = 1
     device = Device[Device.DEFAULT]
-    if _compiler_says(device.renderer, "__AVX512F__") and WIDE not in device.arch: device.arch += f",{WIDE}"
+    if _compiler_says("__AVX512F__") and WIDE not in device.arch: device.arch += f",{WIDE}"
     use_all_cores()
   guard_tinygrad()
+  keep_programs()
   # tinygrad's compile workers live on instead of starting anew: the first step 9.6 s, not 12.3
   os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "100000")
 
