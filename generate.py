@@ -27,6 +27,7 @@ from flashconv import WEIGHTS, capture
 from support.cpu import check_kernels, setup_device
 from bigs_tiny import BiGS
 from h3tiny import H3Config, H3LM
+from tinygrad.nn.state import get_parameters
 from support.checkpoints import (CHECKPOINT, RELEASED, CheckpointError, bigs_model, find, h3_model,
                                  read_weights, save_official)
 from support.text import (TEXT_KEY, TOKENIZERS, ByteTokenizer, Tokenizer, UserError, make_tokenizer,
@@ -96,14 +97,14 @@ class Session:
   """
   def __init__(self, model:H3LM, batch:int, max_length:int, start:list[int]|None=None):
     self.model, self.state, self.length = model, model.init_state(batch, max_length, start), 0
-    self.tables, self.graphs = model.tables(), {}
+    self.weights, self.graphs = model.step_weights(), {}
   def __call__(self, tokens:np.ndarray) -> np.ndarray:
     "tokens (B,), or a piece (B,L) -> logits (B,vocab_size) after the last"
     self.length += (L := tokens.shape[1] if tokens.ndim == 2 else 1)
     room = max(4096, 1 << (self.length-1).bit_length()) if L > 1 and self.model.config.attn_layers else None
     if (L, room) not in self.graphs:
-      tables, given = self.tables if tokens.ndim == 1 else None, Tensor(np.zeros(tokens.shape, np.int32)).realize()
-      self.graphs[L, room] = capture(lambda t: self.model.advance(t, self.state, room, tables)), given
+      given = Tensor(np.zeros(tokens.shape, np.int32)).realize()
+      self.graphs[L, room] = capture(lambda t: self.model.advance(t, self.state, room, self.weights)), given
     graph, given = self.graphs[L, room]
     # a new Tensor for each token would take 1.5 ms more
     given._buffer().copy_from(Buffer("NPY", tokens.size, dtypes.int, opaque=np.ascontiguousarray(tokens, np.int32)))
@@ -414,7 +415,7 @@ def bench(size:str) -> None:
       speed = {kind: batch/float(np.median(times[1:])) for kind, times in step.items()}
       for kind, session in sessions.items():
         full = session.length / (session.model.capacity(session.state) or 1)       # of an attention layer's cache
-        held = sum(t.nbytes()*(full if t.ndim == 4 else 1) for t in session.state)
+        held = sum(t.nbytes()*(full if t.ndim == 4 else 1) for t in get_parameters(session.state))
         read = f"{batch*piece/np.median(reading[kind]):,.0f} tok/s" if reading[kind] else "-"
         paper = f"({PAPER[batch, prompt]}x)" if kind == "hybrid" and (batch, prompt) in PAPER else ""
         print(f"{batch:5} {prompt:6}  {kind:11} {read:>11} {speed[kind]:5,.0f} tok/s "

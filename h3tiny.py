@@ -4,10 +4,26 @@ Paper: Fu, Dao et al. 2022, "Hungry Hungry Hippos: Towards Language Modeling wit
 Models", arXiv 2212.14052, section 3 (the layer). Official code, cited below as file:line:
 github.com/HazyResearch/H3. `python train.py` trains one of these, `python generate.py` writes.
 
+The H3 layer. In linear attention, q (k v^T) summed over the past, k passes through a shift SSM,
+which remembers the last tokens, and a diagonal SSM takes the place of the sum:
+
+  u (B,L,D) ─┬─ q_proj ───────────── q ────────────────────────┐
+             ├─ k_proj ─ k ─ shift_ssm ─┐                      │
+             │                          * ─ kv ─ diag_ssm ─ y ─ * ─ output_linear ─ (B,L,D)
+             └─ v_proj ───────────── v ─┘
+  H3State                    shift (B,D,N)         re, im (B,H,M): constant in length
+
+  y = Wo( q * diag_ssm( shift_ssm(k) * v ) ),   ssm(x) = K ∗ x + D x     `h3_reference`, below
+
+It runs in three ways, which agree to rounding:
+  FFT            a whole sequence: each SSM is a convolution with its filter, `fftconv`
+  state passing  a piece of a sequence, or a very long one: chunk by chunk, `ssm_conv`
+  step           one token: x_t = dA x_{t-1} + dB u_t, `h3_step`
+
 Glossary. B batch, L length, V vocabulary, and then
   symbol      shape         paper, official name
-  d_model, D  D             width of the model; D is also an SSM's skip vector, as in the paper
-  p           head_dim      size of a head of the H3 layer: its k v^T has p*p entries
+  d_model, D  D             width of the model; D is also an SSM's skip weight, as in the paper
+  p           head_dim      channels of a head of the H3 layer: its k v^T has p*p entries
   H           D/p           number of diagonal SSMs
   N, M        d_state, N/2  state size; complex modes kept, one of each conjugate pair
   A, B, C     (H,M)         the diagonal SSM x' = A x + B u, y = 2 Re C x, in continuous time
@@ -20,17 +36,18 @@ A complex tensor is a pair (re, im): tinygrad has no complex dtype.
 Not here: ZOH discretisation and HiPPO measures other than diag-lin: no released model uses them.
 """
 from __future__ import annotations
-import dataclasses, functools, math
+import copy, dataclasses, functools, math
 from types import SimpleNamespace
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 import numpy as np
-from tinygrad import Tensor
-from flashconv import Pair, Vandermonde, cmul, constant, fftconv, ssm_conv, stored
-from support.cpu import (attend_step, causal_softmax, embedding, h3_step, layernorm, matmul, softmax,
-                         write)
+from tinygrad import Tensor, nn
+from tinygrad.engine.realize import capturing
+from tinygrad.nn.state import get_parameters
+from flashconv import (Pair, Vandermonde, cmul, constant, fftconv, fftconv_ref, overwrite,
+                       replaceable, ssm_conv, stored)
+from support.cpu import embedding
 
-BY_FFT = 2048     # sequences up to this length go through the FFT in training, longer ones by state passing (README)
-State = tuple[Tensor, ...]  # of a mixer: () where there is none. Of the model: see H3LM.init_state
+BY_FFT = 2048     # training takes sequences up to this length by FFT, longer ones by state passing
 
 # ---------------------------------------------------------------- configuration
 
@@ -52,39 +69,37 @@ class H3Config:
   norm_eps: float = 1e-5
   embed_dropout: float = 0.0
   resid_dropout: float = 0.0
-  init_std: float = 0.02             # of the first weights of matrices and embeddings
+  init_std: float = 0.02             # of the initial weights of matrices and embeddings
   pad_vocab_multiple: int = 8
   head_order: str = "d2h"            # output channel if p > 1: "d2h" d2*H+h, "hd2" h*p+d2
-  max_length: int = 2048             # positions of the KV cache; training may be longer
-  max_positions: int = 0             # rows of a table of learned positions, past which a text can't go; 0: none
-  ssm: str = "h3"                    # what is no attention: "h3", or "s4d", a diagonal SSM that nothing gates
+  max_length: int = 2048             # capacity of the KV caches; training may be longer
+  max_positions: int = 0             # learned positions, which limit a text's length; 0: none
+  ssm: str = "h3"                    # layers without attention: "h3", or "s4d", an ungated SSM
 
   def __post_init__(self):
     self.attn_layers = tuple(sorted(set(self.attn_layers)))
-    for f in ("vocab_size", "d_model", "n_layer", "n_heads", "d_state", "head_dim", "mlp_mult",
-              "pad_vocab_multiple", "max_length"):
-      if not isinstance(getattr(self, f), int) or getattr(self, f) < 1:
-        raise ValueError(f"{f} must be a whole number of at least 1, not {getattr(self, f)!r}.")
+    check_whole(self, "vocab_size", "d_model", "n_layer", "n_heads", "d_state", "head_dim",
+                "mlp_mult", "pad_vocab_multiple", "max_length")
+    check_whole(self, "max_positions", least=0)
     for i in self.attn_layers:
       if not 0 <= i < self.n_layer:
         raise ValueError(f"attn_layers names layer {i}, but the layers are 0 to {self.n_layer-1}.")
-    for f in ("n_heads", "head_dim"):
-      if self.d_model % (n := getattr(self, f)):
-        raise ValueError(f"d_model ({self.d_model}) must be a multiple of {f} ({n}).")
-    if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.d_model // self.n_heads:
-      raise ValueError(f"rotary_dim must be even and at most the attention head's size "
-                       f"({self.d_model // self.n_heads}), not {self.rotary_dim}.")
-    if not isinstance(self.max_positions, int) or self.max_positions < 0:
-      raise ValueError(f"max_positions must be a whole number of at least 0, not {self.max_positions!r}.")
+    for name in ("n_heads", "head_dim"):
+      n = getattr(self, name)
+      if self.d_model % n:
+        raise ValueError(f"d_model ({self.d_model}) must be a multiple of {name} ({n}).")
+    attention_head = self.d_model // self.n_heads
+    if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= attention_head:
+      raise ValueError("rotary_dim must be even and at most the attention head's size "
+                       f"({attention_head}), not {self.rotary_dim}.")
     if self.d_state % 2: raise ValueError(f"d_state must be even, not {self.d_state}.")
-    for f in ("norm_eps", "init_std"):
-      if not getattr(self, f) > 0: raise ValueError(f"{f} must be above 0, not {getattr(self, f)}.")
-    for f in ("embed_dropout", "resid_dropout"):
-      if not 0 <= (rate := getattr(self, f)) < 1:
-        raise ValueError(f"{f} must be at least 0 and below 1, not {rate}.")
-    if self.ssm not in ("h3", "s4d"): raise ValueError(f"ssm must be 'h3' or 's4d', not {self.ssm!r}.")
-    if self.head_order not in ("d2h", "hd2"):
-      raise ValueError(f"head_order must be 'd2h' or 'hd2', not {self.head_order!r}.")
+    for name in ("norm_eps", "init_std"):
+      if not (value := getattr(self, name)) > 0:
+        raise ValueError(f"{name} must be above 0, not {value}.")
+    for name in ("embed_dropout", "resid_dropout"):
+      if not 0 <= (rate := getattr(self, name)) < 1:
+        raise ValueError(f"{name} must be at least 0 and below 1, not {rate}.")
+    check_choice(self, ssm=("h3", "s4d"), head_order=("d2h", "hd2"))
 
   @property
   def padded_vocab(self) -> int:
@@ -94,442 +109,649 @@ class H3Config:
   @staticmethod
   def named(name:str) -> H3Config:
     "The released shapes: 125M, 355M, 1.3B, 2.7B, 2.7B-rotary. ValueError for another name."
-    shapes = {  # d_model, n_layer, n_heads, attn_layers, rotary_dim
-      "125M": (768, 12, 12, (6,), 0), "355M": (1024, 24, 16, (8, 16), 0),
-      "1.3B": (2048, 24, 16, (8, 16), 0), "2.7B": (2560, 32, 20, (8, 16, 24), 0),
-      "2.7B-rotary": (2560, 32, 20, (10, 21), 64)}
+    shapes = {  # d_model, n_layer, attn_layers, n_heads, rotary_dim
+      "125M": (768, 12, (6,), 12, 0),
+      "355M": (1024, 24, (8, 16), 16, 0),
+      "1.3B": (2048, 24, (8, 16), 16, 0),
+      "2.7B": (2560, 32, (8, 16, 24), 20, 0),
+      "2.7B-rotary": (2560, 32, (10, 21), 20, 64)}
     if name not in shapes:
       raise ValueError(f"no model is called {name!r}, only {', '.join(shapes)}.")
-    d, n, heads, attn, rot = shapes[name]
-    return H3Config(50257, d, n, attn, heads, rot, embed_dropout=0.1)
+    return H3Config(50257, *shapes[name], embed_dropout=0.1)
 
-# ---------------------------------------------------------------- pieces
+def check_whole(config:object, *names:str, least:int=1) -> None:
+  "ValueError unless these fields are whole numbers of at least `least`."
+  for name in names:
+    value = getattr(config, name)
+    if not isinstance(value, int) or value < least:
+      raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+
+def check_choice(config:object, **allowed:tuple[str, ...]) -> None:
+  "ValueError unless each field has one of the values allowed."
+  for name, choices in allowed.items():
+    value = getattr(config, name)
+    if value not in choices:
+      listed = " or ".join(map(repr, choices))
+      raise ValueError(f"{name} must be {listed}, not {value!r}.")
+
+# ---------------------------------------------------------------- parameters
 
 def param(x:np.ndarray) -> Tensor:
   "A parameter of these values; of none, without memory, if they are a Blank's."
   x = np.asarray(x, dtype=np.float32)
-  return Tensor.empty(*x.shape) if x.size > 1 and not any(x.strides) else Tensor(x).realize()
+  blank = x.size > 1 and not any(x.strides)
+  return Tensor.empty(*x.shape) if blank else Tensor(x).realize()
 
 class Blank:
-  "In place of a random generator: for parameters whose values are in a file."
+  "Takes the place of a random generator for parameters whose values are in a file."
   def normal(self, _, __, size) -> np.ndarray: return np.broadcast_to(np.float32(0), size)
   uniform = normal
 
-class Linear:
-  "x (…,in) -> (…,out). weight (out,in), bias (out,)."
+# tinygrad's own layers; only their initial weights are numpy's, the same on every device
+class Linear(nn.Linear):
+  "x (…,in) -> (…,out). weight (out,in) ~ N(0, std), bias (out,) = 0."
   def __init__(self, n_in:int, n_out:int, rng:np.random.Generator, std:float):
-    self.weight, self.bias = param(rng.normal(0, std, (n_out, n_in))), param(np.zeros(n_out))
-  def __call__(self, x:Tensor) -> Tensor:
-    return matmul(x, self.weight, transposed=True, bias=self.bias)
+    self.weight = param(rng.normal(0, std, (n_out, n_in)))
+    self.bias = param(np.zeros(n_out))
 
-class LayerNorm:
-  def __init__(self, d:int, eps:float):
-    self.weight, self.bias, self.eps = param(np.ones(d)), param(np.zeros(d)), eps
-  def __call__(self, x:Tensor) -> Tensor: return layernorm(x, self.weight, self.bias, self.eps)
+class Embedding(nn.Embedding):
+  "ids (…) -> (…,D). weight (rows,D) ~ N(0, std)."
+  def __init__(self, rows:int, d_model:int, rng:np.random.Generator, std:float):
+    self.weight = param(rng.normal(0, std, (rows, d_model)))
+
+class LayerNorm(nn.LayerNorm):
+  "x (…,D) -> (…,D). weight (D,) = 1, bias (D,) = 0."
+  def __init__(self, d_model:int, eps:float):
+    super().__init__(d_model, eps)
+    self.weight, self.bias = param(np.ones(d_model)), param(np.zeros(d_model))
+
+# ---------------------------------------------------------------- states of generation
+
+class H3State(NamedTuple):
+  shift: Tensor            # (B,D,N): shift SSM, the last inputs, newest first
+  re: Tensor               # (B p p,H,M): diagonal SSM
+  im: Tensor
+
+class S4DState(NamedTuple):
+  re: Tensor               # (B,D,M)
+  im: Tensor
+
+class KVCache(NamedTuple):
+  keys: Tensor             # (B,heads,capacity,hd), rotated
+  values: Tensor
+
+class LMState(NamedTuple):
+  "A language model's state. `get_parameters(state)` lists its Tensors."
+  positions: Tensor        # (1,) int: tokens so far, padding included
+  start: Tensor|None       # (B,) int: left padding before each text; None: none
+  layers: list[H3State|S4DState|KVCache]
+
+class Positions(NamedTuple):
+  "Where the tokens of one call stand in their texts."
+  first: Tensor            # (1,) int: tokens before them
+  start: Tensor|None       # (B,) int: left padding, as in LMState
+  visible: int             # rows of the KV caches that are read, at least first + L
+
+  def of(self, L:int) -> Tensor:
+    "Positions of the next L tokens, (L,) int, or (B,L); 0 in the padding."
+    t = Tensor.arange(L) + self.first
+    return t if self.start is None else (t - self.start.unsqueeze(-1)).maximum(0)
+
+  def without_padding(self, x:Tensor) -> Tensor:
+    "Sets x (B,D,L) to 0 in the padding, which then leaves an SSM's state at 0."
+    if self.start is None: return x
+    t = Tensor.arange(x.shape[-1]) + self.first
+    return x * (t >= self.start.unsqueeze(-1)).unsqueeze(1)
+
+def zeros(*shape:int) -> Tensor: return Tensor(np.zeros(shape, np.float32)).realize()
+
+def copied(state:Tensor|tuple|list|None) -> Tensor|tuple|list|None:
+  "Returns a deep copy of a state of any kind."
+  if state is None: return None
+  if isinstance(state, Tensor): return state.clone().realize()
+  parts = [copied(part) for part in state]
+  return parts if isinstance(state, list) else type(state)(*parts)
 
 # ---------------------------------------------------------------- the two SSMs
 
-def correlate(b:Tensor, c:Tensor) -> Tensor:
-  "y[i] = sum_m b[m] c[m+i], i < N, for each row of b and c (D,N): (D,N). A convolution with b reversed."
-  N = c.shape[-1]
-  return fftconv(c.pad((None, (0, N-1))).unsqueeze(0), b.flip(-1))[0, :, N-1:]
-
-def fit(x:Tensor, L:int) -> Tensor:
-  "The last axis cut, or filled with zeros, to length L."
+def pad_or_trim(x:Tensor, L:int) -> Tensor:
+  "Cuts the last axis to length L, or fills it with zeros."
   return x[..., :L].pad((None,)*(x.ndim-1) + ((0, max(0, L - x.shape[-1])),))
 
 class ShiftSSM:
-  """s_t = shift(s_{t-1}) + B k_t, y_t = C s_t: a causal FIR filter of N taps.
+  """y_t = C s_t + D k_t,  s_t = shift(s_{t-1}) + B k_t:  a causal FIR filter of N taps and a skip.
 
-  B (D,N) starts as e_1 and is trained, C (1,D,N). The state s is (B,D,N).
+  B (D,N) starts as e_1 and is trained, C (1,D,N), skip D (D,). The state s is (B,D,N).
   src/models/ssm/ss_kernel_shift.py:33-83.
   """
   def __init__(self, D:int, N:int, rng:np.random.Generator):
     self.B = param(np.eye(1, N).repeat(D, axis=0))
     self.C = param(rng.uniform(-1, 1, (1, D, N)) / N**0.5)
+    self.D = param(rng.normal(0, 1, D))
 
-  def filter(self) -> Tensor: return correlate(self.B, self.C[0])
+  def filter(self) -> Tensor:
+    "S[i] = sum_m B[m] C[m+i], i < N: (D,N). A convolution of C with B reversed."
+    N = self.B.shape[-1]
+    C = self.C.pad((None, None, (0, N-1)))
+    return fftconv(C, self.B.flip(-1))[0, :, N-1:]
 
-  def answer(self, s:Tensor, L:int) -> Tensor:
-    "What the next L outputs owe to the state s: sum_j C[j+l+1] s[j].  (B,D,L)"
-    N = s.shape[-1]                                                 # s as inputs, the oldest first, and then zeros
-    return fit(fftconv(s.flip(-1).pad((None, None, (0, N-1))), self.C[0])[..., N:], L)
+  def response(self, s:Tensor, L:int) -> Tensor:
+    "Zero-input response: sum_j C[j+l+1] s[j], l < L, what later outputs owe to the state s. (B,D,L)"
+    N = s.shape[-1]
+    inputs = s.flip(-1).pad((None, None, (0, N-1)))            # the oldest first, and then zeros
+    return pad_or_trim(fftconv(inputs, self.C[0])[..., N:], L)
 
-  def after(self, s:Tensor, k:Tensor) -> Tensor:
-    "State after inputs k (B,D,L): s[j] = s_old[j-L] + sum_{i<=j} B[j-i] k[L-1-i]."
+  def final_state(self, s:Tensor, k:Tensor) -> Tensor:
+    "The state after inputs k (B,D,L): s[j] = s_old[j-L] + sum_{i<=j} B[j-i] k[L-1-i]."
     N, L = s.shape[-1], k.shape[-1]
-    new = fftconv(fit(k[..., max(0, L-N):].flip(-1), N), self.B)    # along j: the newest input first
+    newest_first = pad_or_trim(k[..., max(0, L-N):].flip(-1), N)
+    new = fftconv(newest_first, self.B)                        # along j
     return new if L >= N else new + s.pad((None, None, (L, 0)))[..., :N]
 
   def step(self, s:Tensor, k:Tensor) -> tuple[Tensor, Tensor]:
     "One input k (B,D): output (B,D) and the new state."
     s = s.pad((None, None, (1, 0)))[..., :-1] + self.B * k.unsqueeze(-1)
-    return (s * self.C[0]).sum(-1), s
+    return (s * self.C[0]).sum(-1) + self.D * k, s
+
+class Modes(NamedTuple):
+  "A discretised diagonal SSM, pairs of (H,M): x_t = dA x_{t-1} + dB u_t, y_t = 2 Re C x_t."
+  dA: Pair
+  dB: Pair
+  C: Pair
 
 class DiagSSM:
-  """x_t = dA x_{t-1} + dB u_t, y_t = 2 Re C x_t. The state x is a pair of (…,H,M).
+  """y_t = 2 Re C x_t + D u_t,  x_t = dA x_{t-1} + dB u_t. The state x is a pair of (B,H,M).
 
   C (1,H,M,2) and B (H,M,2) hold (re, im) on the last axis; A = -exp(inv_A_real) + i A_imag, (H,M);
-  log_dt (H,). src/models/ssm/ss_kernel_diag.py:107-246.
+  log_dt (H,); skip D (H,). src/models/ssm/ss_kernel_diag.py:107-246.
   """
-  def __init__(self, H:int, N:int, rng:np.random.Generator):
+  D: Tensor|None = None            # stays so with skip=False
+
+  def __init__(self, H:int, N:int, rng:np.random.Generator, skip:bool=True):
     M = N // 2
-    self.C = param(rng.normal(0, 0.5**0.5, (1, H, M, 2)))           # E|C|^2 = 1
+    self.C = param(rng.normal(0, 0.5**0.5, (1, H, M, 2)))      # E|C|^2 = 1
     self.log_dt = param(rng.uniform(math.log(0.001), math.log(0.1), H))
     self.B = param(np.broadcast_to([1.0, 0.0], (H, M, 2)))
     # diag-lin, A = -1/2 + i pi n: src/models/ssm/dplr.py:21,34
     self.inv_A_real = param(np.full((H, M), math.log(0.5)))
     self.A_imag = param(np.broadcast_to(np.pi * np.arange(M), (H, M)))
+    if skip: self.D = param(rng.normal(0, 1, H))
 
-  def discretize(self) -> tuple[Pair, Pair, Pair]:
-    "dA, dB, C, pairs of (H,M). Bilinear: z = dt A/2, dA = (1+z)/(1-z), dB = dt B/(1-z)."
+  def discretize(self) -> Modes:
+    "Bilinear: z = dt A/2, dA = (1+z)/(1-z), dB = dt B/(1-z)."
     dt = self.log_dt.exp().unsqueeze(-1)
     zr, zi = -0.5 * dt * self.inv_A_real.exp(), 0.5 * dt * self.A_imag
-    inv = 1 / ((1-zr)*(1-zr) + zi*zi)                               # 1/|1-z|^2 < 1, as zr < 0
+    inv = 1 / ((1-zr)*(1-zr) + zi*zi)                          # 1/|1-z|^2 < 1, as zr < 0
     dA = ((1 - zr*zr - zi*zi) * inv, 2 * zi * inv)
-    dB = cmul((self.B[..., 0], self.B[..., 1]), (dt * (1-zr) * inv, dt * zi * inv))
-    return dA, dB, (self.C[0, ..., 0], self.C[0, ..., 1])
+    B = (self.B[..., 0], self.B[..., 1])
+    dB = cmul(B, (dt * (1-zr) * inv, dt * zi * inv))
+    return Modes(dA, dB, (self.C[0, ..., 0], self.C[0, ..., 1]))
 
   def filter(self, L:int) -> Tensor:
-    "K (H,L)."
+    "K[l] = 2 Re sum_n C dB dA^l, l < L: (H,L)."
     dA, dB, C = self.discretize()
     return Vandermonde(dA, L).sum(cmul(C, dB))
 
-def diag_step(x:Pair, u:Tensor, tables:tuple[Tensor, ...]) -> tuple[Tensor, Pair]:
-  "One input u (…,H): output (…,H) and the new state, a pair of (…,H,M). tables: dA, dB, C, re and im."
-  dA, dB, C = tables[:2], tables[2:4], tables[4:]
-  re, im = cmul(dA, x)
-  re, im = re + dB[0]*u.unsqueeze(-1), im + dB[1]*u.unsqueeze(-1)
-  return 2 * (C[0]*re - C[1]*im).sum(-1), (re, im)
+  def conv(self, u:Tensor, K:Tensor|None, state:Pair|None=None, **gates:Tensor
+           ) -> tuple[Tensor, Pair|None]:
+    """y = q * (K ∗ (u v) + D u v) for u (B,H,L) and gates v, q like it, as in `fftconv`.
 
-def long_conv(ssm:DiagSSM, w:Tensor, K:Tensor|None, D:Tensor, state:State=(), **gates:Tensor) -> tuple[Tensor, State]:
-  """The convolution of w (B,H,L) with a diagonal SSM's filter: by FFT, if K, the filter, is given, or by state passing.
-  state: two of B H M numbers, in any shape, before and after; () for none."""
-  if K is not None and not state: return fftconv(w, K, D, **gates), ()
-  x = tuple(t.reshape(w.shape[0], *t.shape[-2:]) for t in state) or None
-  y, x = ssm_conv(w, *ssm.discretize(), D, **gates, state=x)
-  return y, tuple(new.reshape(old.shape) for new, old in zip(x, state))
+    With a filter K (H,L): by FFT, without states. K None: by state passing, from `state` or
+    zeros, and the state after the last step comes out.
+    """
+    if K is not None: return fftconv(u, K, self.D, **gates), None
+    return ssm_conv(u, *self.discretize(), self.D, **gates, state=state)
 
-def joined(ssms:list) -> ShiftSSM|DiagSSM:
+  def step(self, x:Pair, u:Tensor, modes:Modes) -> tuple[Tensor, Pair]:
+    "One input u (B,H): output (B,H) and the new state."
+    (re, im), dB, C = cmul(modes.dA, x), modes.dB, modes.C
+    re, im = re + dB[0]*u.unsqueeze(-1), im + dB[1]*u.unsqueeze(-1)
+    y = 2 * (C[0]*re - C[1]*im).sum(-1)
+    return y + self.D*u, (re, im)
+
+class Filters(NamedTuple):
+  "What the convolutions of one layer need: made once for all layers by `conv_filters`."
+  shift: Tensor|None       # S (D,N); None: the layer has no shift SSM
+  diag: Tensor|None        # K (H,L); None: state passing takes its place
+
+class StepWeights(NamedTuple):
+  "What one step of a layer needs: made once for many tokens by `H3LM.step_weights`."
+  shift: ShiftSSM|None
+  diag: DiagSSM
+  modes: Modes
+
+def stacked(ssms:list) -> ShiftSSM|DiagSSM:
   "One SSM with the channels of all: the filters of all layers then cost one layer's launches."
-  one = object.__new__(type(ssms[0]))
-  for name in vars(ssms[0]):
-    setattr(one, name, Tensor.cat(*[getattr(s, name) for s in ssms], dim=1 if name == "C" else 0))
+  one = copy.copy(ssms[0])
+  for name in vars(one):
+    weights = [getattr(ssm, name) for ssm in ssms]
+    setattr(one, name, Tensor.cat(*weights, dim=1 if name == "C" else 0))    # C has a leading 1
   return one
 
-# ---------------------------------------------------------------- mixers: H3 and attention
-# mixer(u, state, place, filters, tables) -> (y, state): a sequence u (B,L,D), or one token u (B,D),
-# the state before and after. With () for the state none comes out and nothing is spent on it.
-# What depends on the weights alone may be made once for many calls: filters, for a sequence, by
-# H3LM.filters; tables, for a token, by H3LM.tables. Each is left alone where the other is needed.
+def conv_filters(mixers:list[H3Mixer|S4DMixer], L:float) -> list[Filters]:
+  "Filters of layers of one kind for sequences of L tokens, all made at once."
+  if not mixers: return []
+  n = len(mixers)
+  shift = diag = [None] * n
+  if isinstance(mixers[0], H3Mixer):
+    shift = stored(stacked([m.shift_ssm for m in mixers]).filter()).chunk(n)
+  if L <= BY_FFT:
+    diag = stored(stacked([m.diag_ssm for m in mixers]).filter(L)).chunk(n)
+  return [Filters(S, K) for S, K in zip(shift, diag)]
 
-Filters = tuple[Tensor, Tensor|None]|None        # S and K; K None: state passing takes its place
-Tables = tuple[Tensor, ...]|None                 # dA, dB, C, re and im
+def official_names(mixer:H3Mixer|S4DMixer, **ssms:tuple[str, str]) -> dict:
+  """The parts of a mixer by the official names, for get_state_dict: an SSM `kernel` holds the
+  weights, and its skip weight stands beside it. ssms: attribute = (SSM's name, skip's name)."""
+  named = {}
+  for attribute, part in vars(mixer).items():
+    if attribute not in ssms:
+      named[attribute] = part
+      continue
+    weights = dict(vars(part))
+    name, skip = ssms[attribute]
+    named |= {skip: weights.pop("D"), name: {"kernel": weights}}
+  return named
 
-class Place(NamedTuple):
-  "Where in its text a piece stands."
-  pos: Tensor              # (1,) int: positions before it
-  start: Tensor|None       # (B,) int: the position where the text begins, after padding; None: 0
-  room: int                # at least pos + L: how much of the attention caches is looked at
-  def positions(self, L:int) -> Tensor:
-    "Of the next L tokens, (L,) int, or (B,L); in the padding before a text 0."
-    t = Tensor.arange(L) + self.pos
-    return t if self.start is None else (t - self.start.unsqueeze(-1)).maximum(0)
+# ---------------------------------------------------------------- the H3 layer
+# All mixers: mixer(u, state, positions, filters) takes a sequence u (B,L,D), mixer.step a token
+# u (B,D); both return (y, state), y like u. A sequence without a state gives none. mixer.step may
+# overwrite its state: that has to be realised and no view (`copied` makes such), and y and the new
+# state have to be realised together.
+
+def heads(x:Tensor, p:int) -> Tensor:
+  "(B,D,…) -> (B,p,H,…): channel h*p + d is coordinate d of head h."
+  return x.reshape(x.shape[0], -1, p, *x.shape[2:]).transpose(1, 2)
+
+def outer(k:Tensor, v:Tensor, p:int) -> Tensor:
+  "k v^T of each head, kv[d1,d2] = k[d1] v[d2]: (B,D,…) -> (B,p,p,H,…)."
+  return heads(k, p).unsqueeze(2) * heads(v, p).unsqueeze(1)
+
+def contract(q:Tensor, y:Tensor) -> Tensor:
+  "z[d2] = sum_d1 q[d1] y[d1,d2] in each head: q (B,D,…), y (B,p,p,H,…) -> (B,D,…)."
+  z = (heads(q, y.shape[1]).unsqueeze(2) * y).sum(1)           # (B,p,H,…)
+  return z.transpose(1, 2).flatten(1, 2)
+
+def h3_reference(layer:H3Mixer, u:Tensor) -> Tensor:
+  """The H3 layer by its definition, in plain ops: u (B,L,D) -> (B,L,D). Paper section 3.2.
+
+  Heads of one channel (p = 1):   y = Wo( q * diag( shift(k) * v ) )
+  Heads of p channels:            y = Wo( q^T diag( shift(k) v^T ) ), the SSM on all p*p entries
+  with ssm(x) = K ∗ x + D x, causal.
+  """
+  shift, diag, L = layer.shift_ssm, layer.diag_ssm, u.shape[1]
+  projections = (layer.q_proj, layer.k_proj, layer.v_proj)
+  q, k, v = (proj(u).transpose(1, 2) for proj in projections)  # (B,D,L)
+  k = fftconv_ref(k, shift.filter(), shift.D)
+  kv = outer(k, v, layer.p)                                    # (B,p,p,H,L)
+  y = fftconv_ref(kv.flatten(0, 2), diag.filter(L), diag.D)
+  z = contract(q, y.reshape(kv.shape))                         # (B,D,L)
+  return layer.output_linear(layer.ordered(z).transpose(1, 2))
+
+@replaceable
+def h3_step(q:Tensor, k:Tensor, v:Tensor, state:H3State, weights:StepWeights
+            ) -> tuple[Tensor, H3State]:
+  "The same for one token, between the projections: q, k, v (B,D) -> z (B,D) and the new state."
+  k, s = weights.shift.step(state.shift, k)
+  kv = outer(k, v, q.shape[1] // state.re.shape[1])            # (B,p,p,H)
+  y, x = weights.diag.step((state.re, state.im), kv.flatten(0, 2), weights.modes)
+  return contract(q, y.reshape(kv.shape)), H3State(s, *x)
 
 class H3Mixer:
-  """y = Wo( q * DiagSSM( ShiftSSM(k) * v ) ), per channel; with p > 1, k v^T q per head.
+  """The H3 layer, `h3_reference`, as fast as it gets: filters made once, gates in the kernel.
 
-  State: (shift (B,D,N), re (B,p,p,H,M), im (B,p,p,H,M)), constant in length.
   src/models/ssm/h3.py:73-206.
   """
   def __init__(self, cfg:H3Config, rng:np.random.Generator):
     D, self.p, self.head_order = cfg.d_model, cfg.head_dim, cfg.head_order
     self.q_proj, self.k_proj, self.v_proj = (Linear(D, D, rng, cfg.init_std) for _ in range(3))
-    self.ssm_k_kernel = SimpleNamespace(kernel=ShiftSSM(D, cfg.d_state, rng))
-    self.ssm_k_D = param(rng.normal(0, 1, D))
-    self.kernel = SimpleNamespace(kernel=DiagSSM(D // self.p, cfg.d_state, rng))
-    self.D = param(rng.normal(0, 1, D // self.p))
+    self.shift_ssm = ShiftSSM(D, cfg.d_state, rng)
+    self.diag_ssm = DiagSSM(D // self.p, cfg.d_state, rng)
     self.output_linear = Linear(D, D, rng, cfg.init_std)
 
-  def state_shapes(self, cfg:H3Config, batch:int, capacity:int) -> list[tuple[int, ...]]:
-    x = (batch, self.p, self.p, cfg.d_model // self.p, cfg.d_state // 2)
-    return [(batch, cfg.d_model, cfg.d_state), x, x]
+  def _asdict(self) -> dict:
+    return official_names(self, shift_ssm=("ssm_k_kernel", "ssm_k_D"), diag_ssm=("kernel", "D"))
 
-  def split(self, x:Tensor, row:bool) -> Tensor:
-    "Channel h*p + d to (B,p,1,H,…), the row index d1 of k v^T, or (B,1,p,H,…), its column d2."
-    x = x.reshape(x.shape[0], -1, self.p, *x.shape[2:]).transpose(1, 2)
-    return x.unsqueeze(2 if row else 1)
+  def init_state(self, batch:int, capacity:int=0) -> H3State:
+    modes = (batch * self.p**2, *self.diag_ssm.A_imag.shape)
+    return H3State(zeros(batch, *self.shift_ssm.B.shape), zeros(*modes), zeros(*modes))
 
-  def join(self, x:Tensor) -> Tensor:
-    "(B,p,H,…) to channels, d2*H + h or h*p + d2 (h3.py:153; src/ops/fftconv.py:48)."
-    if self.head_order == "hd2": x = x.transpose(1, 2)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+  def step_weights(self) -> StepWeights:
+    return StepWeights(self.shift_ssm, self.diag_ssm, self.diag_ssm.discretize())
 
-  def __call__(self, u:Tensor, state:State=(), place:Place|None=None, filters:Filters=None,
-               tables:Tables=None) -> tuple[Tensor, State]:
-    if u.ndim == 2: return self.step(u, state, tables)
-    (B, L, _), shift, diag, p = u.shape, self.ssm_k_kernel.kernel, self.kernel.kernel, self.p
-    q, k, v = (f(u) for f in (self.q_proj, self.k_proj, self.v_proj))                    # (B,L,D)
-    # with k = 0 both states stay 0: padding before a text changes nothing
-    if place and place.start is not None:
-      k = k * (place.pos + Tensor.arange(L) >= place.start.unsqueeze(-1)).unsqueeze(-1)
-    S, K = filters or (shift.filter(), None)
-    kp = fftconv(k, S, self.ssm_k_D, channels_last=True)
-    q, k, v, kp = (x.transpose(1, 2) for x in (q, k, v, kp))        # (B,D,L)
-    if state: kp = kp + shift.answer(state[0], L)
-    if p == 1: y, x = long_conv(diag, kp, K, self.D, state[1:], v=v, q=q)
+  def ordered(self, z:Tensor) -> Tensor:
+    "Channels h*p + d2 as the output wants them (h3.py:153; src/ops/fftconv.py:48)."
+    return z if self.head_order == "hd2" else heads(z, self.p).flatten(1, 2)
+
+  def __call__(self, u:Tensor, state:H3State|None=None, positions:Positions|None=None,
+               filters:Filters|None=None) -> tuple[Tensor, H3State|None]:
+    shift, diag, L = self.shift_ssm, self.diag_ssm, u.shape[1]
+    S, K = filters or Filters(shift.filter(), None)
+    projections = (self.q_proj, self.k_proj, self.v_proj)
+    q, k, v = (proj(u).transpose(1, 2) for proj in projections)        # (B,D,L)
+    if positions: k = positions.without_padding(k)
+    shifted = fftconv(k, S, shift.D)                                   # S ∗ k + D k
+    if state: shifted = shifted + shift.response(state.shift, L)
+    x = state and (state.re, state.im)
+    if self.p == 1:
+      z, x = diag.conv(shifted, K, x, v=v, q=q)                        # q * diag( shift(k) * v )
     else:
-      kv = self.split(kp, True) * self.split(v, False)              # (B,p,p,H,L)
-      y, x = long_conv(diag, kv.reshape(B*p*p, *kv.shape[-2:]), K, self.D, state[1:])
-      y = self.join((self.split(q, True) * y.reshape(kv.shape)).sum(1))               # (B,D,L)
-    return self.output_linear(y.transpose(1, 2)), (shift.after(state[0], k), *x) if state else ()
+      kv = outer(shifted, v, self.p)                                   # (B,p,p,H,L)
+      y, x = diag.conv(kv.flatten(0, 2), K, x)
+      z = self.ordered(contract(q, y.reshape(kv.shape)))               # q^T diag( shift(k) v^T )
+    new = state and H3State(shift.final_state(state.shift, k), *x)
+    return self.output_linear(z.transpose(1, 2)), new
 
-  def tables(self) -> tuple[Tensor, ...]:
-    "dA, dB, C of the diagonal SSM, re and im, (H,M) each."
-    return tuple(stored(x) for pair in self.kernel.kernel.discretize() for x in pair)
-
-  def step(self, u:Tensor, state:State, tables:Tables) -> tuple[Tensor, State]:
-    q, k, v = self.q_proj(u), self.k_proj(u), self.v_proj(u)        # (B,D)
-    shift, tables = self.ssm_k_kernel.kernel, tables or self.tables()
-    if self.p == 1:                # one kernel that overwrites the state, where there is one
-      x = [t.reshape(t.shape[0], *t.shape[-2:]) for t in state]
-      if fused := h3_step(q, k, v, x, (shift.B, shift.C[0], self.ssm_k_D, *tables, self.D)):
-        return self.output_linear(fused[0]), tuple(t.reshape(s.shape) for t, s in zip(fused[1], state))
-    kp, s = shift.step(state[0], k)
-    kv = self.split(kp + self.ssm_k_D * k, True) * self.split(v, False)  # (B,p,p,H)
-    y, x = diag_step(state[1:], kv, tables)
-    y = self.join((self.split(q, True) * (y + self.D * kv)).sum(1))
-    return self.output_linear(y), (s, *x)
+  def step(self, u:Tensor, state:H3State, positions:Positions|None=None,
+           weights:StepWeights|None=None) -> tuple[Tensor, H3State]:
+    q, k, v = self.q_proj(u), self.k_proj(u), self.v_proj(u)           # (B,D)
+    z, new = h3_step(q, k, v, state, weights or self.step_weights())
+    return self.output_linear(self.ordered(z)), H3State(*new)
 
 class S4DMixer:
-  """y = Wo gelu( DiagSSM(u) ), a diagonal SSM for each channel that nothing gates: what H3 is compared with.
+  """y = Wo gelu( diag_ssm(u) ), an ungated SSM for each channel: what H3 is compared with.
 
-  State: re and im (B,D,M). Gu, Goel, Gupta, Ré 2022, "On the Parameterization and Initialization of Diagonal State
-  Space Models", arXiv 2206.11893, with H3's discretisation."""
+  Gu, Goel, Gupta, Ré 2022, "On the Parameterization and Initialization of Diagonal State Space
+  Models", arXiv 2206.11893, with H3's discretisation.
+  """
   def __init__(self, cfg:H3Config, rng:np.random.Generator):
-    D = cfg.d_model
-    self.kernel = SimpleNamespace(kernel=DiagSSM(D, cfg.d_state, rng))
-    self.D, self.output_linear = param(rng.normal(0, 1, D)), Linear(D, D, rng, cfg.init_std)
-  tables = H3Mixer.tables
-  def state_shapes(self, cfg:H3Config, batch:int, capacity:int) -> list[tuple[int, ...]]:
-    return [(batch, cfg.d_model, cfg.d_state // 2)] * 2
-  def __call__(self, u:Tensor, state:State=(), place:Place|None=None, filters:Filters=None,
-               tables:Tables=None) -> tuple[Tensor, State]:
-    if u.ndim == 2:
-      y, state = diag_step(state, u, tables or self.tables())
-      return self.output_linear((y + self.D*u).gelu()), state
-    if place and place.start is not None:
-      u = u * (place.pos + Tensor.arange(u.shape[1]) >= place.start.unsqueeze(-1)).unsqueeze(-1)
-    y, state = long_conv(self.kernel.kernel, u.transpose(1, 2), filters and filters[1], self.D, state)
-    return self.output_linear(y.transpose(1, 2).gelu()), state
+    self.diag_ssm = DiagSSM(cfg.d_model, cfg.d_state, rng)
+    self.output_linear = Linear(cfg.d_model, cfg.d_model, rng, cfg.init_std)
+
+  def _asdict(self) -> dict: return official_names(self, diag_ssm=("kernel", "D"))
+
+  def init_state(self, batch:int, capacity:int=0) -> S4DState:
+    modes = (batch, *self.diag_ssm.A_imag.shape)
+    return S4DState(zeros(*modes), zeros(*modes))
+
+  def step_weights(self) -> StepWeights:
+    return StepWeights(None, self.diag_ssm, self.diag_ssm.discretize())
+
+  def __call__(self, u:Tensor, state:S4DState|None=None, positions:Positions|None=None,
+               filters:Filters|None=None) -> tuple[Tensor, S4DState|None]:
+    u = u.transpose(1, 2)                                              # (B,D,L)
+    if positions: u = positions.without_padding(u)
+    y, x = self.diag_ssm.conv(u, filters and filters.diag, state)
+    return self.output_linear(y.transpose(1, 2).gelu()), state and S4DState(*x)
+
+  def step(self, u:Tensor, state:S4DState, positions:Positions|None=None,
+           weights:StepWeights|None=None) -> tuple[Tensor, S4DState]:
+    y, x = self.diag_ssm.step(state, u, (weights or self.step_weights()).modes)
+    return self.output_linear(y.gelu()), S4DState(*x)
+
+# ---------------------------------------------------------------- attention
+
+@replaceable
+def attend(q:Tensor, k:Tensor, v:Tensor, pos:Tensor|None=None, start:Tensor|None=None,
+           causal:bool=True) -> Tensor:
+  """Softmax attention of q (B,heads,L,hd) over k, v (B,heads,T,hd) -> like q.
+
+  Causal: query i sees rows up to pos + i, pos (1,) int, by default T - L; and none before
+  start (B,) int except its own.
+  """
+  L, T = q.shape[2], k.shape[2]
+  scores = (q * q.shape[-1]**-0.5) @ k.transpose(-1, -2)               # (B,heads,L,T)
+  if causal:
+    row = Tensor.arange(T)
+    own = Tensor.arange(L).unsqueeze(-1) + (T - L if pos is None else pos)
+    seen = row <= own
+    if start is not None: seen = seen & ((row >= start.reshape(-1, 1, 1, 1)) | (row == own))
+    scores = seen.where(scores, -math.inf)
+  return scores.softmax(-1) @ v
+
+@replaceable
+def write_cache(cache:Tensor, x:Tensor, pos:Tensor) -> Tensor:
+  "cache (B,heads,T,hd) with rows pos, pos+1, … made x (B,heads,L,hd); pos (1,) int."
+  T, L = cache.shape[2], x.shape[2]
+  offset = Tensor.arange(T) - pos                                      # (T,): which row of x
+  onto = (offset.unsqueeze(-1) == Tensor.arange(L)).float()            # (T,L)
+  written = (offset >= 0) & (offset < L)
+  return written.unsqueeze(-1).where(onto @ x, cache)
 
 @functools.cache
 def rotary_tables(n:int, dim:int, device:str) -> tuple[Tensor, Tensor]:
   "cos and sin of t * 10000^(-2j/dim), (n, dim/2) each, for t < n."
   angle = np.outer(np.arange(n), 10000.0 ** (-np.arange(0, dim, 2) / dim))
-  return tuple(constant(f(angle), device) for f in (np.cos, np.sin))
+  return constant(np.cos(angle), device), constant(np.sin(angle), device)
+
+def rotated(x:Tensor, cos:Tensor, sin:Tensor) -> Tensor:
+  "Rotates dims j and r+j of x (…,hd) as a pair; cos and sin are (…,r), later dims stay."
+  r = cos.shape[-1]
+  a, b, rest = x[..., :r], x[..., r:2*r], x[..., 2*r:]
+  turned = [a*cos - b*sin, a*sin + b*cos]
+  return Tensor.cat(*turned, *([rest] if x.shape[-1] > 2*r else []), dim=-1)
 
 class Attention:
-  """Softmax attention, causal unless told, with rotary positions (half-split) where rotary_dim > 0.
+  """Softmax attention, causal or bidirectional, with rotary positions where rotary_dim > 0.
 
-  State: keys and values so far, (B,heads,T,hd) each, T the capacity; keys are kept rotated.
   flash-attention 33e0860c, flash_attn/modules/mha.py:346-522 and layers/rotary.py:125-202.
   """
-  def __init__(self, cfg:H3Config, rng:np.random.Generator, causal:bool=True):
-    D, self.n_heads, self.rotary_dim, self.causal = cfg.d_model, cfg.n_heads, cfg.rotary_dim, causal
-    self.Wqkv = Linear(D, 3*D, rng, cfg.init_std)
-    self.out_proj = Linear(D, D, rng, cfg.init_std / (2*cfg.n_layer)**0.5)
+  def __init__(self, d_model:int, n_heads:int, rng:np.random.Generator, std:float, out_std:float,
+               rotary_dim:int=0, causal:bool=True):
+    self.n_heads, self.rotary_dim, self.causal = n_heads, rotary_dim, causal
+    self.Wqkv = Linear(d_model, 3*d_model, rng, std)
+    self.out_proj = Linear(d_model, d_model, rng, out_std)
 
-  def state_shapes(self, cfg:H3Config, batch:int, capacity:int) -> list[tuple[int, ...]]:
-    return [(batch, cfg.n_heads, capacity, cfg.d_model // cfg.n_heads)] * 2
+  def init_state(self, batch:int, capacity:int) -> KVCache:
+    d_model = self.out_proj.weight.shape[0]
+    rows = (batch, self.n_heads, capacity, d_model // self.n_heads)
+    return KVCache(zeros(*rows), zeros(*rows))
 
-  def qkv(self, u:Tensor, place:Place|None) -> list[Tensor]:
-    "u (B,L,D) to q, k, v (B,heads,L,hd), q and k rotated as their positions ask for."
+  def step_weights(self) -> None: return None
+
+  def angles(self, L:int, positions:Positions|None, device:str) -> tuple[Tensor, Tensor]:
+    "cos and sin at the positions of L tokens: (L,r), or (B,1,L,r) with left padding."
+    tables = rotary_tables(positions.visible if positions else L, self.rotary_dim, device)
+    if positions is None: return tables
+    t = positions.of(L)
+    if t.ndim == 2: t = t.unsqueeze(1)
+    return tuple(embedding(t, table) for table in tables)
+
+  def qkv(self, u:Tensor, positions:Positions|None) -> tuple[Tensor, Tensor, Tensor]:
+    "u (B,L,D) -> q, k, v (B,heads,L,hd), q and k rotated by their positions."
     B, L, D = u.shape
     x = self.Wqkv(u).reshape(B, L, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)
     q, k, v = x[0], x[1], x[2]
-    if (r := self.rotary_dim // 2) == 0: return [q, k, v]
-    angles = rotary_tables(place.room if place else L, 2*r, u.device)
-    if place:
-      t = place.positions(L)
-      if t.ndim == 2: t = t.unsqueeze(1)                            # (B,1,L)
-      angles = (embedding(t, w) for w in angles)
-    cos, sin = angles                                               # (L,r) or (B,1,L,r)
-    def rotate(x:Tensor) -> Tensor:                                 # dims j and r+j are a pair
-      a, b, rest = x[..., :r], x[..., r:2*r], x[..., 2*r:]
-      return Tensor.cat(a*cos - b*sin, a*sin + b*cos, *[rest] * (x.shape[-1] > 2*r), dim=-1)
-    return [rotate(q), rotate(k), v]
+    if self.rotary_dim == 0: return q, k, v
+    angles = self.angles(L, positions, u.device)
+    return rotated(q, *angles), rotated(k, *angles), v
 
-  def __call__(self, u:Tensor, state:State=(), place:Place|None=None, filters:Filters=None,
-               tables:Tables=None) -> tuple[Tensor, State]:
-    q, k, v = self.qkv(u.unsqueeze(1) if u.ndim == 2 else u, place)
-    if state:
-      state = tuple(write(cache, x, place.pos) for cache, x in zip(state, (k, v)))
-      if u.ndim == 2:
-        return self.out_proj(attend_step(q.squeeze(2), *state, place.pos, place.start).flatten(1)), state
-      k, v = (cache[:, :, :place.room] for cache in state)
-    s = matmul(q * q.shape[-1]**-0.5, k, transposed=True)           # (B,heads,L,T)
-    p = causal_softmax(s, place.pos, place.start) if state else causal_softmax(s) if self.causal else softmax(s)
-    return self.out_proj(matmul(p, v).transpose(1, 2).flatten(2)), state
+  def __call__(self, u:Tensor, cache:KVCache|None=None, positions:Positions|None=None,
+               filters:Filters|None=None) -> tuple[Tensor, KVCache|None]:
+    q, k, v = self.qkv(u, positions)
+    if cache is None: y = attend(q, k, v, causal=self.causal)
+    else:
+      first, start, visible = positions
+      cache = KVCache(write_cache(cache.keys, k, first), write_cache(cache.values, v, first))
+      y = attend(q, cache.keys[:, :, :visible], cache.values[:, :, :visible], first, start)
+    return self.out_proj(y.transpose(1, 2).flatten(2)), cache
+
+  def step(self, u:Tensor, cache:KVCache, positions:Positions,
+           weights:StepWeights|None=None) -> tuple[Tensor, KVCache]:
+    y, cache = self(u.unsqueeze(1), cache, positions)
+    return y.squeeze(1), cache
 
 # ---------------------------------------------------------------- the language model
 
 class MLP:
   "D -> mlp_mult D -> D with the tanh approximation of GELU (src/models/ssm_seq.py:44-45)."
   def __init__(self, cfg:H3Config, rng:np.random.Generator):
-    self.fc1 = Linear(cfg.d_model, cfg.mlp_mult * cfg.d_model, rng, cfg.init_std)
-    self.fc2 = Linear(cfg.mlp_mult * cfg.d_model, cfg.d_model, rng, cfg.init_std / (2*cfg.n_layer)**0.5)
+    D, inner = cfg.d_model, cfg.mlp_mult * cfg.d_model
+    self.fc1 = Linear(D, inner, rng, cfg.init_std)
+    self.fc2 = Linear(inner, D, rng, cfg.init_std / (2*cfg.n_layer)**0.5)
+
   def __call__(self, x:Tensor) -> Tensor: return self.fc2(self.fc1(x).gelu())
+
+def make_mixer(cfg:H3Config, i:int, rng:np.random.Generator) -> H3Mixer|S4DMixer|Attention:
+  "The mixer of layer i."
+  if i not in cfg.attn_layers: return (H3Mixer if cfg.ssm == "h3" else S4DMixer)(cfg, rng)
+  out_std = cfg.init_std / (2*cfg.n_layer)**0.5
+  return Attention(cfg.d_model, cfg.n_heads, rng, cfg.init_std, out_std, cfg.rotary_dim)
 
 class Block:
   "x + mixer(norm1 x), then + mlp(norm2 x): pre-norm (flash_attn/modules/block.py:102-150)."
   def __init__(self, cfg:H3Config, i:int, rng:np.random.Generator):
     self.dropout = cfg.resid_dropout
     self.norm1, self.norm2 = (LayerNorm(cfg.d_model, cfg.norm_eps) for _ in range(2))
-    self.mixer = (Attention if i in cfg.attn_layers else {"h3": H3Mixer, "s4d": S4DMixer}[cfg.ssm])(cfg, rng)
+    self.mixer = make_mixer(cfg, i, rng)
     self.mlp = MLP(cfg, rng)
 
-  def __call__(self, x:Tensor, state:State=(), place:Place|None=None, filters:Filters=None,
-               tables:Tables=None) -> tuple[Tensor, State]:
-    y, state = self.mixer(self.norm1(x), state, place, filters, tables)
+  def __call__(self, x:Tensor, state:NamedTuple|None=None, positions:Positions|None=None,
+               weights:Filters|StepWeights|None=None) -> tuple[Tensor, NamedTuple|None]:
+    "A sequence x (B,L,D) with its Filters, or a token x (B,D) with its StepWeights."
+    mix = self.mixer.step if x.ndim == 2 else self.mixer
+    y, state = mix(self.norm1(x), state, positions, weights)
     x = x + y.dropout(self.dropout)
     return x + self.mlp(self.norm2(x)).dropout(self.dropout), state
-
-def copied(state:State) -> State: return tuple(t.clone().realize() for t in state)
 
 class H3LM:
   """Language model of H3 and attention layers (src/models/ssm_seq.py:104-190).
 
   V below is `config.padded_vocab`. `nn.state.get_state_dict(model)` gives the official names and
   shapes without lm_head.weight, which is the word embedding itself, and the constant
-  rotary_emb.inv_freq. Parameters are float32, drawn by numpy from `seed`; None: the matrices are without values, for
-  `load_weights`.
+  rotary_emb.inv_freq. Parameters are float32, drawn by numpy from `seed`; None: the matrices are
+  without values, for `load_weights`.
   """
   def __init__(self, config:H3Config, seed:int|None=0):
-    self.config, d = config, config.d_model
+    self.config, D, std = config, config.d_model, config.init_std
     rng = Blank() if seed is None else np.random.default_rng(seed)
-    table = lambda rows: SimpleNamespace(weight=param(rng.normal(0, config.init_std, (rows, d))))
-    embeddings = {"word_embeddings": table(config.padded_vocab)}
-    if config.max_positions: embeddings["position_embeddings"] = table(config.max_positions)
-    self.backbone = SimpleNamespace(
-      embeddings=SimpleNamespace(**embeddings),
-      layers=[Block(config, i, rng) for i in range(config.n_layer)],
-      ln_f=LayerNorm(d, config.norm_eps))
+    embeddings = SimpleNamespace(word_embeddings=Embedding(config.padded_vocab, D, rng, std))
+    if config.max_positions:
+      embeddings.position_embeddings = Embedding(config.max_positions, D, rng, std)
+    layers = [Block(config, i, rng) for i in range(config.n_layer)]
+    ln_f = LayerNorm(D, config.norm_eps)
+    self.backbone = SimpleNamespace(embeddings=embeddings, layers=layers, ln_f=ln_f)
 
-  def embed(self, tokens:Tensor, place:Place|None=None) -> Tensor:
-    """Words, and learned positions if there are any: tokens (B,L), or (B,), -> (B,L,D), or (B,D). ValueError for more
-    tokens than positions."""
-    e, L = self.backbone.embeddings, 1 if tokens.ndim == 1 else tokens.shape[1]
-    x = embedding(tokens, e.word_embeddings.weight)
-    if n := self.config.max_positions:
-      if place is None and L > n: raise ValueError(f"{L} tokens where the model has positions for {n}.")
-      table = e.position_embeddings.weight
-      rows = table[:L] if place is None else embedding(place.positions(L), table)     # (L,D) or (B,L,D)
-      x = x + (rows if tokens.ndim > 1 else rows.squeeze(-2))
+  def embed(self, tokens:Tensor, positions:Positions|None=None) -> Tensor:
+    """Word embeddings, plus learned positions if there are any: tokens (B,L) -> (B,L,D), or
+    (B,) -> (B,D). ValueError for more tokens than positions."""
+    embeddings, most = self.backbone.embeddings, self.config.max_positions
+    x = embeddings.word_embeddings(tokens)
+    if most:
+      L = 1 if tokens.ndim == 1 else tokens.shape[1]
+      if positions is None and L > most:
+        raise ValueError(f"{L} tokens where the model has positions for {most}.")
+      at = positions.of(L) if positions else Tensor.arange(L)
+      learned = embeddings.position_embeddings(at)                     # (L,D) or (B,L,D)
+      x = x + (learned if tokens.ndim == 2 else learned.squeeze(-2))
     return x.dropout(self.config.embed_dropout)
 
   def head(self, x:Tensor) -> Tensor:
+    "Logits (…,V) of x (…,D), by the word embeddings."
     words = self.backbone.embeddings.word_embeddings.weight
-    return matmul(self.backbone.ln_f(x), words, transposed=True)
+    return self.backbone.ln_f(x).linear(words.transpose())
 
   def __call__(self, tokens:Tensor) -> Tensor:
     "tokens (B,L) int -> logits (B,L,V); logits[:, t] are for token t+1."
     return self.forward(tokens)[0]
 
-  def forward(self, tokens:Tensor, state:State=()) -> tuple[Tensor, State]:
-    """Logits as above, for training, and the state after, if one is given: the H3 layers', `init_state(B)[1:]`.
-    Differentiable in both. ValueError for a state where there is attention: `prefill` knows its caches."""
+  def forward(self, tokens:Tensor, carry:list|None=None) -> tuple[Tensor, list]:
+    """Logits as above, for training, and the states of all layers after the last token.
+
+    carry: their states before the first token, from `init_carry` or the piece of text before
+    this one; differentiable in it. None: zeros, and no states come out. ValueError for a carry
+    in a model with attention or learned positions.
+    """
     if 0 in tokens.shape: raise ValueError(f"tokens of shape {tokens.shape} hold no token.")
-    if state and self.config.attn_layers: raise ValueError("attention layers have no state to train with.")
-    if state and self.config.max_positions: raise ValueError("learned positions begin anew with each piece of a text.")
-    x, filters, after = self.embed(tokens), self.filters(math.inf if state else tokens.shape[1]), []
-    for i, layer in enumerate(self.backbone.layers):
-      n = len(layer.mixer.state_shapes(self.config, 1, 1))
-      of_layer = None if isinstance(layer.mixer, Attention) else next(filters)
-      x, s = layer(x, state[n*i:n*i+n], filters=of_layer)
-      after += s
-    return self.head(x), tuple(after)
+    if carry and self.config.attn_layers:
+      raise ValueError("attention layers have no state to train with.")
+    if carry and self.config.max_positions:
+      raise ValueError("learned positions begin anew with each piece of a text.")
+    layers = self.backbone.layers
+    x, after = self.embed(tokens), []
+    filters = self.filters(math.inf if carry else tokens.shape[1])     # a state: state passing
+    for layer, before, layer_filters in zip(layers, carry or [None]*len(layers), filters):
+      x, state = layer(x, before, weights=layer_filters)
+      after.append(state)
+    return self.head(x), after
 
-  def filters(self, L:float) -> Iterator[tuple[Tensor, Tensor|None]]:
-    "S (D,N) and K (H,L) of each H3 layer in turn, all made at once. No K where state passing takes its place."
-    mixers = [l.mixer for l in self.backbone.layers if not isinstance(l.mixer, Attention)]
-    if not mixers: return iter(())
-    S = [None]*len(mixers) if self.config.ssm == "s4d" else \
-      stored(joined([m.ssm_k_kernel.kernel for m in mixers]).filter()).chunk(len(mixers))
-    if L > BY_FFT: return zip(S, [None]*len(mixers))
-    K = stored(joined([m.kernel.kernel for m in mixers]).filter(L))
-    return zip(S, K.chunk(len(mixers)))
+  def filters(self, L:float) -> list[Filters|None]:
+    "For sequences of L tokens, the Filters of each layer, None for attention; all made at once."
+    mixers = [layer.mixer for layer in self.backbone.layers]
+    made = iter(conv_filters([m for m in mixers if not isinstance(m, Attention)], L))
+    return [None if isinstance(m, Attention) else next(made) for m in mixers]
 
-  def init_state(self, batch:int, max_length:int|None=None, start:list[int]|None=None) -> State:
-    """The state before the first token, one flat tuple of realised Tensors (so TinyJit sees each):
-    pos (1,) int32, the number of tokens so far, with `start` behind where each row's text begins, (B+1,);
-    then for each H3 layer shift (B,D,N), re and im (B,p,p,H,M); for each attention layer keys and values
-    (B,heads,max_length,hd). max_length is by default the config's. start: rows of different length are fed
-    with as many tokens of padding before them, which change nothing."""
-    T, state = max_length or self.config.max_length, [np.array([*(start or []), 0], np.int32)]
-    for layer in self.backbone.layers:
-      state += [np.zeros(s, np.float32) for s in layer.mixer.state_shapes(self.config, batch, T)]
-    return tuple(Tensor(z).realize() for z in state)
+  def step_weights(self) -> list[StepWeights|None]:
+    "What `advance` needs of each layer for a token, made once for many; None for attention."
+    made = [layer.mixer.step_weights() for layer in self.backbone.layers]
+    weights = [w and w._replace(modes=Modes(*(tuple(map(stored, z)) for z in w.modes))) for w in made]
+    if flat := get_parameters(weights): Tensor.realize(*flat)
+    return weights
 
-  def tables(self) -> list[Tables]:
-    "Of each layer, what a step needs that depends on the weights alone."
-    made = [None if isinstance(l.mixer, Attention) else l.mixer.tables() for l in self.backbone.layers]
-    if flat := [t for tables in made for t in tables or ()]: Tensor.realize(*flat)
-    return made
+  def init_state(self, batch:int, max_length:int|None=None, start:list[int]|None=None) -> LMState:
+    """The state before the first token, in realised Tensors. max_length: capacity of the KV caches,
+    by default the config's. start: left padding, how many tokens that change nothing stand before
+    each text, so that texts of different length can be fed side by side."""
+    capacity = max_length or self.config.max_length
+    layers = [layer.mixer.init_state(batch, capacity) for layer in self.backbone.layers]
+    integers = lambda x: Tensor(np.array(x, np.int32)).realize()
+    return LMState(integers([0]), integers(start) if start else None, layers)
 
-  def advance(self, tokens:Tensor, state:State, room:int|None=None, tables:list[Tables]|None=None) -> Tensor:
+  def init_carry(self, batch:int) -> list[H3State|S4DState]:
+    "Zero states for `forward`, one for each layer of a model without attention."
+    return [layer.mixer.init_state(batch) for layer in self.backbone.layers]
+
+  def capacity(self, state:LMState) -> int|None:
+    "Tokens that the state's KV caches hold; None, no limit, without attention layers."
+    return next((s.keys.shape[2] for s in state.layers if isinstance(s, KVCache)), None)
+
+  def advance(self, tokens:Tensor, state:LMState, visible:int|None=None,
+              weights:list[StepWeights|None]|None=None) -> Tensor:
     """One token, (B,) int, or a piece of text, (B,L): logits (B,V) after the last. Overwrites `state`.
 
-    Never waits for the device, so TinyJit can capture it, with the state in its closure. It can't see a full
-    attention cache for the same reason: the caller counts tokens against `capacity(state)`. room: how much of
-    the caches a piece of text looks at, at least the tokens so far and its own; all by default.
-    tables: what `tables()` gives; they serve a token, a piece of text makes filters of its own."""
-    pos = state[0] if state[0].shape[0] == 1 else state[0][-1:].contiguous()
-    start = None if pos is state[0] else state[0][:-1].contiguous()
-    cap = self.capacity(state) or 1
-    place, new, i = Place(pos, start, cap if tokens.ndim == 1 else min(room or cap, cap)), [], 1
-    x = self.embed(tokens, place)
-    for j, layer in enumerate(self.backbone.layers):
-      n = len(layer.mixer.state_shapes(self.config, 1, 1))
-      x, s = layer(x, state[i:i+n], place, tables=tables[j] if tables else None)
-      new, i = new + list(s), i + n
-    Tensor.realize(logits := self.head(x if x.ndim == 2 else x[:, -1].contiguous()), *new)
-    # what a kernel has written in place is there already
-    moved = [old.assign(s) for old, s in zip(state[1:], new) if s.uop.base is not old.uop.base]
-    L, last = 1 if tokens.ndim == 1 else tokens.shape[1], Tensor.arange(n := state[0].shape[0]) == n - 1
-    Tensor.realize(*moved, state[0].assign(last.where(state[0] + L, state[0])))
+    Never waits for the device, so TinyJit can capture it, with the state in its closure. It can't
+    see a full KV cache for the same reason: the caller counts tokens against `capacity(state)`.
+    visible: how many rows of the caches a piece of text reads, at least the tokens so far and its
+    own; all by default. weights: `step_weights()`, used for a token; a piece of text needs none.
+    """
+    one_token, capacity = tokens.ndim == 1, self.capacity(state) or 1
+    if one_token or visible is None: visible = capacity
+    if not one_token or weights is None: weights = [None] * len(state.layers)
+    positions = Positions(state.positions, state.start, min(visible, capacity))
+    x, after = self.embed(tokens, positions), []
+    for layer, before, layer_weights in zip(self.backbone.layers, state.layers, weights):
+      x, new = layer(x, before, positions, layer_weights)
+      after.append(new)
+    logits = self.head(x if one_token else x[:, -1].contiguous())
+    Tensor.realize(logits, *get_parameters(after))
+    overwrite(get_parameters(state.layers), get_parameters(after))
+    length = 1 if one_token else tokens.shape[1]
+    state.positions.assign(state.positions + length).realize()
     return logits
 
-  def prefill(self, tokens:Tensor, state:State|None=None, chunk:int|None=None
-              ) -> tuple[Tensor, State]:
+  def prefill(self, tokens:Tensor, state:LMState|None=None, chunk:int|None=None
+              ) -> tuple[Tensor, LMState]:
     """A prompt, or a piece of one: tokens (B,L) int -> logits (B,V) after the last, and the state.
 
     With `chunk` it is taken that many tokens at a time, which bounds the memory; the result is the
-    same. ValueError if L is 0, or if an attention layer's cache, or the learned positions, would not hold it."""
+    same. ValueError if L is 0, or if the KV caches, or the learned positions, would not hold it."""
     B, L = tokens.shape
     if L == 0: raise ValueError("the prompt is empty: prefill needs at least one token.")
     if chunk is not None and chunk < 1: raise ValueError(f"chunk must be at least 1, not {chunk}.")
-    pos, state = (0, self.init_state(B)) if state is None else (int(state[0].numpy()[-1]), copied(state))
-    if state[1].shape[0] != B:
-      raise ValueError(f"tokens of batch {B}, but a state of batch {state[1].shape[0]}.")
-    if self.config.attn_layers and pos + L > (T := self.capacity(state)):
-      raise ValueError(f"{pos + L} tokens do not fit the attention cache of {T}: "
+    state = self.init_state(B) if state is None else copied(state)
+    if (batch := state.layers[0][0].shape[0]) != B:
+      raise ValueError(f"tokens of batch {B}, but a state of batch {batch}.")
+    before, padding = state.positions.item(), 0 if state.start is None else state.start.min().item()
+    capacity, most = self.capacity(state), self.config.max_positions
+    if capacity and before + L > capacity:
+      raise ValueError(f"{before + L} tokens do not fit the attention cache of {capacity}: "
                        "make the state with a larger max_length.")
-    padding = min(state[0].numpy()[:-1], default=0)
-    if (n := self.config.max_positions) and pos + L - padding > n:
-      raise ValueError(f"{pos + L - padding} tokens where the model has positions for {n}.")
-    for i in range(0, L, step := chunk or L):
-      piece = tokens[:, i:i+step]
-      logits = self.advance(piece.contiguous(), state, 1 << (pos + i + piece.shape[1] - 1).bit_length())
+    if most and before + L - padding > most:
+      raise ValueError(f"{before + L - padding} tokens where the model has positions for {most}.")
+    for i in range(0, L, chunk or L):
+      piece = tokens[:, i:i + (chunk or L)]
+      end = before + i + piece.shape[1]
+      visible = 1 << (end - 1).bit_length()                            # few sizes to compile
+      logits = self.advance(piece.contiguous(), state, visible)
     return logits, state
 
-  def step(self, tokens:Tensor, state:State) -> tuple[Tensor, State]:
-    "One token: tokens (B,) int -> logits (B,V), new state; like `advance`, but the state given stays as it is."
-    return self.advance(tokens, state := copied(state)), state
+  def step(self, tokens:Tensor, state:LMState) -> tuple[Tensor, LMState]:
+    """One token: tokens (B,) int -> logits (B,V), new state; the state given stays as it is.
 
-  def capacity(self, state:State) -> int|None:
-    "Tokens that the state's attention caches hold; None, no limit, without attention layers."
-    return next((s.shape[2] for s in state if s.ndim == 4), None)   # keys and values alone have four dimensions
+    RuntimeError where a TinyJit captures it, which sees no Tensors of nested states.
+    """
+    if capturing: raise RuntimeError("step makes a new state: in a TinyJit, use advance.")
+    state = copied(state)
+    return self.advance(tokens, state), state
 
   @staticmethod
   def from_pretrained(path_or_name:str, n_heads:int|None=None, dtype:str="float32") -> H3LM:

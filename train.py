@@ -25,7 +25,7 @@ import numpy as np
 from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.device import Buffer
 from tinygrad.helpers import Context
-from tinygrad.nn.state import get_state_dict
+from tinygrad.nn.state import get_parameters, get_state_dict
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 from bigs_tiny import BLOCKS, BiGS, BiGSConfig
 from flashconv import FLASH, capture, machine
@@ -1115,7 +1115,7 @@ def make_step(model:H3LM|BiGS, params:dict[str, Tensor], opt:AdamW, forward:Call
   several = 1 if isinstance(device, str) else len(device)
   own = lambda t: t if several == 1 else Tensor(t.uop.src[0])       # on each device, its part of t
   total = lambda t: t if several == 1 else Tensor(t.uop.allreduce(Ops.ADD, device))
-  def gradients(batch:tuple[Tensor, ...], share:Tensor, hyper:tuple[Tensor, ...], state:tuple[Tensor, ...]=()
+  def gradients(batch:tuple[Tensor, ...], share:Tensor, hyper:tuple[Tensor, ...], state:list=()
                 ) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]]:
     "The loss and the gradients of this device's sequences, times their share, and the state after them."
     after, alone = (), several == accumulate == 1 and truncate is None
@@ -1125,6 +1125,7 @@ def make_step(model:H3LM|BiGS, params:dict[str, Tensor], opt:AdamW, forward:Call
     else:
       if truncate:
         logits, after = model.forward(batch[0], state)
+        after = get_parameters(after)
         loss = cross_entropy(logits, batch[1])
       else: loss = forward(model, *batch)[0]
       grads = weigh(loss).gradient(*params.values())
@@ -1143,7 +1144,7 @@ def make_step(model:H3LM|BiGS, params:dict[str, Tensor], opt:AdamW, forward:Call
     with Context(**precision):
       loss, grads, after = gradients(batch, share, hyper, state)
       Tensor.realize(loss, *grads, *after)
-    hand_on((*state, *sums), (*after, *(s + g for s, g in zip(sums, grads))))
+    hand_on((*get_parameters(state), *sums), (*after, *(s + g for s, g in zip(sums, grads))))
     return loss
   @capture
   def update(*hyper:Tensor) -> Tensor:
@@ -1160,10 +1161,10 @@ def make_step(model:H3LM|BiGS, params:dict[str, Tensor], opt:AdamW, forward:Call
     if len(pieces) == len(pieces[0]) == 1: return [t.item() for t in whole(*args(batch))]
     if not sums: sums.extend(on(device, np.zeros(p.shape, np.float32)) for p in params.values())
     if truncate and not state:
-      state = tuple(on(device, np.zeros(t.shape, np.float32))
-                    for t in model.init_state(len(batch[0])//several//accumulate)[1:])
+      state = model.init_carry(len(batch[0])//several//accumulate)
+      for t in get_parameters(state): t.replace(on(device, t.numpy()))
     for part in pieces:
-      hand_on(state, [t.zeros_like() for t in state])
+      hand_on(flat := get_parameters(state), [t.zeros_like() for t in flat])
       loss += sum(piece(*args(some)).item() for some in part)
     return [loss, update(*hyper).item()]
   return train_step
@@ -1183,13 +1184,16 @@ def make_eval(model:H3LM|BiGS, forward:Callable=Task.forward, truncate:int|None=
   @capture
   def piece(x:Tensor, y:Tensor) -> Tensor:
     with Context(**precision): logits, after = model.forward(x, state)
+    after = get_parameters(after)
     Tensor.realize(loss := cross_entropy(logits, y), *after)
-    hand_on(state, after)
+    hand_on(get_parameters(state), after)
     return loss
   def eval_step(batch:Batch) -> list[np.ndarray]:
     nonlocal state
-    state = state or tuple(on(device, t.numpy()) for t in model.init_state(len(batch[0]))[1:])
-    hand_on(state, [t.zeros_like() for t in state])
+    if not state:
+      state = model.init_carry(len(batch[0]))
+      for t in get_parameters(state): t.replace(on(device, t.numpy()))
+    hand_on(flat := get_parameters(state), [t.zeros_like() for t in flat])
     return [np.mean([piece(*(on(device, a) for a in some)).item() for some in cut(batch, truncate)])]
   return eval_step
 

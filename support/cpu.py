@@ -523,8 +523,9 @@ def _attention(q:Tensor, k:Tensor, v:Tensor, pos:Tensor|None=None, start:Tensor|
 def _overwriting_step(q:Tensor, k:Tensor, v:Tensor, state:tuple[Tensor, ...], weights:tuple[Tensor|Pair, ...]
                       ) -> tuple[Tensor, tuple[Tensor, ...]]|None:
   "h3_step with states (B,D,N) and twice (B,D,M), and named tuples."
-  flat = [t for w in weights for t in (w if isinstance(w, tuple) else (w,))]
-  if state[1].shape[:2] != q.shape or (done := h3_step(q, k, v, tuple(state), tuple(flat))) is None: return None
+  shift, diag, (dA, dB, C) = weights
+  flat = (shift.B, shift.C[0], shift.D, *dA, *dB, *C, diag.D)
+  if state[1].shape[:2] != q.shape or (done := h3_step(q, k, v, tuple(state), flat)) is None: return None
   return done[0], type(state)(*done[1])
 
 def _written_cache(cache:Tensor, x:Tensor, pos:Tensor) -> Tensor|None: return write(cache, x, pos) if whole(x) else None
