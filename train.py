@@ -15,6 +15,7 @@ all settings), log.csv and, with matplotlib, loss.png.
 
 Not here: several machines.
 """
+from __future__ import annotations
 import time
 START = time.perf_counter()
 import argparse, contextlib, csv, dataclasses, functools, importlib.util, itertools, json, math, os
@@ -34,6 +35,8 @@ from generate import (MASK, OUT, RUN, Parser, Session, number, peak_memory, show
 from h3tiny import H3Config, H3LM
 from support.checkpoints import (CHECKPOINT, CheckpointError, Weights, bigs_model, find, h3_model,
                                  read_weights, save_checkpoint)
+from support.training import (EPS, BETA1, BETA2, CPU_SLICES, PREVIOUS, AdamW, Feed, Interrupt, LossScale, MASKED,
+                              alone, check_writable, clean, group_of, hand_on, on, put, read_newest, restore, set_aside)
 from support.text import (TEXT_KEY, TOKENIZERS, Tokenizer, UserError, is_jsonl, make_tokenizer,
                           read_tokens, read_tsv, split)
 
@@ -51,67 +54,63 @@ SIZES = {"table2": dict(d_model=32, n_layer=2, n_heads=1, lr=5e-4),
 
 KINDS = {"h3": "H3", "hybrid": "hybrid H3", "transformer": "Transformer", "s4d": "S4D"}
 BOTH_WAYS = {"bigs": "gated", "stack": "stack", "gated-attention": "gated-attention", "bert": "attention"}     # blocks
-LANGUAGES = ("induction", "recall")
-READ_ON = ("text", *LANGUAGES)                   # tasks of models that read on; agreement is for both
-# what a task sets where the command line does not
-COMMON = dict(size="small", embed_dropout=0.0, symbols=None)
-DEFAULTS = {"text": dict(model="hybrid", batch=8, length=256, weight_decay=0.1, steps=600),
-            "mlm": dict(model="bigs", batch=16, length=128, weight_decay=0.05, steps=4000),
-            "classify": dict(model="bigs", batch=16, length=128, weight_decay=0.01, steps=None),
-            "agreement": dict(model="bigs", batch=64, length=32, weight_decay=0.05, steps=1000),
-            "induction": dict(model="h3", batch=32, length=30, weight_decay=0.1, steps=157*400, size="table2",
-                              embed_dropout=0.1, symbols=20),
-            "recall": dict(model="h3", batch=32, length=20, weight_decay=0.1, steps=157*200, size="table2",
-                           embed_dropout=0.1, symbols=10),
-            "listops": dict(model="s4d", batch=32, length=200, weight_decay=0.05, steps=5000, size="tiny"),
-            "pixels": dict(model="s4d", batch=32, length=None, weight_decay=0.05, steps=5000, size="tiny")}
-LINE = ("classify", "recall")                    # the learning rate falls on a line to 0, else a cosine to a tenth
-FINE_TUNING = dict(lr=2e-5, epochs=3)            # of classify with --init: GLUE's recipe
+# what a task's registration may leave out
+DEFAULTS = dict(size="small", embed_dropout=0.0)
+
+@dataclasses.dataclass
+class Registered:
+  "A task as it is registered: one phrase about it, which models it takes, its defaults, its options, what makes it."
+  make: Callable[[argparse.Namespace], Task]
+  about: str
+  causal: bool|None
+  options: Callable|None
+  defaults: dict[str, object]
+
+TASKS: dict[str, Registered] = {}
+# where the papers' own tasks are
+PAPERS = dict(induction="synthetic", recall="synthetic", listops="arena", pixels="arena", classify="finetune",
+              agreement="bigs")
+
+def task(name:str, about:str, causal:bool|None, options:Callable|None=None, **defaults) -> Callable:
+  """Registers a task: decorates the function of the options that makes it. about: one phrase for --help. causal: the
+  models that it is for read left to right, or see both sides; None: either, as --model has it. options: adds options
+  of its own, `options(add)`, where `add` takes name, type, default, help, how the default is shown, `fixed` (what
+  --resume can't change), and argparse's own keywords. defaults: of any option where the command line says nothing."""
+  def register(make:Callable[[argparse.Namespace], Task]) -> Callable:
+    TASKS[name] = Registered(make, about, causal, options, defaults)
+    return make
+  return register
 
 def layer_list(text:str) -> list[int]:
   if text.strip() in ("", "none"): return []
   try: return [int(i) for i in text.split(",")]
   except ValueError: raise argparse.ArgumentTypeError(f"{text!r} is not layer numbers with commas, or none") from None
 
-def parser() -> Parser:
-  p = Parser(prog="train.py", description="Train a model of the H3 or the BiGS family.", allow_abbrev=False,
+def parser(program:str="train.py", default:str="text") -> Parser:
+  p = Parser(prog=program, description="Train a model of the H3 or the BiGS family.", allow_abbrev=False,
              epilog="example: python train.py --data shakespeare.txt --steps 2000 --length 512 --out shakespeare")
   def add(group, name, kind, default, text, shown=None, **kw):
     group.add_argument(name, type=kind, default=default, help=f"{text} (default: {shown or default})", **kw)
   positive, fraction = number(int, 1), number(float, 0, 0.99)
 
+  p.owners, p.fixed = {}, {"task", "model", "size", "seed", *SHAPE}
   g = p.add_argument_group("what to train on")
-  add(g, "--task", str, "text", "the next token of text; masked tokens of it (mlm); labels of a TSV (classify); the "
-      "verb's number in sentences of a small grammar (agreement); the two languages of the H3 paper (induction, "
-      "recall); nested lists of operations (listops) and images as sequences (pixels), of the Long Range Arena",
-      choices=list(TASKS))
-  add(g, "--data", str, None, "files or folders of text: UTF-8, or UTF-16 with its mark; .gz; "
-      ".jsonl with a text in each line; for classify a TSV with a header like GLUE's, or lines of "
-      "label, tab, text, or label, tab, text, tab, text; for pixels a CSV of label, pixels 0 to "
-      "255, or an .npz of x_train, y_train, x_test, y_test", "Python's own source", nargs="+", metavar="PATH")
-  add(g, "--text-key", str, TEXT_KEY, "of text and mlm: key of the text in each line of a .jsonl",
-      metavar="KEY")
-  add(g, "--columns", str, None, "of classify: columns of the label and of one or two texts, by "
-      "the header's names or by number, from 1; 2,4 for CoLA's files", "what the header says",
-      metavar="L,T,…")
-  add(g, "--dev", str, None, "of classify: such lines to evaluate on", "--holdout's share of --data", metavar="FILE")
-  add(g, "--vocab", str, None, "BERT's vocab.txt", "that beside --init's file", metavar="FILE")
-  add(g, "--tokenizer", str, "bytes", "how text becomes tokens", choices=list(TOKENIZERS))
-  add(g, "--holdout", number(float, 0.001, 0.5), 0.05, "share of the text, its end, kept for evaluation", metavar="X")
-
-  add(g, "--mask-run", positive, None, "of mlm: tokens masked in one place, from 1 to N", "8 bytes, 1 of other tokens",
-      metavar="N")
-
-  add(g, "--symbols", number(int, 4), None, "of induction and recall: symbols, of which two are special", "20; 10",
-      metavar="N")
+  add(g, "--task", str, default, "; ".join(f"{k}: {t.about}" for k, t in TASKS.items()))
+  def of_task(name:str, flag:str, kind:Callable, default:object, text:str, shown:str|None=None, fixed:bool=False, **kw):
+    key = flag[2:].replace("-", "_")
+    if key in p.owners: p._option_string_actions[flag].help += f"; {name}: {text}"*(text not in p._option_string_actions[flag].help)
+    else: add(g, flag, kind, default, text, shown, **kw)
+    p.owners.setdefault(key, []).append(name)
+    if fixed: p.fixed.add(key)
+  for name, t in TASKS.items():
+    if t.options: t.options(functools.partial(of_task, name))
 
   g = p.add_argument_group("model")
   add(g, "--model", str, None, "reads on: only H3 layers, most of them, or none, or an SSM that nothing gates; sees "
       "both sides: BiGS, SSMs stacked, attention gated, BERT; transformer and s4d do either, as the task asks",
-      "hybrid for text, h3 for induction and recall, s4d for listops and pixels, else bigs",
+      by_task("model"),
       choices=[*KINDS, *BOTH_WAYS])
-  add(g, "--size", str, None, "sets the next three and --lr", "small; table2 for induction and recall, tiny for "
-      "listops and pixels", choices=list(SIZES))
+  add(g, "--size", str, None, "sets the next three and --lr", by_task("size"), choices=list(SIZES))
   add(g, "--d-model", positive, None, "width", "by --size", metavar="N")
   add(g, "--n-layer", positive, None, "layers", "by --size", metavar="N")
   add(g, "--n-heads", positive, None, "attention heads", "by --size", metavar="N")
@@ -121,29 +120,26 @@ def parser() -> Parser:
   add(g, "--max-positions", number(int, 0), 0, "learned positions: so many tokens, and no more, can be read; 0: none",
       metavar="N")
   add(g, "--init-std", number(float, above=0), None, "standard deviation of the first weights",
-      "0.02; where attention learns induction or recall 0.112, sqrt(2/(5 width))", metavar="X")
+      "0.02", metavar="X")
   add(g, "--d-state", positive, 64, "state size of the SSMs", metavar="N")
   add(g, "--head-dim", positive, 1, "size of an H3 head", metavar="N")
   add(g, "--mlp-mult", positive, None, "width of the MLP, or the gate, over --d-model", "4; gated 3, stack 5",
       metavar="N")
-  add(g, "--embed-dropout", fraction, None, "dropout after the embedding", "0; 0.1 for induction and recall",
-      metavar="X")
+  add(g, "--embed-dropout", fraction, None, "dropout after the embedding", by_task("embed_dropout"), metavar="X")
   add(g, "--resid-dropout", fraction, 0.0, "dropout in the blocks", metavar="X")
 
   g = p.add_argument_group("training")
-  add(g, "--steps", positive, None, "steps in all", "600; mlm 4000, agreement 1000, listops and pixels "
-      "5000, classify 3 epochs, induction 400 and recall 200 at most", metavar="N")
-  add(g, "--batch", positive, None, "sequences a step", "by --task", metavar="N")
-  add(g, "--length", positive, None, "tokens a sequence; of any length with --model h3", "by --task", metavar="N")
+  add(g, "--steps", positive, None, "steps in all", by_task("steps"), metavar="N")
+  add(g, "--batch", positive, None, "sequences a step", by_task("batch"), metavar="N")
+  add(g, "--length", positive, None, "tokens a sequence; of any length with --model h3", by_task("length"), metavar="N")
   add(g, "--truncate", positive, None, "take a sequence in pieces of N tokens, in the memory that one needs: the state "
       "goes on from each to the next, the gradient does not come back, so what a piece should have left in the state "
       "for a later one is not learned; with --model h3, and --length a multiple of N", "whole", metavar="N")
-  add(g, "--lr", number(float, above=0), None, "highest learning rate", "by --size; 2e-5 of classify with --init",
-      metavar="X")
-  add(g, "--warmup", number(int, 0), None, "steps up to it; a cosine then falls to a tenth; of classify a line to 0",
-      "a tenth of --steps, at most 1000 but for induction and recall", metavar="N")
+  add(g, "--lr", number(float, above=0), None, "highest learning rate", "by --size", metavar="X")
+  add(g, "--warmup", number(int, 0), None, "steps up to it; a cosine then falls to a tenth, or a line to 0",
+      "a tenth of --steps, at most 1000", metavar="N")
   add(g, "--weight-decay", number(float, 0), None, "of matrices and of the SSMs' C and D; in models that see "
-      "both sides of embeddings and all of an SSM, too", "by --task", metavar="X")
+      "both sides of embeddings and all of an SSM, too", by_task("weight_decay"), metavar="X")
   add(g, "--accumulate", positive, 1, "go through a step's sequences in N parts, one after the other, in the memory "
       "that one needs, for the same gradient", metavar="N")
   g.add_argument("--checkpoint-activations", action="store_true",
@@ -169,33 +165,29 @@ def parser() -> Parser:
   add(g, "--sample-every", positive, None, "steps between samples", "at the end only", metavar="N")
   add(g, "--log", str, None, "table of losses, written whenever a checkpoint is", "log.csv in --out", metavar="FILE")
   add(g, "--plot", str, None, "picture of them: .png, .svg or .pdf", "loss.png in --out", metavar="FILE")
-  g.add_argument("--reproduce", choices=list(GRIDS), default=argparse.SUPPRESS,
-                 help="train the models of a claim of the papers, with three seeds, print the table beside the "
-                 "paper's, and stop; on two CPU cores table2 takes 25 minutes, lm 10, lra 30 and bigs 20")
-  g.add_argument("--seeds", type=positive, default=argparse.SUPPRESS, metavar="N", help="of --reproduce: how many")
-  g.add_argument("--bench", action="store_true", default=argparse.SUPPRESS,
-                 help="time training and decoding on this machine, beside PyTorch if it is installed, and stop")
+  # where they are now
+  for flag in ("--reproduce", "--seeds", "--bench"):
+    g.add_argument(flag, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
   return p
+
+def by_task(option:str) -> str:
+  "The defaults of an option, as --help shows them."
+  shown = {k: (DEFAULTS | t.defaults).get(option) for k, t in TASKS.items()}
+  return ", ".join(f"{v} for {k}" for k, v in shown.items() if v is not None)
 
 SHAPE = ("d_model", "n_layer", "n_heads", "attn_layers", "rotary_dim", "max_positions", "d_state", "head_dim",
          "mlp_mult", "init_std", "embed_dropout", "resid_dropout")
-# options that only some tasks look at
-OF_TASKS = dict(data=("text", "mlm", "classify", "pixels"), text_key=("text", "mlm"),
-                columns=("classify",), dev=("classify",), vocab=("text", "mlm", "classify"),
-                tokenizer=("text", "mlm", "classify"), mask_run=("mlm",), symbols=LANGUAGES,
-                holdout=("text", "mlm", "classify", "pixels"))
 PRECISIONS = ("float32", "float16", "bfloat16")
-FIXED = ("task", "symbols", "tokenizer", "model", "size", "seed", "holdout", *SHAPE)    # what --resume can't change
 
-def given(argv:list[str]|None) -> dict:
+def given(argv:list[str]|None, program:str="train.py", default:str="text") -> dict:
   "Only the options that the command line names."
-  p = parser()
+  p = parser(program, default)
   for action in p._actions: action.default = argparse.SUPPRESS
   return vars(p.parse_args(argv))
 
 def block_of(args:argparse.Namespace) -> str|None:
   "Of a model that sees both sides, its block; None for one that reads on."
-  if args.task not in (*READ_ON, "agreement") and args.model in ("transformer", "s4d"):
+  if TASKS[args.task].causal is False and args.model in ("transformer", "s4d"):
     return {"transformer": "attention", "s4d": "s4d"}[args.model]
   return BOTH_WAYS.get(args.model)
 
@@ -217,12 +209,10 @@ def make_config(args:argparse.Namespace, vocab_size:int) -> H3Config|BiGSConfig:
                            "hybrid": (1, 1 + n_layer//2) if n_layer >= 8 else (n_layer//2,)}[args.model]
   if rotary is None:
     rotary = d_model // n_heads // 2 * 2 if args.model == "transformer" and not args.max_positions else 0
-  # the official 0.02 is for wide models: with it attention of width 32 has no induction head after 62,800 steps
-  std = args.init_std or (math.sqrt(2/5/d_model) if args.task in LANGUAGES and attn else 0.02)
   try:
     return H3Config(vocab_size, d_model, n_layer, tuple(attn), n_heads, rotary, args.d_state, args.head_dim,
                     args.mlp_mult or 4, ssm="s4d" if args.model == "s4d" else "h3",
-                    embed_dropout=args.embed_dropout, resid_dropout=args.resid_dropout, init_std=std,
+                    embed_dropout=args.embed_dropout, resid_dropout=args.resid_dropout, init_std=args.init_std or 0.02,
                     max_length=max(2048, 2*args.length), max_positions=args.max_positions)
   except ValueError as e: raise UserError(str(e)) from None
 
@@ -248,7 +238,7 @@ class Task:
   metrics: Callable[[list[Batch]], dict[str, float]] = lambda outputs: {}
   head: str|None = None                         # of a BiGS model, and its labels
   labels: list[str]|None = None
-  epochs: float|None = None                     # steps of one
+  schedule: str = "cosine"                      # after the warm-up, down to a tenth; or "linear", to 0
   sample: Callable|None = None                  # shows what the model does
   aside: int = 0                                # of the last batches held out only the metrics count
   enough: tuple[str, float]|None = None         # a metric that, three times in a row so high, ends the training
@@ -317,6 +307,17 @@ def tokenizer(args:argparse.Namespace) -> Tokenizer:
   if args.resume: places = [beside(args.out), *places]
   return make_tokenizer(args.tokenizer, next((p for p in places if p.is_file()), places[-1]))
 
+def text_options(add:Callable) -> None:
+  add("--data", str, None, "files or folders of text: UTF-8, or UTF-16 with its mark; .gz; "
+      ".jsonl with a text in each line", "Python's own source", nargs="+", metavar="PATH")
+  add("--text-key", str, TEXT_KEY, "key of the text in each line of a .jsonl", metavar="KEY")
+  add("--vocab", str, None, "BERT's vocab.txt", "that beside --init's file", metavar="FILE")
+  add("--tokenizer", str, "bytes", "how text becomes tokens", choices=list(TOKENIZERS), fixed=True)
+  add("--holdout", number(float, 0.001, 0.5), 0.05, "share of the text, its end, kept for evaluation", metavar="X",
+      fixed=True)
+
+@task("text", "the next token of text", causal=True, options=text_options, model="hybrid", batch=8, length=256,
+      weight_decay=0.1, steps=600)
 def text_task(args:argparse.Namespace) -> Task:
   "The next token of text; with bits per byte, whatever the tokens."
   text, L = Windows(args, args.length + 1), args.length
@@ -363,6 +364,13 @@ def mask_out(rng:np.random.Generator, rows:np.ndarray, lengths:np.ndarray, run:i
   np.put_along_axis(inputs, at, np.where(asked, new, np.take_along_axis(rows, at, 1)), 1)
   return tuple(x.astype(np.int32) for x in (inputs, at, targets))
 
+def mlm_options(add:Callable) -> None:
+  text_options(add)
+  add("--mask-run", number(int, 1), None, "tokens masked in one place, from 1 to N", "8 bytes, 1 of other tokens",
+      metavar="N")
+
+@task("mlm", "masked tokens of text", causal=False, options=mlm_options, model="bigs", batch=16, length=128,
+      weight_decay=0.05, steps=4000)
 def mlm_task(args:argparse.Namespace) -> Task:
   "Masked tokens of [CLS] text [SEP]; some rows are cut short and filled up with [PAD], so that it has been seen."
   if args.length < 4: raise UserError("--task mlm wants a --length of at least 4")
@@ -399,336 +407,7 @@ def mlm_task(args:argparse.Namespace) -> Task:
               unit=f"bits per masked {'byte' if tok.name == 'bytes' else 'token'}",
               forward=forward, metrics=metrics, head="mlm", sample=sample if args.length >= 32 + run else None)
 
-# ---- fine-tuning ----------------------------------------------------------------------------------
-
-def real(text:str) -> float|None:
-  try: return x if math.isfinite(x := float(text)) else None
-  except ValueError: return None
-
-def agreement_of(truth:np.ndarray, said:np.ndarray, K:int) -> dict[str, float]:
-  """Accuracy, F1 and Matthews' correlation (Gorodkin's for many) of labels 0 to K-1. F1 is that of the second label of
-  two, else the mean over the labels that occur, in the truth or in what was said."""
-  C = np.bincount(truth*K + said, minlength=K*K).reshape(K, K).astype(float)
-  t, p, n, hits = C.sum(1), C.sum(0), C.sum(), np.trace(C)
-  f1 = 2*np.diag(C) / np.maximum(1, t + p)
-  mean = f1[1] if K == 2 else f1[t + p > 0].mean()
-  spread = math.sqrt((n*n - p @ p) * (n*n - t @ t))
-  return {"accuracy": hits/n, "F1": float(mean),
-          "MCC": (hits*n - t @ p)/spread if spread else 0.0}
-
-def correlation(truth:np.ndarray, said:np.ndarray) -> dict[str, float]:
-  "Pearson's and Spearman's; ties share the mean of their ranks."
-  def ranks(x:np.ndarray) -> np.ndarray:
-    _, group, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts-1)/2)[group]
-  def pearson(a:np.ndarray, b:np.ndarray) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    return float(a @ b / math.sqrt((a @ a) * (b @ b) or 1))
-  return {"Pearson": pearson(truth, said), "Spearman": pearson(ranks(truth), ranks(said))}
-
-def classify_task(args:argparse.Namespace) -> Task:
-  "Labels, or real values, of texts or pairs of texts: [CLS] a [SEP], or [CLS] a [SEP] b [SEP], filled up with [PAD]."
-  if not args.data or len(args.data) != 1: raise UserError("--task classify takes one TSV file: --data FILE")
-  tok, L = tokenizer(args), args.length
-  labels, texts, lines = read_tsv(args.data[0], args.columns)
-  values = [real(l) for l in labels]
-  regression = any(v is not None and v != int(v) for v in values)
-  if regression and None in values and values.count(None) < len(values)/2:
-    i = values.index(None)
-    raise UserError(f"{args.data[0]} line {lines[i]}: {labels[i]!r} is not a number, as other labels are")
-  regression = regression and None not in values
-  names = None if regression else sorted(set(labels), key=lambda l: (real(l) is None, real(l) or 0, l))
-  if L < (need := 2 + 2*len(texts[0])): raise UserError(f"--length {L} is too short for texts: give at least {need}")
-  if names and len(names) < 2:
-    raise UserError(f"{args.data[0]}: every line has the label {names[0]!r}: nothing to learn")
-  if names and len(names) > max(10, len(labels)/2):
-    raise UserError(f"{args.data[0]} has {len(names):,} labels in {len(labels):,} lines, the first "
-                    f"{labels[0][:40]!r}: is that a text? --columns says which columns are which")
-  def table(labels:list[str], texts:list[list[str]], lines:list[int], path:str) -> list[Batch]:
-    rows = []
-    for label, text, line in zip(labels, texts, lines):
-      if (real(label) is None) if regression else (label not in names):
-        raise UserError(f"{path} line {line}: " + (f"{label!r} is not a number, as other labels are" if regression else
-                        f"the label {label!r} does not occur in {args.data[0]} (its labels: "
-                        f"{', '.join(names[:12])}{', …'*(len(names) > 12)})"))
-      parts = [list(tok.encode(t)) for t in text]
-      while sum(map(len, parts)) + len(parts) + 1 > L: max(parts, key=len).pop()      # of the longer text, from the end
-      row = [tok.cls] + [t for p in parts for t in (*p, tok.sep)]
-      fill = L - len(row)
-      rows.append((np.array(row + [tok.pad]*fill, np.int32), np.array([1]*len(row) + [0]*fill, np.int32),
-                   np.float32(label) if regression else np.int32(names.index(label))))
-    return rows
-  rows = table(labels, texts, lines, args.data[0])
-  if args.dev: held = table(*read_tsv(args.dev, args.columns, len(texts[0])), args.dev)
-  else:
-    learned, kept = hold_out(args, len(rows))
-    if not len(learned): raise UserError(f"{args.data[0]} has {len(rows)} line: some are held out, give more, or --dev")
-    rows, held = [rows[i] for i in learned], [rows[i] for i in kept]
-  stack = lambda rows: tuple(np.stack(x) for x in zip(*rows))
-  numbers = shuffled(args, len(rows))
-  def batch(step:int) -> Batch: return stack([rows[i] for i in numbers(step)])
-  return labelled(args, f"{args.data[0]}: {len(rows):,} lines to train on, {len(held):,} held out, "
-                  + ("real values" if regression else f"labels {', '.join(names)}") + f" ({args.tokenizer})", tok,
-                  tok.masked_size, batch, held, np.array([r[2] for r in rows]), None if regression else names,
-                  len(rows)/args.batch)
-
-def labelled(args:argparse.Namespace, about:str, tok:Tokenizer|None, vocab_size:int, batch:Callable[[int], Batch],
-             held:list[Batch], trained:np.ndarray, names:list[str]|None, epochs:float|None=None) -> Task:
-  """A label for a row, or with no `names` a real value: rows are (tokens (L,), mask (L,), label). trained: the labels
-  to train on, or many of them."""
-  regression, truth = names is None, np.array([r[2] for r in held])
-  stack = lambda rows: tuple(np.stack(x) for x in zip(*rows))
-  def forward(model:BiGS, tokens:Tensor, mask:Tensor, labels:Tensor) -> tuple[Tensor, ...]:
-    x = model.classify(tokens, mask)
-    if regression: return ((x.squeeze(-1) - labels)**2).mean(), x.squeeze(-1)
-    return cross_entropy(x.unsqueeze(1), labels.unsqueeze(1)), x.argmax(-1)
-  def metrics(outputs:list[Batch]) -> dict[str, float]:
-    said = np.concatenate([o[1] for o in outputs])
-    return correlation(truth, said) if regression else agreement_of(truth, said.astype(int), len(names))
-  if regression: guess, baseline = "the mean of all", float(((truth - trained.mean())**2).mean())
-  else:
-    counts = 1 + np.bincount(trained, minlength=len(names))
-    guess = f"labels by their frequency (the commonest is right at {np.mean(truth == counts.argmax()):.3f})"
-    baseline = float(-np.log2(counts/counts.sum())[truth].mean())
-  return Task(about, tok, vocab_size, batch, [stack(held[i:i+args.batch]) for i in range(0, len(held), args.batch)],
-              baseline, guess, *([1.0, 1.0, "squared error"] if regression else [1/math.log(2)]*2 + ["bits per label"]),
-              forward, metrics, "classify", [""] if regression else names, epochs, count=lambda batch: len(batch[0]))
-
-# ---- agreement ------------------------------------------------------------------------------------
-
-# singular and plural; a relative clause about a thing, or about a person
-NOUNS = [n.split("/") for n in "key/keys door/doors box/boxes book/books author/authors teacher/teachers dog/dogs "
-         "child/children man/men woman/women house/houses farmer/farmers picture/pictures letter/letters "
-         "engine/engines garden/gardens".split()]
-VERBS = [v.split("/") for v in "is/are was/were has/have sees/see likes/like moves/move waits/wait knows/know "
-         "holds/hold needs/need".split()]
-PREPOSITIONS, ADJECTIVES = "near behind of beside with under".split(), "old small red quiet strange".split()
-ENDS = [e.split() for e in "here|there|today|the sun|a lot|for a long time|once more".split("|")]
-WORDS = sorted({"the", "that", "every", ".", *(w for p in NOUNS+VERBS for w in p), *PREPOSITIONS, *ADJECTIVES,
-                *(w for e in ENDS for w in e)})
-FEW = (0.45, 0.3, 0.15, 0.07, 0.03)              # of training sentences have so many nouns between subject and verb
-
-def sentence(rng:np.random.Generator, between:int, attract:bool) -> tuple[list[str], int, str]:
-  """Words, the place of the main verb, and its wrong form: a subject, `between` phrases with a noun each, the verb. The
-  nouns between are of the other number with `attract`, else of any. A phrase is a preposition's, or a relative clause
-  about the noun before ("that sees the N": its verb agrees with that noun) or of another ("that the N sees")."""
-  pick = lambda xs: xs[rng.integers(len(xs))]
-  plural = int(rng.integers(2))
-  number, words = plural, ["the", *([pick(ADJECTIVES)] if rng.random() < 0.3 else []), pick(NOUNS)[plural]]
-  for _ in range(between):
-    before, number, kind = number, 1 - plural if attract else int(rng.integers(2)), rng.integers(4)
-    noun = ["the", *([pick(ADJECTIVES)] if rng.random() < 0.1 else []), pick(NOUNS)[number]]
-    words += [[pick(PREPOSITIONS), *noun], [pick(PREPOSITIONS), *noun], ["that", pick(VERBS)[before], *noun],
-              ["that", *noun, pick(VERBS)[number]]][kind]
-  verb = pick(VERBS)
-  return words + [verb[plural], *pick(ENDS), "."], len(words), verb[1-plural]
-
-def agreement_task(args:argparse.Namespace) -> Task:
-  "The verb's number: by masking it, or as the next word. Evaluated by how many nouns of the other number precede it."
-  index, L = {w: i+4 for i, w in enumerate(WORDS)}, args.length
-  pad, cls, mask, sep = range(4)
-  if L < 31: raise UserError("--task agreement has sentences of up to 31 words: give a --length of at least 31")
-  reads_on = args.model in KINDS
-  def row(words:list[str]) -> np.ndarray:
-    ids = [cls, *(index[w] for w in words), sep]
-    return np.array(ids + [pad]*(L-len(ids)), np.int32)
-  def following(rows:np.ndarray) -> np.ndarray:
-    "The targets of a model that reads on."
-    return np.where(rows[:, 1:] == pad, -1, rows[:, 1:])
-  def masked(some:list[tuple]) -> Batch:
-    "Sentences with their verb masked, its place, the verb, and its wrong form."
-    rows, at = np.stack([row(s[0]) for s in some]), np.array([[s[1]+1] for s in some], np.int32)
-    right, wrong = np.take_along_axis(rows, at, 1), np.array([[index[s[2]]] for s in some], np.int32)
-    np.put_along_axis(rows, at, mask, 1)
-    return rows, at, right, wrong
-  def batch(step:int) -> Batch:
-    rng = np.random.default_rng([args.seed, 0, step])
-    some = [sentence(rng, rng.choice(len(FEW), p=FEW), False) for _ in range(args.batch)]
-    if not reads_on: return masked(some)[:3]
-    rows = np.stack([row(s[0]) for s in some])
-    return rows[:, :-1], following(rows)
-  def held(n:int) -> Batch:
-    "128 sentences with n attractors: as in training, but of the verb alone, and both its forms."
-    rng = np.random.default_rng([args.seed, 1, n])
-    rows, at, right, wrong = masked(some := [sentence(rng, n, True) for _ in range(128)])
-    if not reads_on: return rows, at, right, right, wrong
-    rows = np.stack([row(s[0]) for s in some])
-    return rows[:, :-1], np.where(np.arange(L-1) == at-1, rows[:, 1:], -1), at-1, right, wrong
-
-  def prefers(logits:Tensor, right:Tensor, wrong:Tensor) -> Tensor:
-    of = lambda word: (word.unsqueeze(-1) == Tensor.arange(logits.shape[-1])).where(logits, 0).sum(-1)
-    return of(right) > of(wrong)                                      # (B,1)
-  def forward(model, tokens:Tensor, a:Tensor, b:Tensor, *verbs:Tensor) -> tuple[Tensor, ...]:
-    logits = model.mlm(tokens, at=a)
-    return cross_entropy(logits, b), *([prefers(logits, *verbs)] if verbs else [])
-  def forward_on(model, tokens:Tensor, targets:Tensor, *verbs:Tensor) -> tuple[Tensor, ...]:
-    logits = model(tokens)
-    loss = cross_entropy(logits, targets)
-    if not verbs: return loss,
-    B, T, V = logits.shape
-    there = embedding(verbs[0] + Tensor.arange(B).unsqueeze(1)*T, logits.reshape(B*T, V))
-    return loss, prefers(there, *verbs[1:])
-  def metrics(outputs:list[Batch]) -> dict[str, float]:
-    return {f"{n} attractor{'s'*(n != 1)}": float(o[1].mean()) for n, o in enumerate(outputs)}
-  return Task(f"sentences of {len(WORDS)} words, up to {len(FEW)-1} nouns between subject and verb", None, len(index)+4,
-              batch, [held(n) for n in range(len(FEW))], math.log2(2*len(VERBS)), "the verbs' forms at random (0.500)",
-              unit="bits per word" if reads_on else "bits per verb",
-              forward=forward_on if reads_on else forward, metrics=metrics, head="mlm")
-
-# ---- the languages of the H3 paper, Table 2 -------------------------------------------------------
-
-def induction(rng:np.random.Generator, n:int, length:int, symbols:int) -> np.ndarray:
-  "Induction head (n, length+2): ordinary symbols, somewhere a special one, at the end it again; what followed it."
-  rows = np.concatenate([rng.integers(0, symbols-2, (n, length)), np.full((n, 2), symbols-2)], 1)
-  at, i = rng.integers(0, length-2, n), np.arange(n)
-  rows[i, at] = symbols-2
-  rows[:, -1] = rows[i, at+1]
-  return rows
-
-def recall(rng:np.random.Generator, n:int, length:int, symbols:int) -> np.ndarray:
-  "Associative recall (n, length+3): pairs of key and value, by a map of the row's own; the special symbol, key, value."
-  half = (symbols-2)//2
-  keys, values = rng.integers(0, half, (n, length//2)), rng.integers(half, 2*half, (n, half))
-  pairs = np.stack([keys, np.take_along_axis(values, keys, 1)], 2).reshape(n, -1)
-  there = (keys[:, :, None] == np.arange(half)).any(1)                # a key that occurs, however often, is as likely
-  asked = (rng.random((n, half)) * there).argmax(1)
-  return np.concatenate([pairs, np.full((n, 1), symbols-2), asked[:, None], values[np.arange(n), asked][:, None]], 1)
-
-EXAMPLES = 5000, 500                             # to train on, held out
-
-def language_task(args:argparse.Namespace) -> Task:
-  """Rows of a language, all of whose next symbols are learned, and the last one is asked for (arXiv 2212.14052, Table
-  2). Recall is asked for in rows of twice the length, too."""
-  make, V = {"induction": induction, "recall": recall}[args.task], args.symbols
-  if args.length < 4: raise UserError(f"--task {args.task} wants a --length of at least 4")
-  def draw(split:int, n:int, length:int) -> np.ndarray:
-    rng, rows = np.random.default_rng([args.seed, 5, split]), np.zeros((0, 0), np.int64)
-    for _ in range(100):                                            # no row comes twice
-      more = make(rng, 2*n, length, V)
-      rows = more if not len(rows) else np.concatenate([rows, more])
-      rows = rows[np.sort(np.unique(rows, axis=0, return_index=True)[1])]
-      if len(rows) >= n: return rows[:n].astype(np.int32)
-    raise UserError(f"--task {args.task}: there are not {n} different rows of --length {args.length} and --symbols {V}")
-  train = draw(0, EXAMPLES[0], args.length)
-  numbers = shuffled(args, len(train))
-  def batch(step:int) -> Batch:
-    w = train[numbers(step)]
-    return w[:, :-1], w[:, 1:]
-  def asked(rows:np.ndarray) -> list[Batch]:
-    x, y = rows[:, :-1], np.where(np.arange(1, rows.shape[1]) == rows.shape[1]-1, rows[:, 1:], -1)
-    return [(x[i:i+100], y[i:i+100].astype(np.int32)) for i in range(0, len(x), 100)]
-  test = draw(1, EXAMPLES[1], args.length)
-  held, longer = asked(test), asked(draw(2, EXAMPLES[1], 2*args.length)) if make is recall else []
-  # the commonest value of a row's pairs: what one knows who knows no key
-  common = np.mean([np.bincount(r[1:args.length:2]).argmax() == r[-1] for r in test]) if make is recall else 1/(V-2)
-  def forward(model:H3LM, x:Tensor, y:Tensor) -> tuple[Tensor, ...]:
-    logits = model(x)
-    return cross_entropy(logits, y), ((logits.argmax(-1) == y) * (y >= 0)).sum()
-  def metrics(outputs:list[Batch]) -> dict[str, float]:
-    hits = np.array([float(o[1]) for o in outputs])
-    of = lambda some, batches: float(some.sum() / sum(len(b[0]) for b in batches))
-    return {"accuracy": of(hits[:len(held)], held)} | \
-      ({f"accuracy at {2*args.length}": of(hits[len(held):], longer)} if longer else {})
-  what = "the commonest value of a row" if make is recall else "any symbol"
-  guess = f"answers at random ({what} is right at {common:.3f})"
-  about = f"{args.task}: {EXAMPLES[0]:,} rows of {train.shape[1]} symbols of {V} to train on, {EXAMPLES[1]} held out"
-  return Task(about, None, V, batch, held + longer, math.log2((V-2)//2 if make is recall else V-2), guess,
-              unit="bits per symbol", forward=forward, metrics=metrics, aside=len(longer), enough=("accuracy", 0.995))
-
-# ---- the Long Range Arena -------------------------------------------------------------------------
-
-OPERATORS = ("MIN", "MAX", "MED", "SM")
-DEPTH, ARGUMENTS = 10, 10
-
-def listops(rng:random.Random, low:int, high:int) -> tuple[list[int], int]:
-  """Tokens, low < n < high, and the value of nested operations on digits (Tay et al. 2020, arXiv 2011.04006; Nangia and
-  Bowman 2018, arXiv 1804.06028): 0-9 digits, 10-13 an operator with its bracket, 14 the closing bracket."""
-  def node(depth:int, tokens:list[int]) -> int:
-    if len(tokens) >= high: return 0                                # too long already
-    if depth >= DEPTH or rng.random() >= 0.25:
-      tokens.append(rng.randrange(10))
-      return tokens[-1]
-    tokens.append(0)
-    at = len(tokens) - 1
-    values = sorted(node(depth+1, tokens) for _ in range(rng.randint(2, ARGUMENTS)))
-    op = rng.randrange(4)
-    tokens[at] = 10 + op
-    tokens.append(14)
-    n = len(values)
-    return (values[0], values[-1], (values[(n-1)//2] + values[n//2])//2, sum(values) % 10)[op]
-  while True:
-    value = node(1, tokens := [])
-    if low < len(tokens) < high: return tokens, value
-
-LISTOPS = 96000, 2000                            # to train on, held out
-
-def listops_task(args:argparse.Namespace) -> Task:
-  "The value, a digit, of nested operations; --length 200 is a laptop's size, 2000 the Arena's own."
-  L = args.length
-  if not 48 <= L <= 2000:                        # of shorter ones many would come twice
-    raise UserError("--task listops wants a --length from 48 to 2000")
-  low, high = 500 if L == 2000 else L//10, L
-  @functools.lru_cache(4096)                     # to make one takes half a millisecond, and more epochs may come
-  def row(split:int, i:int) -> Batch:
-    tokens, value = listops(random.Random(f"{args.seed} {split} {i}"), low, high)
-    fill = L - len(tokens)
-    return (np.array(tokens + [15]*fill, np.int32), np.array([1]*len(tokens) + [0]*fill, np.int32), np.int32(value))
-  def batch(step:int) -> Batch:
-    rows = [row(0, i % LISTOPS[0]) for i in range(step*args.batch, (step+1)*args.batch)]
-    return tuple(np.stack(x) for x in zip(*rows))
-  held = [row(1, i) for i in range(LISTOPS[1])]
-  trained = np.array([row(0, i)[2] for i in range(2000)])
-  about = f"listops: {LISTOPS[0]:,} lists of {low+1} to {high-1} tokens to train on, {len(held):,} held out"
-  return labelled(args, about, None, 16, batch, held, trained, [str(i) for i in range(10)])
-
-def read_images(path:Path) -> tuple[np.ndarray, ...]:
-  "x (n,pixels), y (n,) to train on, and held out if the file says so, else None."
-  try:
-    if path.suffix == ".npz":
-      with np.load(path) as f: parts = {k: f[k] for k in f.files}
-      x, y = parts.get("x_train", parts.get("x")), parts.get("y_train", parts.get("y"))
-      more = [parts.get("x_test"), parts.get("y_test")]
-    else:
-      with open(path, encoding="utf-8-sig") as f: head = real(f.readline().split(",")[0]) is None
-      with warnings.catch_warnings(action="ignore"):
-        table = np.loadtxt(path, delimiter=",", ndmin=2, skiprows=int(head), encoding="utf-8-sig")
-      x, y, more = table[:, 1:], table[:, 0], [None, None]
-    flat = lambda a: None if a is None else np.asarray(a).reshape(len(a), -1)
-    images, labels = [flat(x), flat(more[0])], [None if a is None else np.asarray(a).reshape(-1) for a in (y, more[1])]
-    whole = lambda a: a is None or (np.isfinite(a).all() and (a == a.astype(int)).all())
-    if not all(map(whole, (*images, *labels))) or images[0].shape[1] < 2: raise ValueError
-    if any(a is not None and (a.min() < 0 or a.max() > 255) for a in images): raise ValueError
-    if any(a is not b and len(a) != len(b) for a, b in zip(images, labels)): raise ValueError  # neither, or as many
-    found = images[0], labels[0], images[1], labels[1]
-  except OSError as e: raise UserError(f"can't read {path}: {e.strerror}") from None
-  except Exception:                              # numpy raises anything
-    raise UserError(f"{path} is no table of images: a CSV has lines of label, pixels from 0 to 255, an .npz x_train, "
-                    "y_train and, if it likes, x_test, y_test") from None
-  return tuple(None if a is None else a.astype(np.int32) for a in found)
-
-def pixels_task(args:argparse.Namespace) -> Task:
-  "Images as sequences of pixels, row after row, and their labels."
-  if not args.data or len(args.data) != 1: raise UserError("--task pixels takes one file of images: --data FILE")
-  x, y, tx, ty = read_images(Path(args.data[0]))
-  if tx is None:
-    learned, kept = hold_out(args, len(x))
-    x, y, tx, ty = x[learned], y[learned], x[kept], y[kept]
-  if args.length not in (None, x.shape[1]):
-    raise UserError(f"--length is that of an image here, {x.shape[1]}: leave it out")
-  if not len(x) or tx.shape[1] != x.shape[1] or len(names := np.unique(y)) < 2 or not np.isin(ty, names).all():
-    raise UserError(f"{args.data[0]}: give images of one size, of two labels or more, all of which are trained on")
-  args.length = x.shape[1]
-  row = lambda x, y: (x, np.ones(args.length, np.int32), np.int32(np.searchsorted(names, y)))
-  numbers = shuffled(args, len(x))
-  def batch(step:int) -> Batch: return tuple(np.stack(a) for a in zip(*(row(x[i], y[i]) for i in numbers(step))))
-  about = f"{args.data[0]}: {len(x):,} images of {args.length} pixels to train on, {len(tx):,} held out"
-  held, trained = [row(*r) for r in zip(tx, ty)], np.searchsorted(names, y)
-  return labelled(args, about, None, 256, batch, held, trained, [str(n) for n in names])
-
-TASKS = {"text": text_task, "mlm": mlm_task, "classify": classify_task, "agreement": agreement_task,
-         "induction": language_task, "recall": language_task, "listops": listops_task, "pixels": pixels_task}
-
-# ---- optimiser ------------------------------------------------------------------------------------
+# ---- optimiser
 
 def learning_rate(step:int, steps:int, peak:float, warmup:int, line:bool=False) -> float:
   "Linear up to the peak over `warmup` steps, then a cosine down to a tenth of it, or a line to 0. Steps count from 0."
@@ -736,115 +415,8 @@ def learning_rate(step:int, steps:int, peak:float, warmup:int, line:bool=False) 
   if line: return peak * (steps-step) / (steps-warmup)
   return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * (step-warmup) / max(1, steps-warmup))))
 
-def group_of(name:str) -> int:
-  """0: with weight decay; 1: without; 2: without, and its rate at most 1e-3: the SSMs' dynamics.
-  H3's official grouping: safari/src/utils/optim_groups.py, configs/model/layer/h3.yaml. BiGS decays all but biases
-  and norms: pretrain.py:384-404."""
-  if re.search(r"\.kernel\.(log_dt|inv_A_real|A_imag|B)$", name): return 2
-  if name.startswith(("bigs.", "cls.", "classifier.")): return int(name.endswith("bias") or "norm" in name.lower())
-  return int(name.endswith(".bias") or "norm" in name or "ln_f" in name or "embeddings" in name)
-
-BETA1, BETA2, EPS = 0.9, 0.95, 1e-8              # language models; masked ones (BiGS, pretrain.py):
-MASKED = dict(beta2=0.98, eps=1e-6)
-
-def sumsq_kernel(total:UOp, g:UOp) -> UOp:
-  "total[i] += Σ_j g[i,j]²: g in as many slices as total is long, side by side on the CPU, interleaved on a GPU."
-  n, T = g.numel(), total.numel()
-  i, rows, total, g = UOp.range(T, 0), -(-n // T), total.flatten(), g.flatten()
-  j = UOp.range(rows, 1, AxisType.REDUCE) if rows > 1 else UOp.const(0, dtypes.weakint)
-  at = i*rows + j if T <= CPU_SLICES else j*T + i
-  x = g[at] if n % T == 0 else g[at.valid(at < n)]
-  s = (x*x).reduce(j, arg=Ops.ADD) if rows > 1 else x*x
-  return total[i].store(total[i] + s).end(i).sink(arg=KernelInfo(name=f"sumsq_{n}"))
-
-def adamw_kernel(p:UOp, m:UOp, v:UOp, g:UOp, hyper:UOp, sumsq:UOp, beta2:float, eps:float) -> UOp:
-  """One parameter's whole update, in place (Loshchilov & Hutter, arXiv 1711.05101); none by a gradient that is not
-  finite. hyper: lr, lr * decay, 1/(1-β1^t), 1/(1-β2^t), clip, 1/(what the loss was multiplied by)."""
-  n, p, m, v, g, sumsq = p.numel(), p.flatten(), m.flatten(), v.flatten(), g.flatten(), sumsq.flatten()
-  i = UOp.range(n, 0)
-  clip = (hyper[4] / (sumsq[0].sqrt()*hyper[5] + 1e-6)).minimum(1.0)   # the gradient's global norm
-  gi = g[i] * (clip*hyper[5])
-  mi, vi = BETA1*m[i] + (1-BETA1)*gi, beta2*v[i] + (1-beta2)*gi*gi
-  pi = p[i] - hyper[0] * mi*hyper[2] / ((vi*hyper[3]).sqrt() + eps) - hyper[1] * p[i]
-  finite = sumsq[0].load() < math.inf
-  new = [old[i].store(finite.where(x, old[i].load())) for old, x in ((p, pi), (m, mi), (v, vi))]
-  return UOp.group(*new).end(i).sink(arg=KernelInfo(name=f"adamw_{n}"))
-
-CPU_SLICES = 64
-
-class AdamW:
-  """AdamW with the gradient's global norm clipped, decay and learning rate by group.
-
-  A kernel for the norm and one for the update a parameter, flattened, so that parameters of one size share
-  them. tinygrad's own optimiser launches five times as many kernels, and the first two steps take the longer."""
-  def __init__(self, params:dict[str, Tensor], beta2:float=BETA2, eps:float=EPS):
-    self.beta2, self.eps = beta2, eps
-    zeros = lambda p: Tensor(np.zeros(p.shape, np.float32), device=p.device).realize()
-    self.feed = Feed(next(iter(params.values())).device)
-    self.params, self.m, self.v = params, *({k: zeros(p) for k, p in params.items()} for _ in "mv")
-
-  def hyper(self, step:int, lr:float, weight_decay:float, clip:float, ssm_scale:float, scale:float=1.0
-            ) -> list[Tensor]:
-    "What changes with the step (from 0), (6,) for each group. ssm_scale: the third's rate over lr; scale: the loss's."
-    rest = [1 / (1 - BETA1**(step+1)), 1 / (1 - self.beta2**(step+1)), clip, 1 / scale]
-    rows = [[lr, lr*weight_decay, *rest], [lr, 0, *rest], [lr*ssm_scale, 0, *rest]]
-    return [self.feed(i, np.array(r, np.float32)) for i, r in enumerate(rows)]
-
-  device = property(lambda self: self.feed.device)
-
-  def update(self, grads:dict[str, Tensor], hyper:list[Tensor]) -> Tensor:
-    "One update from realised gradients; returns the gradient's norm before clipping. Can be part of a TinyJit."
-    slices = Tensor.zeros(16384 if machine(self.device).gpu else CPU_SLICES, device=self.device).contiguous()
-    for g in grads.values(): slices = slices.custom_kernel(g.flatten(), fxn=sumsq_kernel)[0]
-    sumsq, state = slices.sum().reshape(1).contiguous(), []
-    kernel = functools.partial(adamw_kernel, beta2=self.beta2, eps=self.eps)
-    for k, p in self.params.items():
-      old = [p, self.m[k], self.v[k]]
-      new = Tensor.custom_kernel(*[t.flatten() for t in (*old, grads[k])], hyper[group_of(k)], sumsq, fxn=kernel)
-      state += [t.replace(x.reshape(t.shape)) for t, x in zip(old, new)]
-    norm = sumsq.sqrt() * hyper[0][5]
-    Tensor.realize(norm, *state)
-    return norm
-
-def on(device:str|tuple[str, ...], x:np.ndarray, shared:bool=False) -> Tensor:
-  "An array on a device, or whole on each of several; shared: in equal parts, of its first axis, among them."
-  t = Tensor(np.ascontiguousarray(x)).realize()
-  return t if isinstance(device, str) else t.shard(device, 0 if shared else None).realize()
-
-def put(t:Tensor, x:np.ndarray) -> None:
-  "Overwrites a Tensor in place, on each device, where a TinyJit that uses it will find it."
-  data = np.ascontiguousarray(x).reshape(t.shape)
-  for b in [t._buffer()] if isinstance(t.device, str) else t.uop.buffer.bufs:
-    b.ensure_allocated().copy_from(Buffer("NPY", data.size, t.dtype, opaque=data))
-
-class Feed:
-  """Arrays as Tensors, each made once for its place and shape, and then overwritten: to make one takes a millisecond,
-  as long as a small model's whole step."""
-  def __init__(self, device:str|tuple[str, ...]): self.device, self.kept = device, {}
-  def __call__(self, place:int, x:np.ndarray, shared:bool=False) -> Tensor:
-    if not isinstance(self.device, str): return on(self.device, x, shared)
-    if (key := (place, x.shape, x.dtype)) in self.kept: put(self.kept[key], x)
-    else: self.kept[key] = on(self.device, x)
-    return self.kept[key]
-
-class LossScale:
-  """What the loss is multiplied by lest small gradients vanish in float16, and the gradient is divided by: half as much
-  after a gradient that is not finite, twice as much after 1,000 that were (Micikevicius et al., arXiv 1710.03740)."""
-  def __init__(self, dtype:str):
-    self.on, self.good = dtype == "float16", 0
-    self.value = 65536.0 if self.on else 1.0
-  def saw(self, finite:bool) -> bool:
-    "Whether a gradient that is not finite is this scale's fault, as far as can be known."
-    if not self.on: return False
-    self.good = self.good + 1 if finite else 0
-    if self.good == 1000: self.value, self.good = min(2.0**24, self.value*2), 0
-    if finite or self.value <= 1: return False
-    self.value /= 2
-    return True
-
 # ---- checkpoints ----------------------------------------------------------------------------------
 
-PREVIOUS = "checkpoint.previous.safetensors"       # the one before the newest
 RECOVERED = 100                                    # steps after which a loss that was not finite is past
 
 def everything(model:H3LM|BiGS, opt:AdamW) -> dict[str, Tensor]:
@@ -868,39 +440,6 @@ def save(path:Path, model:H3LM|BiGS, opt:AdamW, args:argparse.Namespace, step:in
     else: os.replace(linked, path.with_name(PREVIOUS))
   save_checkpoint(str(path), everything(model, opt), meta, keep)
 
-def clean(out:Path) -> None:
-  "Removes what a run that was killed while it wrote has left, and it alone knows of."
-  for f in out.glob("checkpoint*.safetensors.*.tmp"):
-    try: os.kill(int(f.suffixes[-2][1:]), 0)
-    except (ValueError, ProcessLookupError): f.unlink(missing_ok=True)
-    except OSError: pass                           # it lives, and is somebody else's
-
-def set_aside(path:Path) -> Path:
-  "Moves a checkpoint to the first free number beside it; never over another, not even one that appears meanwhile."
-  for i in itertools.count(1):
-    aside = path.with_name(f"checkpoint.{i}.safetensors")
-    try: os.close(os.open(aside, os.O_CREAT | os.O_EXCL))
-    except FileExistsError: continue
-    os.replace(path, aside)
-    return aside
-
-def read_newest(out:Path) -> tuple[Path, Weights, dict[str, str]]:
-  "The newest checkpoint of a run whose bytes are all as they were written. CheckpointError if none is."
-  found, worse = [p for p in (out/CHECKPOINT, out/PREVIOUS) if p.is_file()], None
-  for path in found:
-    try:
-      tensors, meta = read_weights(path)
-      for t in tensors.values(): t.check()
-    except CheckpointError as e:
-      worse = worse or e
-      continue
-    if worse:
-      (damaged := out/f"{CHECKPOINT}.damaged").unlink(missing_ok=True)
-      os.replace(found[0], damaged)
-      print(f"{worse} It is now {damaged.name}; going on from the one before it", file=sys.stderr)
-    return path, tensors, meta
-  raise worse or UserError(f"no checkpoint at {out/CHECKPOINT}: leave --resume out to start a run")
-
 def read_losses(meta:dict[str, str]) -> list[list[float]]:
   "The losses in a checkpoint's metadata, as in `Log.rows`: the columns that this version knows."
   return [[*row, *[math.nan]*len(LOSSES)][:len(LOSSES)] for row in json.loads(meta["losses"])]
@@ -909,40 +448,7 @@ def read_evals(meta:dict[str, str]) -> list[list]:
   "The evaluations in a checkpoint's metadata, as in `Log.evals`; old ones have no metrics."
   return [[step, loss, *metrics, {}][:3] for step, loss, *metrics in json.loads(meta["held_out"])]
 
-def restore(tensors:Weights, state:dict[str, Tensor], source:Path) -> None:
-  for k, t in state.items():
-    if k not in tensors and k.startswith("optim.rng."): continue
-    if k not in tensors or math.prod(tensors[k].shape) != t.numel():
-      raise CheckpointError(f"{source} lacks the optimiser's state ({k}): --init takes its weights alone")
-  for k, t in state.items():
-    if k in tensors: put(t, tensors[k].numpy().astype(t.numpy().dtype, copy=False))
-
-def check_writable(*folders:Path) -> None:
-  for out in folders:
-    try:
-      out.mkdir(parents=True, exist_ok=True)
-      (probe := out / ".writable").touch()
-      probe.unlink()
-    except OSError as e:
-      raise UserError(f"can't write to the folder {out}: {e.strerror}: name another") from None
-
 # ---- what is shown --------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def alone(out:Path) -> Iterator[None]:
-  "Keeps other runs out of a folder; the system lets go of it when the process dies."
-  try: import fcntl
-  except ImportError:                              # Windows has no such lock
-    yield
-    return
-  folder = os.open(out, os.O_RDONLY)
-  try:
-    try: fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise UserError(f"another run trains into {out}: wait for it, or give another --out") from None
-    except OSError: pass                           # nor has every file system
-    yield
-  finally: os.close(folder)
 
 def duration(seconds:float) -> str:
   s = round(seconds)
@@ -1051,22 +557,6 @@ def cross_entropy(logits:Tensor, targets:Tensor) -> Tensor:
   "Mean loss in nats over the targets that are not negative: logits (B,L,V), targets (B,L)."
   asked = (targets >= 0).float()
   return (surprisal(logits, targets) * asked).sum() / asked.sum()
-
-class Interrupt:
-  "While training, the first Ctrl-C, SIGTERM or SIGHUP waits for the step to end; a second one doesn't. Not nohup's."
-  signals = [getattr(signal, s) for s in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, s) and
-             not (s == "SIGHUP" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)]
-  seen = 0
-  def __init__(self, handler:Callable|None=None): self.handler = handler or self.note
-  def __enter__(self) -> "Interrupt":
-    self.old = [signal.signal(s, self.handler) for s in self.signals]
-    return self
-  def __exit__(self, *_) -> None:
-    for s, old in zip(self.signals, self.old): signal.signal(s, old)
-  def note(self, signum:int, frame) -> None:
-    if self.seen: raise KeyboardInterrupt
-    self.seen = signum
-    print("\nfinishing the step, then saving; again to stop at once", file=sys.stderr, flush=True)
 
 def describe(c:H3Config|BiGSConfig) -> str:
   if isinstance(c, BiGSConfig):
@@ -1192,9 +682,6 @@ def make_eval(model:H3LM|BiGS, forward:Callable=Task.forward, truncate:int|None=
     return [np.mean([piece(*(on(device, a) for a in some)).item() for some in cut(batch, truncate)])]
   return eval_step
 
-def hand_on(old:Iterable[Tensor], new:Iterable[Tensor]) -> None:
-  if pairs := [*zip(old, new)]: Tensor.realize(*[o.assign(n.detach()) for o, n in pairs])
-
 def make_model(args:argparse.Namespace, task:Task, tensors:Weights|None, meta:dict[str, str]|None,
                source:str) -> H3LM|BiGS:
   "A new one, or that of a checkpoint, fit for the task."
@@ -1219,21 +706,22 @@ def make_model(args:argparse.Namespace, task:Task, tensors:Weights|None, meta:di
 
 def complete(args:argparse.Namespace) -> None:
   "Options that follow from the number of steps."
-  if args.warmup is None: args.warmup = args.steps//10 if args.task in LANGUAGES else min(1000, args.steps//10)
+  if args.lr is None: args.lr = SIZES[args.size]["lr"]
+  if args.warmup is None: args.warmup = min(1000, args.steps//10)
   if args.eval_every is None: args.eval_every = -(-args.steps//8)
   if args.save_every is None: args.save_every = args.eval_every
   if args.log_every is None: args.log_every = max(1, args.steps//20)
 
-def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str]|None=None) -> int:
+def train(program:str, args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str]|None=None) -> int:
   "One run. tensors, meta: the checkpoint that --resume or --init names."
   out, path = Path(args.out), Path(args.out) / CHECKPOINT
   Tensor.manual_seed(args.seed)                        # dropout's; weights and batches are numpy's
   if args.embed_dropout or args.resid_dropout: Tensor.rand(1).realize()    # makes the counter that is saved
-  if args.task != "agreement" and (block_of(args) is None) != (args.task in READ_ON):
+  causal = TASKS[args.task].causal
+  if causal is not None and (block_of(args) is None) != causal:
     raise UserError(f"--task {args.task} is not for --model {args.model}: give "
-                    + " or ".join(KINDS if args.task in READ_ON else (*BOTH_WAYS, "transformer", "s4d")))
-  task = TASKS[args.task](args)
-  if args.steps is None: args.steps = math.ceil(FINE_TUNING["epochs"] * task.epochs)
+                    + " or ".join(KINDS if causal else (*BOTH_WAYS, "transformer", "s4d")))
+  task = TASKS[args.task].make(args)
   complete(args)
   def new_model() -> H3LM|BiGS: return make_model(args, task, tensors, meta, source if args.resume else args.init)
   source, devices = str(path), open_devices(args)
@@ -1339,7 +827,7 @@ def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str
     log.begun = len(log.rows)
     if args.init and not args.resume: evaluate(0)      # where it starts from
     for step in range(first, args.steps):
-      lr = learning_rate(step, args.steps, args.lr, args.warmup, args.task in LINE)
+      lr = learning_rate(step, args.steps, args.lr, args.warmup, task.schedule == "linear")
       hyper = opt.hyper(step, lr, args.weight_decay, args.clip, min(1e-3, args.lr) / args.lr, scale.value)
       batch = task.batch(step)
       loss, norm = train_step(batch, hyper)
@@ -1372,7 +860,7 @@ def train(args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str
         log.write(title)
         log.line(f"stopped after step {step+1} of {args.steps}, " + (f"saved {path}" if saved == step+1 else
                  "nothing saved" if saved is None else f"the checkpoint is that of step {saved}"))
-        if saved is not None: log.line(f"go on with: python train.py --resume --out {out}")
+        if saved is not None: log.line(f"go on with: python {program} --resume --out {out}")
         return 128 + stop
       if last: break
 
@@ -1417,305 +905,13 @@ def check_precision(dtype:str) -> None:
     os.dup2(stderr, 2)
     for f in (stderr, nowhere): os.close(f)
 
-# ---- benchmark ------------------------------------------------------------------------------------
-# Each contestant runs in a process of its own, twice in turns; of its times the least counts. Its memory is the
-# peak beyond what the process held once its libraries were imported.
+# ---- the command line
 
-BENCH = {"train, d 256, batch 16, L 256": "--d-model 256 --batch 16 --length 256",
-         "train, d 256, batch 16, L 2048": "--d-model 256 --batch 16 --length 2048",
-         "train, 125M, batch 1, L 1024": "--size 125M --attn-layers 6 --batch 1 --length 1024 --tokenizer gpt2",
-         "decode, 125M, batch 1": "--size 125M --attn-layers 6 --batch 1 --tokenizer gpt2",
-         "decode, 125M, batch 64": "--size 125M --attn-layers 6 --batch 64 --tokenizer gpt2"}
-ROOM = 128                                       # of the KV cache in decoding
-
-def bench_one(what:str, who:str) -> None:
-  "Prints the seconds of a step, of the first one, and MB, as JSON. who: ours, plain (FLASH=0), torch."
-  def peak() -> float: return peak_memory() / 1e6
-  args = parser().parse_args(BENCH[what].split())
-  for k, v in (COMMON | DEFAULTS["text"]).items():
-    if getattr(args, k) is None: setattr(args, k, v)
-  config = make_config(args, TOKENIZERS[args.tokenizer].vocab_size)
-  rng, decode = np.random.default_rng(0), what.startswith("decode")
-  tokens = rng.integers(0, config.vocab_size, (args.batch, args.length + 1)).astype(np.int32)
-  if who == "torch":
-    import torch, h3tiny
-    from test_all import TorchLM
-    torch.set_num_threads(os.cpu_count())
-    base, h3tiny.param = peak(), lambda x: np.ascontiguousarray(x, np.float32)   # no Tensors beside PyTorch's
-    model = TorchLM(config, get_state_dict(H3LM(config), tensor_type=np.ndarray))
-    opt, t = torch.optim.AdamW(model.weights.values(), lr=1e-3, betas=(BETA1, BETA2)), torch.tensor(tokens)
-    state = model.start(args.batch, ROOM) if decode else None
-    def step(i:int) -> None:
-      if decode:
-        with torch.no_grad(): return model.step(t[:, i % args.length], state, i)
-      opt.zero_grad()
-      loss = model.loss(t[:, :-1], t[:, 1:])
-      loss.backward()
-      torch.nn.utils.clip_grad_norm_(model.weights.values(), args.clip)
-      opt.step()
-      loss.item()
-  else:
-    setup_device()
-    check_kernels()
-    base, model = peak(), H3LM(config)
-    params = get_state_dict(model)
-    if decode:
-      session = Session(model, args.batch, ROOM)
-      def step(i:int) -> None: session(tokens[:, i % args.length])
-    else:
-      opt = AdamW(params)
-      train_step, hyper = make_step(model, params, opt), opt.hyper(0, 1e-3, 0.1, args.clip, 1.0)
-      def step(i:int) -> None: train_step((tokens[:, :-1], tokens[:, 1:]), hyper)
-  times = []
-  while len(times) < 3 or (sum(times[2:]) < 8 and len(times) < (64 if decode else 24)):
-    start = time.perf_counter()
-    step(len(times))
-    times.append(time.perf_counter() - start)
-  weights = sum(4*math.prod(p.shape) for p in (model.weights if who == "torch" else params).values())
-  print(json.dumps(dict(seconds=min(times[2:]), first=times[0], MB=peak() - base, weights=weights)))
-
-def child(code:str, **env:str) -> str:
-  "What `code` prints in a Python of its own."
-  done = subprocess.run([sys.executable, "-c", f"import train; {code}"], cwd=Path(__file__).parent,
-                        env=os.environ | env, capture_output=True, text=True)
-  if done.returncode: raise UserError(f"a benchmark failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
-  return done.stdout
-
-def copy_rate() -> float:
-  "Bytes a second that all cores together copy, counted once for the reading and once for the writing."
-  a, b = (np.ones(1 << 27, np.float32) for _ in "ab")
-  parts, best = np.array_split(np.arange(len(a)), os.cpu_count()), math.inf
-  for _ in range(5):
-    start = time.perf_counter()
-    threads = [threading.Thread(target=np.copyto, args=(a[p[0]:p[-1]+1], b[p[0]:p[-1]+1])) for p in parts]
-    for t in threads: t.start()
-    for t in threads: t.join()
-    best = min(best, time.perf_counter() - start)
-  return 2*a.nbytes / best
-
-def bench() -> int:
-  "The table of the README's section on speed, for this machine; on a CPU against PyTorch, else against FLASH=0."
-  setup_device()
-  cpu, cores = Device.DEFAULT == "CPU", os.cpu_count()
-  others = ["torch"] if cpu and importlib.util.find_spec("torch") else [] if cpu else ["plain"]
-  print(f"{Device.DEFAULT}, {cores} cores; milliseconds a step, MB beyond the libraries"
-        + ("" if others or not cpu else "; no column for PyTorch: it is not installed"))
-  print(f"{'':32} {'ours':>9} {'MB':>7}" + "".join(f" {o:>9} {'MB':>7} {'ratio':>7}" for o in others), flush=True)
-  best = {}
-  for what in BENCH if cpu else list(BENCH)[:1]:
-    for who in ("ours", *others) * (2 if cpu else 1):
-      plain = {"FLASH": "0"} if who == "plain" else {}
-      out = json.loads(child(f"train.bench_one({what!r}, {who!r})", **plain).splitlines()[-1])
-      if (what, who) not in best or out["seconds"] < best[what, who]["seconds"]: best[what, who] = out
-    ours, rest = best[what, "ours"], [best[what, o] for o in others]
-    figures = lambda o: f" {1e3*o['seconds']:9.1f} {o['MB']:7.0f}"
-    print(f"{what:32}{figures(ours)}" + "".join(f"{figures(o)} {o['seconds']/ours['seconds']:6.2f}x" for o in rest),
-          flush=True)
-  if cpu:
-    one, rate = best["decode, 125M, batch 1", "ours"], copy_rate()
-    print(f"decode, batch 1: {one['weights']/1e6:.0f} MB of weights a token; all cores copy {rate/1e9:.1f} GB/s (read "
-          f"and written), {1e3*one['weights']/rate:.1f} ms: {one['weights']/rate/one['seconds']:.0%} of that limit")
-  with tempfile.TemporaryDirectory() as folder:
-    for start in ("cold", "second"):
-      run = ["--steps", "1", "--sample", "0", "--out", folder]
-      out = child(f"train.main({run})", CACHEDB=f"{folder}/cache.db").splitlines()
-      print(f"{start} start of the default run: {next(l for l in out if l.startswith('first step'))}", flush=True)
-  return 0
-
-# ---- the papers' claims ---------------------------------------------------------------------------
-
-@dataclasses.dataclass
-class Grid:
-  "Rows of models and columns of tasks, each trained with several seeds; and what the paper has."
-  title: str
-  about: str
-  rows: dict[str, str]                          # what is shown: options
-  columns: dict[str, tuple[str, str]]           # what is shown: options, and the figure (a metric, or "loss")
-  paper: dict[tuple[str, str], str]
-  percent: bool = True
-  seeds: int = 3
-  def options(self, row:str, column:str) -> list[str]: return f"{self.columns[column][0]} {self.rows[row]}".split()
-
-RECIPE = 2                                      # raised where other data or defaults make a finished run another one
-UNVERIFIED = "the paper's figures come from notes on it, unverified"
-# what stands behind [] for the paper's figures where they are of something else
-LM, MLM = "bits per byte [125M: perplexity]", "masked bytes [GLUE's mean]"
-GRIDS = {
-  "table2": Grid(
-    "H3 paper, Table 2: accuracy of the last symbol, %, after 200 epochs at most",
-    f"{UNVERIFIED}; attention has rotary positions and first weights of 0.112, the others 0.02",
-    {"S4D": "--model s4d", "H3": "--model h3", "attention": "--model transformer"},
-    {"induction": ("--task induction --steps 31400 --warmup 1000 --eval-every 785", "accuracy"),
-     "recall": ("--task recall --eval-every 785", "accuracy"),
-     "recall at 40": ("--task recall --eval-every 785", "accuracy at 40")},
-    {("S4D", "induction"): "35.6", ("S4D", "recall"): "86.0", ("H3", "induction"): "100", ("H3", "recall"): "99.8",
-     ("H3", "recall at 40"): "98.4", ("attention", "induction"): "100", ("attention", "recall"): "100"}),
-  "lm": Grid(
-    "H3 paper, Table 3 in small: bits per byte of Python's library, held out", UNVERIFIED,
-    # 0.99, 0.95 and 0.96 million parameters
-    {"H3": "--model h3", "hybrid H3": "--model hybrid", "Transformer": "--model transformer --mlp-mult 5"},
-    {LM: ("--task text --eval-every 60", "loss")},
-    {("H3", LM): "21.0", ("hybrid H3", LM): "19.6", ("Transformer", LM): "20.6"}, percent=False),
-  "bigs": Grid(
-    "BiGS paper, the ablation in small: masked bytes of Python's library, and the verb's number, right, %", UNVERIFIED,
-    {"BiGS": "--model bigs", "STACK/SSM": "--model stack", "gated attention": "--model gated-attention",
-     "BERT": "--model bert"},
-    {MLM: ("--task mlm --steps 600 --eval-every 60", "accuracy"),
-     **{f"agreement, {n}": ("--task agreement --steps 500 --eval-every 50", f"{n} attractor{'s'*(n != 1)}")
-        for n in range(5)}},
-    {("BiGS", MLM): "83.3", ("BERT", MLM): "83.3", ("STACK/SSM", MLM): "77.2", ("gated attention", MLM): "81.8",
-     **{("BiGS", f"agreement, {n}"): x for n, x in zip(range(1, 5), ("97.4", "97.4", "96.6", "96.5"))}}),
-  "lra": Grid(
-    "Long Range Arena, ListOps of 21 to 199 tokens: accuracy, %; 3,000 steps of S4D take a CPU as long as 1,300 of the "
-    "Transformer", f"{UNVERIFIED}, for lists of 500 to 2,000 tokens",
-    {"S4D": "--model s4d --steps 3000", "BiGS": "--model bigs --steps 1000",
-     "Transformer": "--model transformer --steps 1300"},
-    {"ListOps": ("--task listops --n-layer 4 --eval-every 250", "accuracy")},
-    {("S4D", "ListOps"): "59.6 (S4)", ("Transformer", "ListOps"): "36.37"})}
-
-def has_begun(folder:Path) -> bool: return any((folder/f).exists() for f in (CHECKPOINT, PREVIOUS))
-
-def finished(folder:Path) -> dict[str, str]|None:
-  "The metadata of a run's last checkpoint, if it is done."
-  if not has_begun(folder): return None
-  meta = read_newest(folder)[2]
-  return meta if meta.get("done") == "true" else None
-
-def start_run(folder:Path, options:list[str]) -> subprocess.Popen:
-  "A run in a process of its own, on one core of a CPU, from where it stopped if it did."
-  folder.mkdir(parents=True, exist_ok=True)
-  again = ["--resume"] if has_begun(folder) else options
-  command = [sys.executable, __file__, *again, "--sample", "0", "--out", str(folder)]
-  with open(folder/"output.txt", "a") as f:
-    # a session of its own: a Ctrl-C is for the grid, which passes it on once
-    return subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, start_new_session=True,
-                            env=os.environ | {"NUM_CPU_THREADS": "1"})
-
-def run_all(runs:dict[Path, tuple[str, list[str]]], at_once:int) -> dict[Path, dict[str, str]]:
-  "Trains what is not finished; the metadata of all. KeyboardInterrupt, once those that are going have saved."
-  found = {f: finished(f) for f in runs}
-  todo, going = [f for f in runs if not found[f]], {}
-  with Interrupt(signal.default_int_handler):
-    try:
-      while todo or going:
-        while todo and len(going) < at_once:
-          f = todo.pop(0)
-          going[f] = start_run(f, runs[f][1])
-        for f in [f for f, p in going.items() if p.poll() is not None]:
-          code, found[f] = going.pop(f).returncode, finished(f)
-          if found[f] is None and code > 128: raise KeyboardInterrupt        # somebody has stopped it
-          if found[f] is None: raise UserError(f"a run failed, see the end of {f/'output.txt'}")
-          print(f"{runs[f][0]}: {int(found[f]['step']):,} steps in {duration(float(found[f]['seconds']))}", flush=True)
-        time.sleep(0.2)
-    finally:
-      for p in going.values(): p.terminate()
-      for p in going.values(): p.wait()
-  return found
-
-def show_table(head:list[str], rows:list[list[str]]) -> None:
-  widths = [max(map(len, column)) for column in zip(head, *rows)]
-  for first, *rest in (head, *rows):
-    print(f"{first:<{widths[0]}}" + "".join(f"   {x:>{w}}" for x, w in zip(rest, widths[1:])))
-
-def figure_of(row:list, metric:str) -> float: return row[1] if metric == "loss" else row[2][metric]
-
-def reproduce(name:str, out:Path, seeds:int|None) -> int:
-  """Trains a grid's models, on a CPU as many at once as it has cores, and prints the table beside the paper's figures;
-  writes table.csv and curves.png. What has been trained is not trained again."""
-  setup_device()
-  grid, out = GRIDS[name], out / name
-  seeds = seeds or grid.seeds
-  at_once = Device["CPU"].renderer.global_max[0] if Device.DEFAULT == "CPU" else 1
-  print(f"{grid.title}\n{grid.about}\n{len(grid.rows)} models, {seeds} seed{'s'*(seeds > 1)}, {at_once} at a time, "
-        f"into {out}; stopped, it goes on with the same command", flush=True)
-  check_writable(out)
-  runs, places = {}, {}                                  # a run is of several columns, if they have the same options
-  for seed, row, column in itertools.product(range(seeds), grid.rows, grid.columns):
-    options = grid.options(row, column)
-    slug = re.sub(r"[^a-z0-9]+", "-", " ".join(options).replace("--", "").lower())
-    folder = out / f"{slug}-v{RECIPE}" / f"seed{seed}"
-    runs.setdefault(folder, (f"{row}, {column}, seed {seed}", [*options, "--seed", str(seed)]))
-    places.setdefault((row, column), []).append(folder)
-  try: metas = run_all(runs, at_once)
-  except KeyboardInterrupt:
-    print("\nstopped; the same command goes on", file=sys.stderr)
-    return 130
-  evals = {f: read_evals(metas[f]) for f in runs}
-  minutes = {f: float(metas[f]["seconds"]) / 60 for f in runs}
-  scale, digits, table, lines = (100, 1, [], []) if grid.percent else (1, 3, [], [])
-  for column, (_, metric) in grid.columns.items():
-    table.append([column])
-    for row in grid.rows:
-      x = [scale * figure_of(evals[f][-1], metric) for f in places[row, column]]
-      paper = grid.paper.get((row, column), "")
-      table[-1].append(f"{np.mean(x):.{digits}f} ({min(x):.{digits}f}-{max(x):.{digits}f})" + f" [{paper}]"*bool(paper))
-      lines += [[row, column, seed, evals[f][-1][0], round(v, 4), paper, round(minutes[f], 2)]
-                for seed, (v, f) in enumerate(zip(x, places[row, column]))]
-  of_row = {row: {f for column in grid.columns for f in places[row, column]} for row in grid.rows}
-  table.append(["minutes a seed", *(f"{sum(minutes[f] for f in fs)/seeds:.1f}" for fs in of_row.values())])
-  print()
-  show_table(["", *grid.rows], table)
-  print(f"the mean of {seeds} seed{'s'*(seeds > 1)} (least-most) [the paper's]"
-        + "; a run has one core"*(Device.DEFAULT == "CPU"), flush=True)
-  with open(out/"table.csv", "w", newline="") as f:
-    csv.writer(f).writerows([["model", "task", "seed", "steps", "figure", "paper", "minutes"], *lines])
-  found = {k: [evals[f] for f in folders] for k, folders in places.items()}
-  try: plot_curves(grid, found, out/"curves.png")
-  except ImportError: print(f"wrote {out/'table.csv'} (pip install matplotlib, and the curves are drawn too)")
-  else: print(f"wrote {out/'table.csv'}, {out/'curves.png'}")
-  if name == "lra": arena_speed(grid, out/f"speed-{Device.DEFAULT.lower()}.csv")
-  return 0
-
-# length, FLASH: sequences a step, steps that are timed. Not (2000, "0"): the Transformer had not done 4 in 200 seconds
-ARENA = {(200, "1"): (32, 6), (200, "0"): (32, 6), (2000, "1"): (4, 4)}
-
-def arena_speed(grid:Grid, path:Path) -> None:
-  "How fast the Long Range Arena's models train, with and without the kernels; kept in a CSV, and not timed again."
-  names = [*grid.rows]                                   # the Transformer is the last
-  try:
-    with open(path) as f: rates = {(r, int(L), flash): float(x) for r, L, flash, x in [*csv.reader(f)][1:]}
-  except (OSError, ValueError): rates = {}
-  if {*rates} != {(row, *cell) for row in names for cell in ARENA}:
-    rates, task = {}, next(iter(grid.columns.values()))[0].split()
-    for ((L, flash), (batch, steps)), row in itertools.product(ARENA.items(), names):
-      with tempfile.TemporaryDirectory() as folder:
-        few = ["--steps", str(steps), "--eval-every", "1000", "--length", str(L), "--batch", str(batch)]
-        args = [*task, *grid.rows[row].split(), *few, "--sample", "0", "--out", folder]
-        out = child(f"train.LISTOPS = 64, {batch}; train.main({args})", FLASH=flash)
-      rates[row, L, flash] = int(re.findall(r"([\d,]+) tokens/s", out)[-1].replace(",", "")) / (batch*L)
-    with open(path, "w", newline="") as f:
-      csv.writer(f).writerows([["model", "length", "flash", "steps_per_second"],
-                               *([*k, round(x, 4)] for k, x in rates.items())])
-  print("\ntraining steps a second, on all cores (times the Transformer's)")
-  show_table(["", *names], [[f"{batch} x {L:,} tokens" + ", FLASH=0"*(flash == "0"), *(
-    f"{rates[n, L, flash]:.2f} ({rates[n, L, flash]/rates[names[-1], L, flash]:.1f}x)" for n in names)]
-    for (L, flash), (batch, _) in ARENA.items()])
-  print("the H3 paper, over a Transformer: S4 2.9x, with FlashConv 5.8x (unverified)")
-
-def plot_curves(grid:Grid, found:dict, path:Path) -> None:
-  "A panel for each column, a line for each seed."
-  import matplotlib
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
-  rows, wide = -(-len(grid.columns)//3), min(3, len(grid.columns))
-  fig, axes = plt.subplots(rows, wide, figsize=(4.2*wide, 3.6*rows), dpi=150, layout="constrained", squeeze=False)
-  for ax, (column, (_, metric)) in zip(axes.flat, grid.columns.items()):
-    for color, row in zip(("#4c78a8", "#e45756", "#54a24b", "#b279a2"), grid.rows):
-      for i, evals in enumerate(found[row, column]):
-        y = [figure_of(e, metric)*(100 if grid.percent else 1) for e in evals]
-        ax.plot([e[0] for e in evals], y, color=color, lw=1.3, label=row if i == 0 else None)
-    what = column.split(" [")[0]
-    ax.set(title=what, xlabel="step", ylabel="%" if grid.percent else what)
-    ax.grid(alpha=0.25)
-    ax.spines[["top", "right"]].set_visible(False)
-  for ax in [*axes.flat][len(grid.columns):]: ax.set_visible(False)
-  axes[0][0].legend(frameon=False)
-  fig.savefig(path)
-  plt.close(fig)
-
-def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|None]:
+def settle(argv:list[str]|None, program:str="train.py", default:str="text"
+           ) -> tuple[argparse.Namespace, dict|None, dict|None]:
   "The options, completed by the checkpoint that --resume or --init names, and that checkpoint."
-  args, now = parser().parse_args(argv), given(argv)
+  p = parser(program, default)
+  args, now = p.parse_args(argv), given(argv, program, default)
   setup_device()                                       # not before: --help and a wrong option need none
   check_kernels()
   tensors = meta = None
@@ -1734,53 +930,57 @@ def settle(argv:list[str]|None) -> tuple[argparse.Namespace, dict|None, dict|Non
         config = json.loads(meta["config"])
         # an option that is newer than the checkpoint has its default
         saved = json.loads(meta["args"])
-        old = {a.dest: a.default for a in parser()._actions} | saved
+        old = {a.dest: a.default for a in p._actions} | saved
         old |= {k: config[k] for k in SHAPE if k in config}
         if "task" not in saved: raise ValueError
       if args.resume:
         for read in (read_losses, read_evals): read(meta)
         int(meta["step"])
+      if args.resume and "task" not in now: check_task(old["task"])
       keep = set(vars(args)) if args.resume else {*SHAPE, "model", "size", "tokenizer"}
       for k in keep:
         if k not in now: setattr(args, k, old[k])
-        elif now[k] != old[k] and k in (FIXED if args.resume else (*SHAPE, "model", "size")):
+        elif now[k] != old[k] and k in (p.fixed if args.resume else (*SHAPE, "model", "size")):
           raise UserError(f"--{k.replace('_', '-')} {now[k]} differs from the checkpoint's"
                           f"{'' if old[k] is None else f' {old[k]}'}: leave it out, or start afresh")
     except (KeyError, TypeError, ValueError): raise CheckpointError(f"{path}: its metadata are damaged") from None
     args.resume, args.out, args.init = "resume" in now, now.get("out", OUT), args.init if args.resume else str(path)
   if args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
     raise UserError(f"--plot {args.plot}: it draws .png, .svg or .pdf: name such a file")
-  for k, tasks in OF_TASKS.items():
+  for k, tasks in p.owners.items():
     if k in now and args.task not in tasks:
       raise UserError(f"--{k.replace('_', '-')} is for --task {' or '.join(tasks)}, not for "
                       f"{args.task}")
-  for k, v in (COMMON | DEFAULTS[args.task]).items():
-    if getattr(args, k) is None: setattr(args, k, v)
+  for k, v in (DEFAULTS | TASKS[args.task].defaults).items():
+    if getattr(args, k, None) is None: setattr(args, k, v)
   if "head_dim" in now and args.model in ("transformer", "s4d"):
     raise UserError(f"--head-dim is for --model h3 or hybrid, not for {args.model}")
-  if args.lr is None: args.lr = FINE_TUNING["lr"] if args.task == "classify" and args.init else SIZES[args.size]["lr"]
-  if args.steps: complete(args)
   return args, tensors, meta
 
-def main(argv:list[str]|None=None) -> int:
+def check_task(name:str) -> None:
+  "UserError where a task is not one of this program's."
+  if name in TASKS: return
+  elsewhere = f": python papers/{PAPERS[name]}.py --task {name} trains it" if name in PAPERS else ""
+  raise UserError(f"--task {name} is none of {', '.join(TASKS)}{elsewhere}")
+
+def main(argv:list[str]|None=None, program:str="train.py", default:str="text") -> int:
+  "Trains a model. program: the file whose tasks these are, and default: that where the command line names none."
   if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")
+  p = parser(program, default)
   try:
-    args = parser().parse_args(argv)
-    if hasattr(args, "reproduce"):
-      if more := given(argv).keys() - {"reproduce", "seeds", "out"}:
-        raise UserError(f"--reproduce takes --seeds and --out alone, not --{sorted(more)[0].replace('_', '-')}")
-      out = Path("reproduced" if args.out == OUT else args.out)
-      return reproduce(args.reproduce, out, getattr(args, "seeds", None))
-    if hasattr(args, "seeds"): raise UserError("--seeds is for --reproduce")
-    if hasattr(args, "bench"): return bench()
+    args = p.parse_args(argv)
+    check_task(args.task)
+    for flag, now in dict(reproduce="python papers/NAME.py --reproduce", seeds="python papers/NAME.py --reproduce",
+                          bench="python support/bench.py train").items():
+      if hasattr(args, flag): raise UserError(f"--{flag} is another program's now: {now}")
     # a run that goes on keeps others out before its checkpoint is read, a new one where it makes its folder
     with alone(out) if args.resume and (out := Path(args.out)).is_dir() else contextlib.nullcontext():
-      return train(*settle(argv))
-  except (UserError, CheckpointError) as e: parser().error(str(e))
-  except MemoryError: parser().error("not enough memory: take a smaller --batch, --length or model")
+      return train(program, *settle(argv, program, default))
+  except (UserError, CheckpointError) as e: p.error(str(e))
+  except MemoryError: p.error("not enough memory: take a smaller --batch, --length or model")
   except OSError as e:
     if e.filename is None: raise
-    parser().error(f"{e.filename}: {e.strerror}")
+    p.error(f"{e.filename}: {e.strerror}")
   except KeyboardInterrupt:
     print("\nstopped at once: nothing was saved that was not before", file=sys.stderr)
     return 130
