@@ -14,7 +14,7 @@ from flashconv import check_kernels, embedding, setup_device
 from support.checkpoints import CheckpointError
 from papers.grid import Grid, UNVERIFIED, main
 from support.text import UserError
-from train import KINDS, Batch, Parser, Task, argparse, number, cross_entropy, task
+from train import Batch, Parser, Task, argparse, cross_entropy, is_causal, number, task
 
 # singular and plural; a relative clause about a thing, or about a person
 NOUNS = [n.split("/") for n in "key/keys door/doors box/boxes book/books author/authors teacher/teachers dog/dogs "
@@ -50,7 +50,7 @@ def agreement_task(args:argparse.Namespace) -> Task:
   index, L = {w: i+4 for i, w in enumerate(WORDS)}, args.length
   pad, cls, mask, sep = range(4)
   if L < 31: raise UserError("--task agreement has sentences of up to 31 words: give a --length of at least 31")
-  reads_on = args.model in KINDS
+  reads_on = is_causal(args)
   def row(words:list[str]) -> np.ndarray:
     ids = [cls, *(index[w] for w in words), sep]
     return np.array(ids + [pad]*(L-len(ids)), np.int32)

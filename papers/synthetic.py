@@ -82,7 +82,7 @@ def language_task(args:argparse.Namespace) -> Task:
   guess = f"answers at random ({what} is right at {common:.3f})"
   about = f"{args.task}: {EXAMPLES[0]:,} rows of {train.shape[1]} symbols of {V} to train on, {EXAMPLES[1]} held out"
   return Task(about, None, V, batch, held + longer, math.log2((V-2)//2 if make is recall else V-2), guess,
-              unit="bits per symbol", forward=forward, metrics=metrics, aside=len(longer), enough=("accuracy", 0.995),
+              unit="bits per symbol", forward=forward, metrics=metrics, metrics_only=len(longer), stop_at=("accuracy", 0.995),
               schedule="linear" if args.task == "recall" else "cosine")
 
 GRID = Grid(
