@@ -20,8 +20,9 @@ from __future__ import annotations
 import time
 START = time.perf_counter()
 import argparse, contextlib, csv, dataclasses, functools, json, math, os, shutil, sys
+from argparse import Namespace
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, NamedTuple
 import numpy as np
 from tinygrad import Device, Tensor
 from tinygrad.helpers import Context
@@ -30,7 +31,7 @@ from bigs_tiny import BLOCKS, BiGS, BiGSConfig
 from flashconv import FLASH, capture, check_kernels, setup_device
 from generate import MASK, OUT, RUN, Parser, number, peak_memory, show_fill, surprisal, write
 from h3tiny import H3Config, H3LM
-from support.checkpoints import (CHECKPOINT, CheckpointError, Weights, bigs_model, find, h3_model,
+from support.checkpoints import (CHECKPOINT, CheckpointError, bigs_model, find, h3_model,
                                  read_weights)
 from support.text import (TEXT_KEY, TOKENIZERS, Tokenizer, UserError, is_jsonl, make_tokenizer,
                           read_tokens, split)
@@ -38,8 +39,10 @@ from support.training import (MASKED, PRECISIONS, PREVIOUS, AdamW, Batch, Carrie
                               Gradients, Interrupt, LossScale, Step, accumulated, check_precision,
                               check_writable, clean, fill, gradient_checkpointing, half_precision,
                               lock_run_directory, on_devices, open_devices, pieces, read_newest,
-                              restore, save_beside_previous, set_aside, tensor_on, training_state,
+                              restore, Saved, save_beside_previous, set_aside, tensor_on, training_state,
                               truncated, truncated_eval, weigh, weighted)
+
+Model = H3LM | BiGS
 
 # ---- tasks --------------------------------------------------------------------------------------
 
@@ -76,7 +79,7 @@ class Task:
 @dataclasses.dataclass
 class Registered:
   "A task as `task` registers it."
-  make: Callable[[argparse.Namespace], Task]
+  make: Callable[[Namespace], Task]
   about: str
   causal: bool|None
   options: Callable|None
@@ -94,19 +97,19 @@ def task(name:str, about:str, causal:bool|None, options:Callable|None=None, **de
 
   The function may set options that are still None where they follow from the data or from other
   options (args.steps, args.warmup, args.lr, args.init_std, args.length)."""
-  def register(make:Callable[[argparse.Namespace], Task]) -> Callable:
+  def register(make):
     TASKS[name] = Registered(make, about, causal, options, defaults)
     return make
   return register
 
-def shuffled(args:argparse.Namespace, n:int) -> Callable[[int], list[int]]:
+def shuffled(args:Namespace, n:int) -> Callable[[int], list[int]]:
   "Returns which of n rows are the batch of a step: in each epoch all of them, in a new order."
   @functools.lru_cache(2)
-  def order(epoch:int) -> np.ndarray:
+  def order(epoch):
     return np.random.default_rng([args.seed, 3, epoch]).permutation(n)
   return lambda step: [order(i // n)[i % n] for i in range(step*args.batch, (step+1)*args.batch)]
 
-def hold_out(args:argparse.Namespace, n:int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(args:Namespace, n:int) -> tuple[np.ndarray, np.ndarray]:
   "Returns which of n rows are to train on, and which, --holdout of them, are held out."
   order = np.random.default_rng([args.seed, 2]).permutation(n)
   m = max(1, round(n*args.holdout))
@@ -117,17 +120,16 @@ def hold_out(args:argparse.Namespace, n:int) -> tuple[np.ndarray, np.ndarray]:
 SAMPLED = 1 << 26                               # so many of the training tokens serve for statistics
 
 def text_options(add:Callable) -> None:
-  add("--data", str, None, "files or folders of text: UTF-8, or UTF-16 with its mark; .gz; .jsonl with a text in "
-      "each line", "Python's own source", nargs="+", metavar="PATH")
-  add("--text-key", str, TEXT_KEY, "key of the text in each line of a .jsonl", metavar="KEY")
+  add("--data PATH", str, None, "files or folders of text: UTF-8, or UTF-16 with its mark; .gz; .jsonl with a text in "
+      "each line", "Python's own source", nargs="+")
+  add("--text-key KEY", str, TEXT_KEY, "key of the text in each line of a .jsonl")
   add("--tokenizer", str, "bytes", "how text becomes tokens", choices=list(TOKENIZERS), fixed=True)
-  add("--vocab", str, None, "vocab.txt of the tokenizer bert", "that beside --init's file", metavar="FILE")
-  add("--holdout", number(float, 0.001, 0.5), 0.05, "share of the data kept for evaluation; of text, its end",
-      metavar="X", fixed=True)
+  add("--vocab FILE", str, None, "vocab.txt of the tokenizer bert", "that beside --init's file")
+  add("--holdout X", number(float, 0.001, 0.5), 0.05, "share of the data kept for evaluation; of text, its end", fixed=True)
 
-def tokenizer(args:argparse.Namespace) -> Tokenizer:
+def tokenizer(args:Namespace) -> Tokenizer:
   "Makes the tokenizer. BERT's needs the file --vocab, or one beside --init's or a resumed run's."
-  def beside(path:str) -> Path:
+  def beside(path):
     return (Path(path).parent if Path(path).is_file() else Path(path)) / "vocab.txt"
   places = [Path(args.vocab) if args.vocab else beside(args.init or args.out)]
   if args.resume: places.insert(0, beside(args.out))
@@ -135,7 +137,7 @@ def tokenizer(args:argparse.Namespace) -> Tokenizer:
 
 class Windows:
   "Text as tokens, a part to train on and a part held out, in windows of `size` tokens."
-  def __init__(self, args:argparse.Namespace, size:int):
+  def __init__(self, args:Namespace, size:int):
     self.size, self.batch = size, args.batch
     self.tok = tokenizer(args)
     tokens, ends = read_tokens(args.data, self.tok, args.text_key)
@@ -180,7 +182,7 @@ def bigram_bits(train:np.ndarray, x:np.ndarray, y:np.ndarray) -> float:
 
 @task("text", "the next token of text", causal=True, options=text_options, model="hybrid", batch=8, length=256,
       weight_decay=0.1, steps=600)
-def text_task(args:argparse.Namespace) -> Task:
+def text_task(args:Namespace) -> Task:
   "The next token of text, measured in bits per byte whatever the tokens are."
   text = Windows(args, args.length + 1)
   tok, held = text.tok, text.evenly()
@@ -196,10 +198,10 @@ def text_task(args:argparse.Namespace) -> Task:
     x, y = (np.concatenate([d[s] for d in decoded]) for s in (slice(None, -1), slice(1, None)))
     bigram = bigram_bits(np.frombuffer(sampled, np.uint8), x, y) / len(y)
 
-  def batch(step:int) -> Batch:
+  def batch(step):
     w = text.draw(np.random.default_rng([args.seed, step]))
     return w[:, :-1], w[:, 1:]
-  def sample(model:H3LM) -> None:
+  def sample(model):
     prompt = "def " if not args.data and tok.name == "bytes" else ""
     write(model, tok, [prompt], args.sample, temperature=0.7, seed=args.seed, max_length=args.sample+8)
   per_nat = min(len(text.train), SAMPLED) / len(sampled) / math.log(2)
@@ -214,8 +216,7 @@ SHORT = 0.1       # of the rows are cut short and padded, as in BERT
 
 def mlm_options(add:Callable) -> None:
   text_options(add)
-  add("--mask-run", number(int, 1), None, "tokens masked next to each other, from 1 to N", "8 bytes, 1 of other tokens",
-      metavar="N")
+  add("--mask-run N", number(int, 1), None, "tokens masked next to each other, from 1 to N", "8 bytes, 1 of other tokens")
 
 def mask_out(rng:np.random.Generator, rows:np.ndarray, lengths:np.ndarray, run:int, mask:int,
              vocab_size:int) -> Batch:
@@ -244,7 +245,7 @@ def mask_out(rng:np.random.Generator, rows:np.ndarray, lengths:np.ndarray, run:i
 
 @task("mlm", "masked tokens of text", causal=False, options=mlm_options, model="bigs", batch=16, length=128,
       weight_decay=0.05, steps=4000)
-def mlm_task(args:argparse.Namespace) -> Task:
+def mlm_task(args:Namespace) -> Task:
   "Masked tokens of [CLS] text [SEP]. Some rows are cut short, so that the model has seen [PAD]."
   if args.length < 4: raise UserError("--task mlm wants a --length of at least 4")
   text = Windows(args, args.length - 2)
@@ -252,7 +253,7 @@ def mlm_task(args:argparse.Namespace) -> Task:
   run = args.mask_run = args.mask_run or (RUN if args.tokenizer == "bytes" else 1)
   if run > args.length - 2:
     raise UserError(f"--mask-run {run} is longer than a text of --length {args.length}")
-  def masked(windows:np.ndarray, rng:np.random.Generator) -> Batch:
+  def masked(windows, rng):
     B, L = windows.shape
     lengths = np.where(rng.random(B) < SHORT, rng.integers(1, L+1, B), L)
     rows = np.pad(windows, ((0, 0), (1, 1)), constant_values=tok.cls)
@@ -260,7 +261,7 @@ def mlm_task(args:argparse.Namespace) -> Task:
     rows[position == end] = tok.sep
     rows[position > end] = tok.pad
     return mask_out(rng, rows, lengths, run, tok.mask, tok.vocab_size)
-  def batch(step:int) -> Batch:
+  def batch(step):
     rng = np.random.default_rng([args.seed, 0, step])
     return masked(text.draw(rng), rng)
   held = [masked(w, np.random.default_rng([args.seed, 1, i])) for i, w in enumerate(text.evenly())]
@@ -271,14 +272,14 @@ def mlm_task(args:argparse.Namespace) -> Task:
   bits = float(-np.log2(counts/counts.sum())[targets].mean())
   right = float((targets == counts.argmax()).mean())
 
-  def forward(model:BiGS, tokens:Tensor, at:Tensor, targets:Tensor) -> tuple[Tensor, ...]:
+  def forward(model, tokens, at, targets):
     logits = model.mlm(tokens, at=at)
     hits = (logits.argmax(-1) == targets).sum()
     return cross_entropy(logits, targets), hits, (targets >= 0).sum()
-  def metrics(outputs:list[Batch]) -> dict[str, float]:
+  def metrics(outputs):
     _, hits, total = np.sum([[float(x) for x in o] for o in outputs], axis=0)
     return {"accuracy": hits / total}
-  def sample(model:BiGS) -> None:
+  def sample(model):
     decoded = lambda i, j: tok.decode(text.held[i:j]).decode("utf-8", "replace")
     n = min(24, (args.length - run)//2 - 1)
     own = f"{decoded(0, n)}{MASK}{decoded(n+3, 2*n)}"
@@ -290,15 +291,16 @@ def mlm_task(args:argparse.Namespace) -> Task:
 
 # ---- options ------------------------------------------------------------------------------------
 
-# the last four are shapes of the H3 paper, with its learning rates
-SIZES = {"table2": dict(d_model=32, n_layer=2, n_heads=1, lr=5e-4),
-         "tiny": dict(d_model=64, n_layer=2, n_heads=2, lr=3e-3),
-         "small": dict(d_model=128, n_layer=4, n_heads=2, lr=3e-3),
-         "medium": dict(d_model=384, n_layer=8, n_heads=6, lr=1e-3),
-         "125M": dict(d_model=768, n_layer=12, n_heads=12, lr=6e-4),
-         "355M": dict(d_model=1024, n_layer=24, n_heads=16, lr=3e-4),
-         "1.3B": dict(d_model=2048, n_layer=24, n_heads=16, lr=2e-4),
-         "2.7B": dict(d_model=2560, n_layer=32, n_heads=20, lr=1.6e-4)}
+class Size(NamedTuple):
+  d_model: int
+  n_layer: int
+  n_heads: int
+  lr: float
+
+# the last four are the H3 paper's
+SIZES = {"table2": Size(32, 2, 1, 5e-4), "tiny": Size(64, 2, 2, 3e-3), "small": Size(128, 4, 2, 3e-3),
+         "medium": Size(384, 8, 6, 1e-3), "125M": Size(768, 12, 12, 6e-4), "355M": Size(1024, 24, 16, 3e-4),
+         "1.3B": Size(2048, 24, 16, 2e-4), "2.7B": Size(2560, 32, 20, 1.6e-4)}
 CAUSAL = {"h3": "H3 in all layers", "hybrid": "H3, and attention in one or two layers",
           "transformer": "attention in all layers", "s4d": "S4D, an ungated SSM, in all layers"}
 BIDIRECTIONAL = {"bigs": "BiGS, gated SSMs in both directions", "stack": "ungated SSMs in both directions",
@@ -321,20 +323,25 @@ class Help(argparse.HelpFormatter):
 
 def option_adder(p:Parser, title:str) -> Callable:
   """Returns `add(flag, type, default, help, shown=None, **argparse's keywords)` for a group of
-  options. shown: the default as --help has it. The type None makes a switch."""
+  options. A flag is "--name METAVAR". shown: the default as --help has it; by default those of the
+  tasks. The type bool makes a switch."""
   group = p.add_argument_group(title)
-  def add(flag:str, kind:Callable|None, default:object, text:str, shown:object=None, **kw) -> None:
-    if kind is None: group.add_argument(flag, action="store_true", help=text)
-    else:
-      text += f" (default: {default if shown is None else shown})"
-      group.add_argument(flag, type=kind, default=default, help=text, **kw)
+  def add(flag, kind, default, text, shown=None, **kw):
+    name, *metavar = flag.split()
+    if metavar: kw["metavar"] = metavar[0]
+    if kind is bool: return group.add_argument(name, action="store_true", help=text)
+    if shown is None: shown = by_task(key_of(name)) if default is None else default
+    group.add_argument(name, type=kind, default=default, help=f"{text} (default: {shown})", **kw)
   return add
 
-def by_task(option:str) -> str:
+def by_task(key:str) -> str:
   "Returns an option's default for each task, as --help shows it."
-  values = {name: (DEFAULTS | t.defaults).get(option) for name, t in TASKS.items()}
-  if len({*values.values()}) == 1: return str(next(iter(values.values())))
+  values = {name: (DEFAULTS | t.defaults).get(key) for name, t in TASKS.items()}
+  if len({*values.values()}) == 1: return str(values.popitem()[1])
   return ", ".join(f"{v} for {name}" for name, v in values.items() if v is not None)
+
+def key_of(flag:str) -> str: return flag.removeprefix("--").replace("-", "_")
+def flag_of(key:str) -> str: return "--" + key.replace("_", "-")
 
 def layer_list(text:str) -> list[int]:
   if text.strip() in ("", "none"): return []
@@ -359,12 +366,12 @@ def parser(program:str="train.py", default:str="text") -> Parser:
 def task_options(p:Parser, default:str) -> None:
   add = option_adder(p, "what to train on")
   names = "".join(f"{name}: {t.about}\n" for name, t in TASKS.items())
-  add("--task", str, default, names, metavar="NAME")
-  def add_for(name:str, flag:str, kind:Callable, default:object, text:str, *shown, fixed:bool=False, **kw) -> None:
-    key = flag[2:].replace("-", "_")
+  add("--task NAME", str, default, names)
+  def add_for(name, flag, kind, default, text, *shown, fixed=False, **kw):
+    name_of, key = flag.split()[0], key_of(flag.split()[0])
     if key not in p.owners: add(flag, kind, default, text, *shown, **kw)
     else:                                               # an option of several tasks
-      action = p._option_string_actions[flag]
+      action = p._option_string_actions[name_of]
       if text not in action.help: action.help += f"\n{name}: {text}"
     p.owners.setdefault(key, []).append(name)
     if fixed: p.fixed.add(key)
@@ -372,146 +379,121 @@ def task_options(p:Parser, default:str) -> None:
     if t.options: t.options(functools.partial(add_for, name))
 
 def model_options(add:Callable) -> None:
-  positive, fraction, sizes = number(int, 1), number(float, 0, 0.99), SIZES[DEFAULTS["size"]]
+  positive, fraction, small = number(int, 1), number(float, 0, 0.99), SIZES[DEFAULTS["size"]]
   names = lambda models: "".join(f"{name}: {text}\n" for name, text in models.items())
-  add("--model", str, None, f"causal; transformer and s4d also bidirectional, as the task wants:\n{names(CAUSAL)}"
-      f"bidirectional:\n{names(BIDIRECTIONAL)}",
-      by_task("model"), choices=[*CAUSAL, *BIDIRECTIONAL], metavar="NAME")
-  add("--size", str, None, "sets --d-model, --n-layer, --n-heads and --lr", by_task("size"), choices=list(SIZES))
-  add("--d-model", positive, None, "width", sizes["d_model"], metavar="N")
-  add("--n-layer", positive, None, "layers", sizes["n_layer"], metavar="N")
-  add("--n-heads", positive, None, "attention heads", sizes["n_heads"], metavar="N")
-  add("--attn-layers", layer_list, None, "layers that are attention, from 0", "by --model", metavar="I,J")
-  add("--rotary-dim", number(int, 0), None, "rotated dimensions of an attention head; 0: no positions",
-      "all in a transformer, else 0", metavar="N")
-  add("--max-positions", number(int, 0), 0, "learned positions, the longest text then; 0: none", metavar="N")
-  add("--init-std", number(float, above=0), None, "standard deviation of the initial weights", 0.02, metavar="X")
-  add("--d-state", positive, 64, "state size of the SSMs", metavar="N")
-  add("--head-dim", positive, 1, "size of an H3 head", metavar="N")
-  add("--mlp-mult", positive, None, "width of the MLP, or the gate, over --d-model", "4; bigs 3, stack 5", metavar="N")
-  add("--embed-dropout", fraction, None, "dropout after the embedding", by_task("embed_dropout"), metavar="X")
-  add("--resid-dropout", fraction, 0.0, "dropout in the blocks of a causal model", metavar="X")
+  add("--model NAME", str, None, f"causal; transformer and s4d also bidirectional, as the task wants:\n{names(CAUSAL)}"
+      f"bidirectional:\n{names(BIDIRECTIONAL)}", choices=[*CAUSAL, *BIDIRECTIONAL])
+  add("--size", str, None, "sets --d-model, --n-layer, --n-heads and --lr", choices=list(SIZES))
+  add("--d-model N", positive, None, "width", small.d_model)
+  add("--n-layer N", positive, None, "layers", small.n_layer)
+  add("--n-heads N", positive, None, "attention heads", small.n_heads)
+  add("--attn-layers I,J", layer_list, None, "layers that are attention, from 0", "by --model")
+  add("--rotary-dim N", number(int, 0), None, "rotated dimensions of an attention head; 0: no positions",
+      "all in a transformer, else 0")
+  add("--max-positions N", number(int, 0), 0, "learned positions, the longest text then; 0: none")
+  add("--init-std X", number(float, above=0), None, "standard deviation of the initial weights", 0.02)
+  add("--d-state N", positive, 64, "state size of the SSMs")
+  add("--head-dim N", positive, 1, "size of an H3 head")
+  add("--mlp-mult N", positive, None, "width of the MLP, or the gate, over --d-model", "4; bigs 3, stack 5")
+  add("--embed-dropout X", fraction, None, "dropout after the embedding")
+  add("--resid-dropout X", fraction, 0.0, "dropout in the blocks of a causal model")
 
 def training_options(add:Callable) -> None:
   positive = number(int, 1)
-  add("--steps", positive, None, "updates of the weights in all", by_task("steps"), metavar="N")
-  add("--batch", positive, None, "sequences a step", by_task("batch"), metavar="N")
-  add("--length", positive, None, "tokens a sequence", by_task("length"), metavar="N")
-  add("--lr", number(float, above=0), None, "highest learning rate", SIZES[DEFAULTS["size"]]["lr"], metavar="X")
-  add("--warmup", number(int, 0), None, "steps in which the learning rate rises, before it falls",
-      "a tenth of --steps, at most 1000", metavar="N")
-  add("--weight-decay", number(float, 0), None, "of all weights but biases, norms, and in causal models embeddings and "
-      "the SSMs' dynamics", by_task("weight_decay"), metavar="X")
-  add("--clip", number(float, above=0), 1.0, "largest norm of the whole gradient", metavar="X")
-  add("--seed", number(int, 0), 0, "of weights, batches and the sample", metavar="N")
+  add("--steps N", positive, None, "updates of the weights in all")
+  add("--batch N", positive, None, "sequences a step")
+  add("--length N", positive, None, "tokens a sequence")
+  add("--lr X", number(float, above=0), None, "highest learning rate", SIZES[DEFAULTS["size"]].lr)
+  add("--warmup N", number(int, 0), None, "steps in which the learning rate rises, before it falls",
+      "a tenth of --steps, at most 1000")
+  add("--weight-decay X", number(float, 0), None, "of all weights but biases, norms, and in causal models embeddings and "
+      "the SSMs' dynamics")
+  add("--clip X", number(float, above=0), 1.0, "largest norm of the whole gradient")
+  add("--seed N", number(int, 0), 0, "of weights, batches and the sample")
   add("--dtype", str, "float32", "type of the numbers in products with weights; all else stays float32",
       choices=list(PRECISIONS))
-  add("--accumulate", positive, 1, "parts that a step's sequences go through in, for less memory", metavar="N")
-  add("--truncate", positive, None, "tokens after which the gradient is cut, for less memory: the state goes on, "
-      "what it should have held is not learned; --model h3 only", "none", metavar="N")
-  add("--checkpoint-activations", None, False, "keep only what goes into each layer and compute the rest once more: "
+  add("--accumulate N", positive, 1, "parts that a step's sequences go through in, for less memory")
+  add("--truncate N", positive, None, "tokens after which the gradient is cut, for less memory: the state goes on, "
+      "what it should have held is not learned; --model h3 only", "none")
+  add("--checkpoint-activations", bool, False, "keep only what goes into each layer and compute the rest once more: "
       "less memory, a third more time; --task text only")
-  add("--devices", positive, 1, "devices that share a step's sequences", metavar="N")
+  add("--devices N", positive, 1, "devices that share a step's sequences")
 
 def run_options(add:Callable) -> None:
   positive = number(int, 1)
-  add("--out", str, OUT, "folder for checkpoint, log and plot", metavar="DIR")
-  add("--resume", None, False, "go on with the run in --out, with its settings but for those given now")
-  add("--init", str, None, "checkpoint, or official BiGS model, to take weights and shape from", "random weights",
-      metavar="FILE")
-  add("--eval-every", positive, None, "steps between evaluations", "an eighth of --steps", metavar="N")
-  add("--save-every", positive, None, "steps between checkpoints", "as --eval-every", metavar="N")
-  add("--log-every", positive, None, "steps between lines, where stdout is no terminal", "a 20th of --steps",
-      metavar="N")
-  add("--sample", number(int, 0), 300, "tokens to generate at the end", metavar="N")
-  add("--sample-every", positive, None, "steps between samples", "at the end only", metavar="N")
-  add("--log", str, None, "table of losses", "log.csv in --out", metavar="FILE")
-  add("--plot", str, None, "picture of them: .png, .svg or .pdf", "loss.png in --out", metavar="FILE")
+  add("--out DIR", str, OUT, "folder for checkpoint, log and plot")
+  add("--resume", bool, False, "go on with the run in --out, with its settings but for those given now")
+  add("--init FILE", str, None, "checkpoint, or official BiGS model, to take weights and shape from", "random weights")
+  add("--eval-every N", positive, None, "steps between evaluations", "an eighth of --steps")
+  add("--save-every N", positive, None, "steps between checkpoints", "as --eval-every")
+  add("--log-every N", positive, None, "steps between lines, where stdout is no terminal", "a 20th of --steps")
+  add("--sample N", number(int, 0), 300, "tokens to generate at the end")
+  add("--sample-every N", positive, None, "steps between samples", "at the end only")
+  add("--log FILE", str, None, "table of losses", "log.csv in --out")
+  add("--plot FILE", str, None, "picture of them: .png, .svg or .pdf", "loss.png in --out")
 
-def option(key:str) -> str: return "--" + key.replace("_", "-")
-
-def explicit_args(p:Parser, argv:list[str]|None) -> tuple[dict[str, object], dict[str, object]]:
-  "Returns the options that the command line names, and the defaults of all. Uses the parser up."
-  defaults = {a.dest: a.default for a in p._actions if a.default is not argparse.SUPPRESS}
-  for a in p._actions: a.default = argparse.SUPPRESS
-  return vars(p.parse_args(argv)), defaults
-
-def resolve_args(argv:list[str]|None, program:str="train.py", default:str="text"
-                 ) -> tuple[argparse.Namespace, Weights|None, dict[str, str]|None]:
+def resolve_args(argv:list[str]|None, program:str="train.py", default:str="text") -> tuple[Namespace, Saved|None]:
   """Returns the options, completed by the checkpoint that --resume or --init names and by the task's
   defaults, and that checkpoint. What follows from the task's data is None still."""
   p = parser(program, default)
-  explicit, defaults = explicit_args(p, argv)
-  args = argparse.Namespace(**defaults | explicit)
+  given = args = p.parse_args(argv)
   check_task(args.task)
   setup_device()                                        # not before: --help needs no device
   check_kernels()
-  tensors = meta = None
-  if args.resume or args.init:
-    path, tensors, meta = read_start(args)
-    saved = saved_args(path, tensors, meta, defaults, args.resume)
-    take_over(args, explicit, saved, p.fixed)
-    if args.init and not args.resume: args.init = str(path)
+  start = None
+  if args.resume and args.init:
+    raise UserError("--resume goes on with a run, --init starts one: give one of them")
+  if args.resume: start = read_newest(Path(args.out))
+  elif args.init:
+    path = find(args.init)
+    start = Saved(path, *read_weights(path))
+  if start:
+    fixed = p.fixed if args.resume else {*SHAPE, "model", "size"}
+    kept = vars(args).keys() - {"resume", "out"} if args.resume else fixed | {"tokenizer"}
+    saved = {k: v for k, v in saved_args(p, start, args.resume).items() if k in kept}
+    args = p.parse_args(argv, Namespace(**saved))       # the command line's go before the checkpoint's
+    for key in fixed & saved.keys():
+      new, old = getattr(args, key), saved[key]
+      if new != old:
+        has = "" if old is None else f" {old}"
+        raise UserError(f"{flag_of(key)} {new} differs from the checkpoint's{has}: leave it out, or start afresh")
+    if not args.resume: args.init = str(start.path)
     check_task(args.task)
   for key, tasks in p.owners.items():
-    if key in explicit and args.task not in tasks:
-      raise UserError(f"{option(key)} is for --task {' or '.join(tasks)}, not for {args.task}")
+    if getattr(given, key) != p.get_default(key) and args.task not in tasks:
+      raise UserError(f"{flag_of(key)} is for --task {' or '.join(tasks)}, not for {args.task}")
   for key, value in (DEFAULTS | TASKS[args.task].defaults).items():
     if getattr(args, key, None) is None: setattr(args, key, value)
   check_options(args)
-  return args, tensors, meta
+  return args, start
 
-def read_start(args:argparse.Namespace) -> tuple[Path, Weights, dict[str, str]]:
-  "Reads the checkpoint that --resume or --init names."
-  if args.resume and args.init:
-    raise UserError("--resume goes on with a run, --init starts one: give one of them")
-  if args.resume: return read_newest(Path(args.out))
-  path = find(args.init)
-  return path, *read_weights(path)
-
-def saved_args(path:Path, tensors:Weights, meta:dict[str, str], defaults:dict[str, object],
-               resume:bool) -> dict[str, object]:
-  "Returns the options in a checkpoint; one that is newer than the checkpoint has its default."
+def saved_args(p:Parser, start:Saved, resume:bool) -> dict[str, object]:
+  "Returns the options in a checkpoint. CheckpointError where it is none of ours, or damaged."
+  path, tensors, meta = start
   if not meta and "bigs.embeddings.word_embeddings.weight" in tensors:     # an official model
-    return defaults | dict(model="bigs", size="small", tokenizer="bert")
+    return {k: p.get_default(k) for k in SHAPE} | dict(model="bigs", size="small", tokenizer="bert")
   if meta.get("model") not in ("h3", "bigs") or not {"config", "args", "step"} <= meta.keys():
     raise CheckpointError(f"{path} is not a checkpoint of train.py")
   try:
     saved, config = json.loads(meta["args"]), json.loads(meta["config"])
-    if "task" not in saved: raise ValueError
-    if resume:
-      for read in (read_losses, read_evals): read(meta)
-      int(meta["step"])
-    return defaults | saved | {k: config[k] for k in SHAPE if k in config}
+    if resume: read_losses(meta), read_evals(meta), int(meta["step"])
+    return {"task": saved["task"]} | saved | {k: config[k] for k in SHAPE if k in config}
   except (KeyError, TypeError, ValueError):
     raise CheckpointError(f"{path}: its metadata are damaged") from None
-
-def take_over(args:argparse.Namespace, explicit:dict[str, object], saved:dict[str, object], fixed:set[str]) -> None:
-  "Sets what the command line does not name to what a checkpoint has: with --init, its shape alone."
-  if args.resume: keys = {*vars(args)} - {"resume", "out"}
-  else:
-    keys = {*SHAPE, "model", "size", "tokenizer"}
-    fixed = keys - {"tokenizer"}
-  for key in keys:
-    if key not in explicit: setattr(args, key, saved[key])
-    elif explicit[key] != saved[key] and key in fixed:
-      old = "" if saved[key] is None else f" {saved[key]}"
-      raise UserError(f"{option(key)} {explicit[key]} differs from the checkpoint's{old}: leave it out, or start "
-                      "afresh")
 
 def check_task(name:str) -> None:
   if name in TASKS: return
   elsewhere = f"; it is one of python papers/{PAPERS[name]}.py" if name in PAPERS else ""
   raise UserError(f"--task: invalid choice: {name!r} is none of {', '.join(TASKS)}{elsewhere}")
 
-def is_causal(args:argparse.Namespace) -> bool:
+def is_causal(args:Namespace) -> bool:
   causal = TASKS[args.task].causal
   return args.model in CAUSAL if causal is None or args.model not in ("transformer", "s4d") else causal
 
-def has_attention(args:argparse.Namespace) -> bool:
+def has_attention(args:Namespace) -> bool:
   return bool(args.attn_layers) or (args.attn_layers is None and args.model in ("hybrid", "transformer"))
 
-def check_options(args:argparse.Namespace) -> None:
+def check_options(args:Namespace) -> None:
   "Raises UserError where options do not fit each other, before anything is read or built."
   causal = TASKS[args.task].causal
   if causal not in (None, is_causal(args)):
@@ -521,7 +503,7 @@ def check_options(args:argparse.Namespace) -> None:
     plain = dict(attn_layers=None, rotary_dim=None, max_positions=0, head_dim=1, init_std=None, resid_dropout=0)
     for key, value in plain.items():
       if getattr(args, key) != value:
-        raise UserError(f"{option(key)} is for models that are causal, not for {args.model} here")
+        raise UserError(f"{flag_of(key)} is for models that are causal, not for {args.model} here")
   if args.head_dim != 1 and args.model in ("transformer", "s4d"):
     raise UserError(f"--head-dim is for --model h3 or hybrid, not for {args.model}")
   if args.truncate and (args.task != "text" or has_attention(args) or args.max_positions):
@@ -539,9 +521,9 @@ def check_options(args:argparse.Namespace) -> None:
     raise UserError(f"--plot {args.plot}: it draws .png, .svg or .pdf: name such a file")
   check_precision(args.dtype)
 
-def fill_step_defaults(args:argparse.Namespace) -> None:
+def fill_step_defaults(args:Namespace) -> None:
   "Sets the options that follow from the number of steps, and the learning rate."
-  defaults = dict(lr=SIZES[args.size]["lr"], warmup=min(1000, args.steps//10), eval_every=-(-args.steps//8),
+  defaults = dict(lr=SIZES[args.size].lr, warmup=min(1000, args.steps//10), eval_every=-(-args.steps//8),
                   log_every=max(1, args.steps//20))
   for key, value in defaults.items():
     if getattr(args, key) is None: setattr(args, key, value)
@@ -549,15 +531,15 @@ def fill_step_defaults(args:argparse.Namespace) -> None:
 
 # ---- the model ----------------------------------------------------------------------------------
 
-def make_config(args:argparse.Namespace, vocab_size:int) -> H3Config|BiGSConfig:
+def make_config(args:Namespace, vocab_size:int) -> H3Config|BiGSConfig:
   try: return h3_config(args, vocab_size) if is_causal(args) else bigs_config(args, vocab_size)
   except ValueError as e: raise UserError(str(e)) from None
 
-def shape(args:argparse.Namespace) -> tuple[int, ...]:
+def shape(args:Namespace) -> list[int]:
   "Returns width, layers and heads, by --size where they are not given."
-  return tuple(getattr(args, k) or SIZES[args.size][k] for k in ("d_model", "n_layer", "n_heads"))
+  return [getattr(args, k) or getattr(SIZES[args.size], k) for k in Size._fields[:3]]
 
-def h3_config(args:argparse.Namespace, vocab_size:int) -> H3Config:
+def h3_config(args:Namespace, vocab_size:int) -> H3Config:
   d_model, n_layer, n_heads = shape(args)
   # the paper's hybrid has two attention layers, the 2nd and the (2 + N/2)th; a shallow one makes do with one
   hybrid = (1, 1 + n_layer//2) if n_layer >= 8 else (n_layer//2,)
@@ -569,7 +551,7 @@ def h3_config(args:argparse.Namespace, vocab_size:int) -> H3Config:
                   resid_dropout=args.resid_dropout, init_std=args.init_std or 0.02,
                   max_length=max(2048, 2*args.length), max_positions=args.max_positions)
 
-def bigs_config(args:argparse.Namespace, vocab_size:int) -> BiGSConfig:
+def bigs_config(args:Namespace, vocab_size:int) -> BiGSConfig:
   d_model, n_layer, n_heads = shape(args)
   block = BLOCK_OF[args.model]
   # a gated layer has 13 D² weights to the others' 12
@@ -577,14 +559,14 @@ def bigs_config(args:argparse.Namespace, vocab_size:int) -> BiGSConfig:
   return BiGSConfig(vocab_size, d_model, n_layer, block, (args.mlp_mult or 0)*d_model, n_heads, args.d_state,
                     args.length, embed_dropout=args.embed_dropout)
 
-def make_model(args:argparse.Namespace, task:Task, tensors:Weights|None, meta:dict[str, str]|None,
-               source:str) -> H3LM|BiGS:
+def make_model(args:Namespace, task:Task, start:Saved|None=None) -> Model:
   "Makes a new model, or that of a checkpoint, and fits it to the task."
-  if tensors is None:
+  if start is None:
     config = make_config(args, task.vocab_size)
     if isinstance(config, H3Config): return H3LM(config, seed=args.seed)
     if task.labels: config.n_labels = len(task.labels)
     return BiGS(config, args.seed, (task.head,))
+  source, tensors, meta = str(start.path), start.tensors, start.meta
   if is_causal(args): model = h3_model(tensors, meta, source)
   else:
     labels = task.labels and len(task.labels)
@@ -599,7 +581,7 @@ def make_model(args:argparse.Namespace, task:Task, tensors:Weights|None, meta:di
   else: model.config.max_length = max(model.config.max_length, 2*args.length)
   return model
 
-def check_positions(model:H3LM|BiGS, task:Task) -> None:
+def check_positions(model:Model, task:Task) -> None:
   longest, most = max(b[0].shape[1] for b in task.held_out), model.config
   if isinstance(model, H3LM) and longest > (most.max_positions or longest):
     raise UserError(f"the model has learned positions for {most.max_positions} tokens, and the task has rows of "
@@ -622,14 +604,14 @@ def learning_rate(step:int, steps:int, peak:float, warmup:int, schedule:str="cos
   if schedule == "linear": return peak * (steps-step) / (steps-warmup)
   return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * (step-warmup) / max(1, steps-warmup))))
 
-def forward_backward(model:H3LM|BiGS, params:dict[str, Tensor], forward:Callable) -> Gradients:
+def forward_backward(model:Model, params:dict[str, Tensor], forward:Callable) -> Gradients:
   "Returns the function from a batch to its mean loss in nats and the gradients of the parameters."
-  def gradients(*batch:Tensor) -> tuple[Tensor, list[Tensor]]:
+  def gradients(*batch):
     loss = forward(model, *batch)[0]
     return loss, loss.gradient(*params.values())
   return gradients
 
-def make_step(model:H3LM|BiGS, params:dict[str, Tensor], opt:AdamW, forward:Callable=Task.forward,
+def make_step(model:Model, params:dict[str, Tensor], opt:AdamW, forward:Callable=Task.forward,
               gradients:Gradients|None=None, update:Callable|None=None) -> Step:
   """Makes the plain step of training: forward, backward, clip, update.
 
@@ -640,30 +622,30 @@ def make_step(model:H3LM|BiGS, params:dict[str, Tensor], opt:AdamW, forward:Call
   feed = Feed(opt.device)
 
   @capture
-  def compiled(hyper:list[Tensor], *batch:Tensor) -> tuple[Tensor, Tensor]:
+  def compiled(hyper, *batch):
     with Context(TRAINING=1):
       loss, grads = gradients(*batch)
       Tensor.realize(loss, *grads)                      # all of them, before any weight changes
       norm = update(grads, hyper)                       # by AdamW, the gradient's norm clipped
     return loss, norm
 
-  def step(batch:Batch, hyper:list[Tensor]) -> list[float]:
+  def step(batch, hyper):
     loss, norm = compiled(hyper, *feed.batch(batch))
     return [loss.item(), norm.item()]
   return step
 
-def make_eval(model:H3LM|BiGS, forward:Callable=Task.forward) -> Callable[[Batch], list[np.ndarray]]:
+def make_eval(model:Model, forward:Callable=Task.forward) -> Callable[[Batch], list[np.ndarray]]:
   """Makes the plain evaluation: what `forward` returns of a batch, the mean loss first. Batches may
   be of several shapes, each of which is compiled. Of several devices each does it all."""
   device = next(iter(get_state_dict(model).values())).device
-  def outputs(*batch:Tensor) -> list[Tensor]: return [t.realize() for t in forward(model, *batch)]
+  def outputs(*batch): return [t.realize() for t in forward(model, *batch)]
   compiled = functools.cache(lambda shapes: capture(outputs))
-  def evaluate(batch:Batch) -> list[np.ndarray]:
+  def evaluate(batch):
     made = compiled(tuple(x.shape for x in batch))(*(tensor_on(device, x) for x in batch))
     return [t.numpy() for t in made]
   return evaluate
 
-def training_step(model:H3LM|BiGS, opt:AdamW, task:Task, args:argparse.Namespace, scale:LossScale) -> Step:
+def training_step(model:Model, opt:AdamW, task:Task, args:Namespace, scale:LossScale) -> Step:
   "Makes the plain step, or what the options make of it."
   params = [*opt.params.values()]
   in_parts = args.accumulate > 1 or args.truncate
@@ -676,7 +658,7 @@ def training_step(model:H3LM|BiGS, opt:AdamW, task:Task, args:argparse.Namespace
   else: gradients = forward_backward(model, opt.params, weighted(task.forward))
   if args.devices > 1: gradients, update = on_devices(opt.device, gradients, update)
 
-  def parts(batch:Batch) -> Iterator[Batch]:
+  def parts(batch):
     total = task.count(batch)
     for part in zip(*(np.split(a, args.accumulate) for a in batch)):
       if args.truncate: carried.reset(len(part[0]) // args.devices)
@@ -687,12 +669,12 @@ def training_step(model:H3LM|BiGS, opt:AdamW, task:Task, args:argparse.Namespace
   else:
     whole = make_step(model, opt.params, opt, gradients=gradients, update=update)
     run = lambda batch, hyper: whole(next(parts(batch)), hyper)
-  def step(batch:Batch, hyper:list[Tensor]) -> list[float]:
+  def step(batch, hyper):
     loss, norm = run(batch, hyper)
     return [loss / scale.value, norm]
   return half_precision(args.dtype)(step)
 
-def evaluation(model:H3LM|BiGS, task:Task, args:argparse.Namespace) -> Callable[[Batch], list[np.ndarray]]:
+def evaluation(model:Model, task:Task, args:Namespace) -> Callable[[Batch], list[np.ndarray]]:
   "Makes the plain evaluation, or with --truncate one in pieces."
   device = next(iter(get_state_dict(model).values())).device
   if args.truncate: evaluate = truncated_eval(model, device, cross_entropy, args.truncate)
@@ -701,8 +683,10 @@ def evaluation(model:H3LM|BiGS, task:Task, args:argparse.Namespace) -> Callable[
 
 # ---- the log ------------------------------------------------------------------------------------
 
-# A column of the log, and how its numbers are rounded; `Run.train` hands them over by these names.
-COLUMNS = {"step": ".0f", "loss_nats": ".5f", "learning_rate": ".4g", "gradient_norm": ".4g"}
+def four_digits(x:float) -> float: return float(f"{x:.4g}")
+
+# the log's columns, rounded so; Run.train hands a value for each to Log.step
+COLUMNS = {"step": int, "loss_nats": lambda x: round(x, 5), "learning_rate": four_digits, "gradient_norm": four_digits}
 
 def read_losses(meta:dict[str, str]) -> list[dict[str, float]]:
   "Reads the log's rows in a checkpoint; a column that it has not is nan, one too many is left out."
@@ -720,7 +704,7 @@ def duration(seconds:float) -> str:
 
 class Log:
   "The losses so far, the progress line, the CSV and the plot."
-  def __init__(self, args:argparse.Namespace, task:Task):
+  def __init__(self, args:Namespace, task:Task):
     self.args, self.task = args, task
     self.rows: list[dict[str, float]] = []              # COLUMNS of each step
     self.evals: list[list] = []                         # step, held-out loss in the task's unit, metrics
@@ -746,7 +730,7 @@ class Log:
 
   def step(self, tokens:int, **values:float) -> None:
     "Takes note of a step: how many tokens its batch had, and a value for each of COLUMNS."
-    self.rows.append({k: float(f"{values[k]:{form}}") for k, form in COLUMNS.items()} | {"step": values["step"]})
+    self.rows.append({k: rounded(values[k]) for k, rounded in COLUMNS.items()})
     self.times = (self.times + [time.perf_counter()])[-21:]
     if len(self.rows) - self.resumed > 2:               # the first two compile and capture
       self.seconds_a_step = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
@@ -791,17 +775,16 @@ class Log:
 
   def write_table(self, path:Path) -> None:
     unit = self.task.unit.replace(" ", "_")
-    metrics = [k.replace(" ", "_") for k in (self.evals[-1][2] if self.evals else ())]
-    held_out = {step: [loss, *metrics.values()] for step, loss, metrics in self.evals}
-    baseline = round(self.task.baseline, 5)
-    step, loss, *others = COLUMNS
+    held_out = {step: {unit: loss} | metrics for step, loss, metrics in self.evals}
+    names = [f"held_out_{k}".replace(" ", "_") for k in ([*held_out.values()] or [{}])[-1]]
+    baseline = {f"baseline_{unit}": round(self.task.baseline, 5)}
     with open(path, "w", newline="") as f:
       table = csv.writer(f)
-      table.writerow([step, loss, unit, *others, f"baseline_{unit}", f"held_out_{unit}",
-                      *(f"held_out_{k}" for k in metrics)])
-      for r in self.rows:
-        in_unit = round(r[loss]*self.task.per_nat, 5)
-        table.writerow([r[step], r[loss], in_unit, *(r[k] for k in others), baseline, *held_out.get(r[step], ())])
+      for i, r in enumerate(self.rows):
+        first = dict(step=r["step"], loss_nats=r["loss_nats"])
+        row = first | {unit: round(r["loss_nats"]*self.task.per_nat, 5)} | r | baseline
+        if i == 0: table.writerow([*row, *names])
+        table.writerow([*row.values(), *held_out.get(r["step"], {}).values()])
 
   def plot(self, path:Path, title:str) -> None:
     import matplotlib
@@ -811,16 +794,15 @@ class Log:
     y = np.array([r["loss_nats"] for r in self.rows]) * self.task.per_nat
     window = np.ones(min(len(y), 1 + 2*(len(y)//80)))
     smooth = np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
-    base, unit = self.task.baseline, self.task.unit
+    baseline, name = self.task.baseline, self.task.baseline_name.split(" (")[0]
     fig, ax = plt.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
     ax.plot(x, y, color="#4c78a8", alpha=0.25, lw=0.8)
     ax.plot(x, smooth, color="#4c78a8", lw=1.8, label="training")
-    ax.axhline(base, color="#888888", ls="--", lw=1.2, label=f"{self.task.baseline_name.split(' (')[0]}: {base:.2f}")
+    ax.axhline(baseline, color="#888888", ls="--", lw=1.2, label=f"{name}: {baseline:.2f}")
     if self.evals:
       steps, losses, _ = zip(*self.evals)
       ax.plot(steps, losses, "o-", color="#e45756", ms=5, lw=1, label=f"held out: {losses[-1]:.2f} at the end")
-    low = min([y.min(), base, *(e[1] for e in self.evals)])
-    ax.set(xlabel="step", ylabel=unit, xlim=(0, x[-1]*1.01), ylim=(low-0.2, max(y.max(), base)+0.2))
+    ax.set(xlabel="step", ylabel=self.task.unit)
     ax.set_title(title, fontsize=10.5, loc="left")
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
@@ -834,10 +816,10 @@ RECOVERED = 100               # steps after which a loss that was not finite is 
 
 class Run:
   "One run: the model and all that its training changes, and what is done at a step."
-  def __init__(self, program:str, args:argparse.Namespace, task:Task, tensors:Weights|None, meta:dict[str, str]|None):
+  def __init__(self, program:str, args:Namespace, task:Task, start:Saved|None):
     self.program, self.args, self.task = program, args, task
     self.out, self.path = Path(args.out), Path(args.out)/CHECKPOINT
-    self.new_model = lambda: make_model(args, task, tensors, meta, str(self.path) if args.resume else args.init)
+    self.new_model = lambda: make_model(args, task, start)
     self.devices = open_devices(args.devices)
     self.model = self.new_model()
     check_positions(self.model, task)
@@ -852,24 +834,25 @@ class Run:
     self.first = 0                                      # steps done before this process
     self.saved: int|None = None                         # steps that the newest checkpoint has done
     self.failures = self.failed_at = 0                  # failures in a row; the last one's step
-    if args.resume: self.resume(tensors, meta)
+    if args.resume: self.resume(start)
     self.step = training_step(self.model, self.opt, task, args, self.scale)
     self.outputs = evaluation(self.model, task, args)
     parameters = sum(p.numel() for p in self.params.values())
     self.title = f"{describe(self.model.config)}, {parameters/1e6:.2f} M parameters"
 
-  def resume(self, tensors:Weights, meta:dict[str, str]) -> None:
-    restore(tensors, self.state, self.path)
+  def resume(self, start:Saved) -> None:
+    meta = start.meta
     self.first = self.saved = int(meta["step"])
+    if self.first >= self.args.steps:
+      raise UserError(f"the run in {self.out} has done its {self.first} steps: give more with --steps, or another "
+                      "--out to start afresh")
+    restore(start, self.state)
     self.log.rows, self.log.evals = read_losses(meta), read_evals(meta)
     self.log.resumed = len(self.log.rows)
     self.log.seconds_before = float(meta.get("seconds", 0))
     if "scale" in meta: self.scale.value, self.scale.good = json.loads(meta["scale"])
     if meta.get("data", self.task.about) != self.task.about:
       print(f"note: the run so far was on {meta['data']}: this is not what it would have been", file=sys.stderr)
-    if self.first >= self.args.steps:
-      raise UserError(f"the run in {self.out} has done its {self.first} steps: give more with --steps, or another "
-                      "--out to start afresh")
 
   def announce(self) -> None:
     args = self.args
@@ -907,9 +890,7 @@ class Run:
     if self.failures == 3:
       raise UserError(f"the loss or the gradient is not finite at step {step}, for the third time in a row: take a "
                       "smaller --lr (checkpoints stay as they were)")
-    if self.saved is not None:
-      path, tensors, _ = read_newest(self.out)
-      restore(tensors, self.state, path)
+    if self.saved is not None: restore(read_newest(self.out), self.state)
     else:
       for k, p in get_state_dict(self.new_model()).items(): fill(self.params[k], p.numpy())
       for t in (*self.opt.m.values(), *self.opt.v.values()): fill(t, np.zeros(t.shape, np.float32))
@@ -1017,13 +998,13 @@ class Run:
     if args.task == "text": print(f"more text: python generate.py{where}")
     if args.task == "mlm": print(f'more of it: python generate.py{where} --fill "what is {MASK} here?"')
 
-def train(program:str, args:argparse.Namespace, tensors:Weights|None=None, meta:dict[str, str]|None=None) -> int:
-  "Does one run. tensors, meta: the checkpoint that --resume or --init names."
+def train(program:str, args:Namespace, start:Saved|None=None) -> int:
+  "Does one run. start: the checkpoint that --resume or --init names."
   Tensor.manual_seed(args.seed)                         # dropout's; weights and batches are numpy's
   if args.embed_dropout or args.resid_dropout: Tensor.rand(1).realize()       # makes the counter that is saved
   task = TASKS[args.task].make(args)
   fill_step_defaults(args)
-  run = Run(program, args, task, tensors, meta)
+  run = Run(program, args, task, start)
   check_writable(run.out, *(p.parent for p in run.log.files()))
   clean(run.out)
   run.announce()
@@ -1041,7 +1022,7 @@ def main(argv:list[str]|None=None, program:str="train.py", default:str="text") -
   args = p.parse_args(argv)
   try:
     for key, where in MOVED.items():
-      if hasattr(args, key): raise UserError(f"{option(key)} is another program's: {where}")
+      if hasattr(args, key): raise UserError(f"{flag_of(key)} is another program's: {where}")
     # a run that goes on keeps others out before its checkpoint is read, a new one where it makes its folder
     out = Path(args.out)
     with lock_run_directory(out) if args.resume and out.is_dir() else contextlib.nullcontext():

@@ -48,7 +48,7 @@ def language_task(args:argparse.Namespace) -> Task:
   if args.warmup is None: args.warmup = args.steps//10
   # the official 0.02 is for wide models: with it attention of width 32 has no induction head after 62,800 steps
   attention = args.model in ("hybrid", "transformer") or args.attn_layers
-  if args.init_std is None and attention: args.init_std = math.sqrt(2/5/(args.d_model or SIZES[args.size]["d_model"]))
+  if args.init_std is None and attention: args.init_std = math.sqrt(2/5/(args.d_model or SIZES[args.size].d_model))
   if args.length < 4: raise UserError(f"--task {args.task} wants a --length of at least 4")
   def draw(split:int, n:int, length:int) -> np.ndarray:
     rng, rows = np.random.default_rng([args.seed, 5, split]), np.zeros((0, 0), np.int64)

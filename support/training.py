@@ -21,6 +21,7 @@ from support.checkpoints import (CHECKPOINT, CheckpointError, Weights, read_weig
                                  save_checkpoint)
 from support.text import UserError
 
+Model = H3LM | BiGS
 Batch = tuple[np.ndarray, ...]
 Devices = str | tuple[str, ...]
 Gradients = Callable[..., tuple[Tensor, list[Tensor]]]     # (*batch) -> loss, its gradients
@@ -238,10 +239,10 @@ def on_devices(devices:tuple[str, ...], gradients:Gradients, update:Callable) ->
   through rows of its own, and the gradients are summed before the update."""
   own = lambda t: Tensor(t.uop.src[0])                              # on each device, its part of t
   summed = lambda t: Tensor(t.uop.allreduce(Ops.ADD, devices))
-  def own_gradients(*batch:Tensor) -> tuple[Tensor, list[Tensor]]:
+  def own_gradients(*batch):
     loss, grads = gradients(*map(own, batch))
     return summed(loss), grads
-  def common_update(grads:list[Tensor], hyper:list[Tensor]) -> Tensor:
+  def common_update(grads, hyper):
     return update([summed(g).contiguous() for g in grads], hyper)
   return own_gradients, common_update
 
@@ -251,18 +252,18 @@ def accumulated(gradients:Gradients, update:Callable, params:list[Tensor],
   memory that one needs, and adds up their gradients for one update."""
   feed, sums = Feed(params[0].device), zeros_like(params)
   @capture
-  def add(*part:Tensor) -> Tensor:
+  def add(*part):
     with Context(TRAINING=1):
       loss, grads = gradients(*part)
       Tensor.realize(loss, *grads)
     overwrite(sums, [s + g for s, g in zip(sums, grads)])
     return loss
   @capture
-  def finish(*hyper:Tensor) -> Tensor:
+  def finish(*hyper):
     norm = update(sums, list(hyper))
     overwrite(sums, [s.zeros_like() for s in sums])
     return norm
-  def step(batch:Batch, hyper:list[Tensor]) -> list[float]:
+  def step(batch, hyper):
     loss = sum(add(*feed.batch(part)).item() for part in parts(batch))
     return [loss, finish(*hyper).item()]
   return step
@@ -290,7 +291,7 @@ class CarriedState:
 def truncated(carried:CarriedState, params:list[Tensor], loss_of:Callable) -> Gradients:
   """Takes the place of forward and backward: the state goes on from each piece to the next, no
   gradient comes back through it (truncated backpropagation through time)."""
-  def gradients(weight:Tensor, tokens:Tensor, targets:Tensor) -> tuple[Tensor, list[Tensor]]:
+  def gradients(weight, tokens, targets):
     logits, after = carried.forward(tokens)
     loss = loss_of(logits, targets) * weight.reshape(())
     grads = loss.gradient(*params)
@@ -304,13 +305,13 @@ def truncated_eval(model:H3LM, device:Devices, loss_of:Callable, size:int
   "Takes the place of the plain evaluation: reads a batch in pieces, as in training."
   carried = CarriedState(model, device)
   @capture
-  def piece_loss(tokens:Tensor, targets:Tensor) -> Tensor:
+  def piece_loss(tokens, targets):
     logits, after = carried.forward(tokens)
     loss = loss_of(logits, targets)
     Tensor.realize(loss, *after)
     overwrite(carried.state, after)
     return loss
-  def evaluate(batch:Batch) -> list[np.ndarray]:
+  def evaluate(batch):
     carried.reset(len(batch[0]))
     losses = [piece_loss(*(tensor_on(device, a) for a in p)).item() for p in pieces(batch, size)]
     return [np.mean(losses)]
@@ -325,9 +326,9 @@ def gradient_checkpointing(model:H3LM, params:list[Tensor], loss_of:Callable) ->
   words = backbone.embeddings.word_embeddings.weight                # the head's weights as well
   weights_of = lambda part: [*get_state_dict(part).values()]
   keep = lambda t: t.contiguous().realize()
-  def gradients(weight:Tensor, tokens:Tensor, targets:Tensor) -> tuple[Tensor, list[Tensor]]:
+  def gradients(weight, tokens, targets):
     found: dict[int, Tensor] = {}                                   # by the parameter's id
-    def backward(out:Tensor, weights:list[Tensor], dy:Tensor|None, *inputs:Tensor) -> Tensor:
+    def backward(out, weights, dy, *inputs):
       "From the gradient of `out`: keeps those of `weights`, returns the last one, that of `inputs`."
       grads = out.gradient(*weights, *inputs, gradient=dy)
       Tensor.realize(loss, *grads)
@@ -377,7 +378,7 @@ def check_writable(*folders:Path) -> None:
     except OSError as e:
       raise UserError(f"can't write to the folder {folder}: {e.strerror}: name another") from None
 
-def training_state(model:H3LM|BiGS, opt:AdamW) -> dict[str, Tensor]:
+def training_state(model:Model, opt:AdamW) -> dict[str, Tensor]:
   "All that training changes, by its names in a checkpoint; dropout's counters once it was used."
   moments = {f"optim.{n}.{k}": t for n in "mv" for k, t in getattr(opt, n).items()}
   counters = {f"optim.rng.{d}": t for d, t in Tensor._device_rng_counters.items()}
@@ -387,7 +388,7 @@ def save_beside_previous(path:Path, tensors:dict[str, Tensor], meta:dict[str, st
   """Writes a checkpoint whole or not at all; the one that was there stays beside it as PREVIOUS.
   OSError, and both are as they were."""
   previous = path.with_name(PREVIOUS)
-  def keep_old() -> None:
+  def keep_old():
     if not path.exists(): return
     linked = path.with_name(f"{PREVIOUS}.{os.getpid()}.tmp")
     try: os.link(path, linked)                   # a second name: there is a checkpoint at any time
@@ -411,7 +412,13 @@ def clean(out:Path) -> None:
     except (ValueError, ProcessLookupError): f.unlink(missing_ok=True)
     except OSError: pass                         # it lives, and is somebody else's
 
-def read_newest(out:Path) -> tuple[Path, Weights, dict[str, str]]:
+class Saved(NamedTuple):
+  "A checkpoint as it was read."
+  path: Path
+  tensors: Weights
+  meta: dict[str, str]
+
+def read_newest(out:Path) -> Saved:
   """Reads the newest checkpoint of a run whose bytes are all as they were written. CheckpointError
   if none is."""
   found = [p for p in (out/CHECKPOINT, out/PREVIOUS) if p.is_file()]
@@ -427,16 +434,16 @@ def read_newest(out:Path) -> tuple[Path, Weights, dict[str, str]]:
       damaged = out/f"{CHECKPOINT}.damaged"
       os.replace(found[0], damaged)
       print(f"{error} It is now {damaged.name}; going on from the one before it", file=sys.stderr)
-    return path, tensors, meta
+    return Saved(path, tensors, meta)
   raise error or UserError(f"no checkpoint at {out/CHECKPOINT}: leave --resume out to start a run")
 
-def restore(tensors:Weights, state:dict[str, Tensor], source:Path) -> None:
+def restore(start:Saved, state:dict[str, Tensor]) -> None:
   "Fills a training state in place. CheckpointError where something is missing."
+  tensors = start.tensors
   for k, t in state.items():
     if k not in tensors and k.startswith("optim.rng."): continue
     if k not in tensors or math.prod(tensors[k].shape) != t.numel():
-      raise CheckpointError(f"{source} lacks the optimiser's state ({k}): --init takes its weights "
-                            "alone")
+      raise CheckpointError(f"{start.path} lacks the optimizer's state ({k}): --init takes its weights alone")
   for k, t in state.items():
     if k in tensors: fill(t, tensors[k].numpy().astype(t.numpy().dtype, copy=False))
 
