@@ -1,18 +1,18 @@
 """Trains H3, hybrid and Transformer language models, and BiGS, BERT and what lies between them.
 
-  python train.py                                    a small hybrid on Python's own source, in minutes on a CPU
+  python train.py                          a small hybrid on Python's own source, in minutes on a CPU
   python train.py --data book.txt notes/ --steps 3000 --out book
-  python train.py --resume --out book                goes on where a run stopped, to the bit as if it never had
-  python train.py --task mlm --out masked            BiGS: fill in what is masked, see generate.py --fill
-  python train.py --help                             every option
+  python train.py --resume --out book      goes on where a run stopped, to the bit as if it never had
+  python train.py --task mlm --out masked  BiGS: fill in what is masked, see generate.py --fill
+  python train.py --help                   every option
 
-From top to bottom: tasks and what they share, text, masked text, the options, the model, the plain step of training,
-evaluation, the log, the run. What wraps the plain step (parts, devices, half precision, ...) and what keeps a run's
-folder whole is in support/training.py; the models are in h3tiny.py and bigs_tiny.py, sampling in generate.py, and the
-papers' own tasks in papers/, whose programs take this one's options.
+From top to bottom: tasks, text, masked text, the options, the model, the plain step of training,
+the log, the run. What wraps the plain step (parts, devices, half precision, ...) and what keeps a
+run's folder whole is in support/training.py; the models are in h3tiny.py and bigs_tiny.py, sampling
+in generate.py. The papers' own tasks are in papers/, whose programs take this one's options.
 
-A run leaves in --out: checkpoint.safetensors (weights under the official names, the optimizer's moments, all
-settings), log.csv and, with matplotlib, loss.png.
+A run leaves in --out: checkpoint.safetensors (weights under the official names, the optimizer's
+moments, all settings), log.csv and, with matplotlib, loss.png.
 
 Not here: several machines.
 """
@@ -27,7 +27,7 @@ import numpy as np
 from tinygrad import Device, Tensor
 from tinygrad.helpers import Context
 from tinygrad.nn.state import get_state_dict
-from bigs_tiny import BLOCKS, BiGS, BiGSConfig
+from bigs_tiny import BiGS, BiGSConfig
 from flashconv import FLASH, capture, check_kernels, setup_device
 from generate import MASK, OUT, RUN, Parser, number, peak_memory, show_fill, surprisal, write
 from h3tiny import H3Config, H3LM
@@ -36,13 +36,11 @@ from support.checkpoints import (CHECKPOINT, CheckpointError, bigs_model, find, 
 from support.text import (TEXT_KEY, TOKENIZERS, Tokenizer, UserError, is_jsonl, make_tokenizer,
                           read_tokens, split)
 from support.training import (MASKED, PRECISIONS, PREVIOUS, AdamW, Batch, CarriedState, Feed,
-                              Gradients, Interrupt, LossScale, Step, accumulated, check_precision,
-                              check_writable, clean, fill, gradient_checkpointing, half_precision,
-                              lock_run_directory, on_devices, open_devices, pieces, read_newest,
-                              restore, Saved, save_beside_previous, set_aside, tensor_on, training_state,
-                              truncated, truncated_eval, weigh, weighted)
-
-Model = H3LM | BiGS
+                              Gradients, Interrupt, LossScale, Model, Saved, Step, accumulated,
+                              check_precision, check_writable, clean, fill, gradient_checkpointing,
+                              half_precision, lock_run_directory, on_devices, open_devices, pieces,
+                              read_newest, restore, save_beside_previous, set_aside, tensor_on,
+                              training_state, truncated, truncated_eval, weigh, weighted)
 
 # ---- tasks --------------------------------------------------------------------------------------
 
@@ -66,13 +64,14 @@ class Task:
   unit: str = "bits per byte"
   # (model, *batch) -> the mean loss in nats, and whatever else `metrics` wants of a held-out batch
   forward: Callable[..., tuple[Tensor, ...]] = lambda model, x, y: (cross_entropy(model(x), y),)
-  metrics: Callable[[list[Batch]], dict[str, float]] = lambda outputs: {}     # of all held-out batches
+  # what `forward` returned of all held-out batches -> figures by name
+  metrics: Callable[[list[Batch]], dict[str, float]] = lambda outputs: {}
   head: str|None = None                         # of a BiGS model
   labels: list[str]|None = None                 # of its classifier
   schedule: str = "cosine"                      # of the learning rate, to a tenth; "linear": to 0
   sample: Callable|None = None                  # shows what the model does
   metrics_only: int = 0                         # so many of the last held-out batches add no loss
-  stop_at: tuple[str, float]|None = None        # a metric; so high three times in a row ends the run
+  stop_at: tuple[str, float]|None = None        # a metric that ends the run, three times so high
   # how many targets a batch's mean loss is the mean of
   count: Callable[[Batch], int] = lambda batch: int((batch[-1] >= 0).sum())
 
@@ -102,35 +101,22 @@ def task(name:str, about:str, causal:bool|None, options:Callable|None=None, **de
     return make
   return register
 
-def shuffled(args:Namespace, n:int) -> Callable[[int], list[int]]:
-  "Returns which of n rows are the batch of a step: in each epoch all of them, in a new order."
-  @functools.lru_cache(2)
-  def order(epoch):
-    return np.random.default_rng([args.seed, 3, epoch]).permutation(n)
-  return lambda step: [order(i // n)[i % n] for i in range(step*args.batch, (step+1)*args.batch)]
-
-def hold_out(args:Namespace, n:int) -> tuple[np.ndarray, np.ndarray]:
-  "Returns which of n rows are to train on, and which, --holdout of them, are held out."
-  order = np.random.default_rng([args.seed, 2]).permutation(n)
-  m = max(1, round(n*args.holdout))
-  return order[m:], order[:m]
-
 # ---- text ---------------------------------------------------------------------------------------
 
-SAMPLED = 1 << 26                               # so many of the training tokens serve for statistics
+SAMPLED = 1 << 26                               # so many training tokens serve for statistics
 
 def text_options(add:Callable) -> None:
-  add("--data PATH", str, None, "files or folders of text: UTF-8, or UTF-16 with its mark; .gz; .jsonl with a text in "
-      "each line", "Python's own source", nargs="+")
+  add("--data PATH", str, None, "files or folders of text: UTF-8, or UTF-16 with its mark; .gz; "
+      ".jsonl with a text in each line", "Python's own source", nargs="+")
   add("--text-key KEY", str, TEXT_KEY, "key of the text in each line of a .jsonl")
   add("--tokenizer", str, "bytes", "how text becomes tokens", choices=list(TOKENIZERS), fixed=True)
   add("--vocab FILE", str, None, "vocab.txt of the tokenizer bert", "that beside --init's file")
-  add("--holdout X", number(float, 0.001, 0.5), 0.05, "share of the data kept for evaluation; of text, its end", fixed=True)
+  add("--holdout X", number(float, 0.001, 0.5), 0.05,
+      "share of the data kept for evaluation; of text, its end", fixed=True)
 
 def tokenizer(args:Namespace) -> Tokenizer:
   "Makes the tokenizer. BERT's needs the file --vocab, or one beside --init's or a resumed run's."
-  def beside(path):
-    return (Path(path).parent if Path(path).is_file() else Path(path)) / "vocab.txt"
+  def beside(path): return (Path(path).parent if Path(path).is_file() else Path(path)) / "vocab.txt"
   places = [Path(args.vocab) if args.vocab else beside(args.init or args.out)]
   if args.resume: places.insert(0, beside(args.out))
   return make_tokenizer(args.tokenizer, next((p for p in places if p.is_file()), places[-1]))
@@ -145,30 +131,33 @@ class Windows:
     self.train, self.held = tokens[:border], tokens[border:]
     for name, part in (("training", self.train), ("held-out", self.held)):
       if len(part) < size:
-        raise UserError(f"the text is too short: its {name} part has {len(part)} tokens and a window takes {size}: "
-                        "give more text or a smaller --length")
+        raise UserError(f"the text is too short: its {name} part has {len(part)} tokens and a "
+                        f"window takes {size}: give more text or a smaller --length")
     name = ", ".join(args.data) if args.data else "Python's standard library"
     kind = "text" if any(is_jsonl(Path(p)) for p in args.data or ()) else "file"
-    self.about = (f"{name}: {len(ends):,} {kind}{'s'*(len(ends) != 1)}, {len(self.train)/1e6:.2f} M tokens to train "
-                  f"on, {len(self.held)/1e6:.3f} M held out ({args.tokenizer})")
+    self.about = (f"{name}: {len(ends):,} {kind}{'s'*(len(ends) != 1)}, "
+                  f"{len(self.train)/1e6:.2f} M tokens to train on, "
+                  f"{len(self.held)/1e6:.3f} M held out ({args.tokenizer})")
+
+  def windows(self, tokens:np.ndarray, starts:np.ndarray) -> np.ndarray:
+    return tokens[starts[:, None] + np.arange(self.size)].astype(np.int32)
 
   def evenly(self) -> np.ndarray:
     "Returns windows (n,B,size) evenly over the held-out part, 128 at most, in batches."
     n = min(128, (len(self.held)-1) // (self.size-1))
     B = min(self.batch, n)
     starts = np.linspace(0, len(self.held)-self.size, n - n % B).astype(int)
-    windows = self.held[starts[:, None] + np.arange(self.size)]
-    return windows.astype(np.int32).reshape(-1, B, self.size)
+    return self.windows(self.held, starts).reshape(-1, B, self.size)
 
   def draw(self, rng:np.random.Generator) -> np.ndarray:
     "Draws a batch of training windows, (B,size)."
     starts = rng.integers(0, len(self.train)-self.size+1, self.batch)
-    return self.train[starts[:, None] + np.arange(self.size)].astype(np.int32)
+    return self.windows(self.train, starts)
 
 def chunks(tokens:np.ndarray, overlap:int=0) -> Iterator[np.ndarray]:
   "Yields the first tokens, some at a time: of a mapped file only these are in memory."
-  n = min(len(tokens), SAMPLED)
-  for i in range(0, n, 1 << 20): yield tokens[i:min(i + (1 << 20) + overlap, SAMPLED)]
+  for i in range(0, min(len(tokens), SAMPLED), 1 << 20):
+    yield tokens[i:min(i + (1 << 20) + overlap, SAMPLED)]
 
 def bigram_bits(train:np.ndarray, x:np.ndarray, y:np.ndarray) -> float:
   """Returns the bits that code every y after its x, from the counts of pairs in `train` plus one.
@@ -180,33 +169,32 @@ def bigram_bits(train:np.ndarray, x:np.ndarray, y:np.ndarray) -> float:
   counts = counts.reshape(257, 257)
   return float(-np.log2(counts / counts.sum(1, keepdims=True))[x, y].sum())
 
-@task("text", "the next token of text", causal=True, options=text_options, model="hybrid", batch=8, length=256,
-      weight_decay=0.1, steps=600)
+@task("text", "the next token of text", causal=True, options=text_options,
+      model="hybrid", batch=8, length=256, weight_decay=0.1, steps=600)
 def text_task(args:Namespace) -> Task:
   "The next token of text, measured in bits per byte whatever the tokens are."
   text = Windows(args, args.length + 1)
   tok, held = text.tok, text.evenly()
-  rows = held.reshape(-1, text.size)
+  def shifted(windows): return windows[..., :-1], windows[..., 1:]
+  x, y = (part.ravel() for part in shifted(held))
   sampled = b"".join(tok.decode(c) for c in chunks(text.train))
-  held_out_bytes = len(tok.decode(rows[:, 1:].ravel()))
+  held_out_bytes = len(tok.decode(y))
+  per_nat = min(len(text.train), SAMPLED) / len(sampled) / math.log(2)
+  held_out_per_nat = len(y) / held_out_bytes / math.log(2)
 
-  # the baseline: of byte pairs, with other tokenizers those of the decoded text
-  if tok.name == "bytes":
-    bigram = bigram_bits(text.train, rows[:, :-1].ravel(), rows[:, 1:].ravel()) / held_out_bytes
+  # the baseline counts pairs of bytes: with another tokenizer, in the decoded text
+  if tok.name == "bytes": bigram = bigram_bits(text.train, x, y) / held_out_bytes
   else:
-    decoded = [np.frombuffer(tok.decode(r), np.uint8) for r in rows]
-    x, y = (np.concatenate([d[s] for d in decoded]) for s in (slice(None, -1), slice(1, None)))
+    rows = [np.frombuffer(tok.decode(w), np.uint8) for w in held.reshape(-1, text.size)]
+    x, y = (np.concatenate(part) for part in zip(*map(shifted, rows)))
     bigram = bigram_bits(np.frombuffer(sampled, np.uint8), x, y) / len(y)
 
-  def batch(step):
-    w = text.draw(np.random.default_rng([args.seed, step]))
-    return w[:, :-1], w[:, 1:]
+  def batch(step): return shifted(text.draw(np.random.default_rng([args.seed, step])))
   def sample(model):
     prompt = "def " if not args.data and tok.name == "bytes" else ""
-    write(model, tok, [prompt], args.sample, temperature=0.7, seed=args.seed, max_length=args.sample+8)
-  per_nat = min(len(text.train), SAMPLED) / len(sampled) / math.log(2)
-  held_out_per_nat = rows[:, 1:].size / held_out_bytes / math.log(2)
-  return Task(text.about, tok, tok.vocab_size, batch, [(w[:, :-1], w[:, 1:]) for w in held], bigram,
+    write(model, tok, [prompt], args.sample, temperature=0.7, seed=args.seed,
+          max_length=args.sample+8)
+  return Task(text.about, tok, tok.vocab_size, batch, [*map(shifted, held)], bigram,
               "a byte-bigram model", per_nat, held_out_per_nat, sample=sample)
 
 # ---- masked text --------------------------------------------------------------------------------
@@ -216,7 +204,8 @@ SHORT = 0.1       # of the rows are cut short and padded, as in BERT
 
 def mlm_options(add:Callable) -> None:
   text_options(add)
-  add("--mask-run N", number(int, 1), None, "tokens masked next to each other, from 1 to N", "8 bytes, 1 of other tokens")
+  add("--mask-run N", number(int, 1), None, "tokens masked next to each other, from 1 to N",
+      "8 bytes, 1 of other tokens")
 
 def mask_out(rng:np.random.Generator, rows:np.ndarray, lengths:np.ndarray, run:int, mask:int,
              vocab_size:int) -> Batch:
@@ -229,7 +218,8 @@ def mask_out(rng:np.random.Generator, rows:np.ndarray, lengths:np.ndarray, run:i
   n = max(1, round(SHARE * (L-2)))
   size = rng.integers(1, run+1, (B, 1))
   group = (np.arange(L) + rng.integers(0, size)) // size
-  order = np.take_along_axis(rng.random((B, L)), group, 1) + np.arange(L)*1e-9    # keeps a group together
+  order = np.take_along_axis(rng.random((B, L)), group, 1)
+  order += np.arange(L)*1e-9                            # keeps a group together
   outside = (np.arange(L) < 1) | (np.arange(L) > lengths[:, None])
   order[outside] = np.inf
   at = np.argsort(order, 1)[:, :n]
@@ -243,8 +233,8 @@ def mask_out(rng:np.random.Generator, rows:np.ndarray, lengths:np.ndarray, run:i
   np.put_along_axis(inputs, at, np.where(chosen, new, old), 1)
   return tuple(x.astype(np.int32) for x in (inputs, at, targets))
 
-@task("mlm", "masked tokens of text", causal=False, options=mlm_options, model="bigs", batch=16, length=128,
-      weight_decay=0.05, steps=4000)
+@task("mlm", "masked tokens of text", causal=False, options=mlm_options,
+      model="bigs", batch=16, length=128, weight_decay=0.05, steps=4000)
 def mlm_task(args:Namespace) -> Task:
   "Masked tokens of [CLS] text [SEP]. Some rows are cut short, so that the model has seen [PAD]."
   if args.length < 4: raise UserError("--task mlm wants a --length of at least 4")
@@ -266,7 +256,7 @@ def mlm_task(args:Namespace) -> Task:
     return masked(text.draw(rng), rng)
   held = [masked(w, np.random.default_rng([args.seed, 1, i])) for i, w in enumerate(text.evenly())]
 
-  # the baseline: each token by how often it occurs
+  # the baseline knows how often each token occurs
   counts = 1 + sum(np.bincount(c, minlength=tok.vocab_size) for c in chunks(text.train))
   targets = np.concatenate([t[t >= 0] for _, _, t in held])
   bits = float(-np.log2(counts/counts.sum())[targets].mean())
@@ -280,14 +270,15 @@ def mlm_task(args:Namespace) -> Task:
     _, hits, total = np.sum([[float(x) for x in o] for o in outputs], axis=0)
     return {"accuracy": hits / total}
   def sample(model):
-    decoded = lambda i, j: tok.decode(text.held[i:j]).decode("utf-8", "replace")
+    def decoded(i, j): return tok.decode(text.held[i:j]).decode("utf-8", "replace")
     n = min(24, (args.length - run)//2 - 1)
     own = f"{decoded(0, n)}{MASK}{decoded(n+3, 2*n)}"
     show_fill(model, tok, own if args.data else f"    def __init__({MASK}, name):", run)
   return Task(text.about, tok, tok.masked_size, batch, held, bits,
               f"tokens by their frequency (the commonest is right at {right:.3f})",
-              unit=f"bits per masked {'byte' if tok.name == 'bytes' else 'token'}", forward=forward, metrics=metrics,
-              head="mlm", sample=sample if args.length >= 32 + run else None)
+              unit="bits per masked byte" if tok.name == "bytes" else "bits per masked token",
+              forward=forward, metrics=metrics, head="mlm",
+              sample=sample if args.length >= 32 + run else None)
 
 # ---- options ------------------------------------------------------------------------------------
 
@@ -297,29 +288,37 @@ class Size(NamedTuple):
   n_heads: int
   lr: float
 
-# the last four are the H3 paper's
-SIZES = {"table2": Size(32, 2, 1, 5e-4), "tiny": Size(64, 2, 2, 3e-3), "small": Size(128, 4, 2, 3e-3),
-         "medium": Size(384, 8, 6, 1e-3), "125M": Size(768, 12, 12, 6e-4), "355M": Size(1024, 24, 16, 3e-4),
+SIZES = {"table2": Size(32, 2, 1, 5e-4), "tiny": Size(64, 2, 2, 3e-3),
+         "small": Size(128, 4, 2, 3e-3), "medium": Size(384, 8, 6, 1e-3),
+         # the H3 paper's
+         "125M": Size(768, 12, 12, 6e-4), "355M": Size(1024, 24, 16, 3e-4),
          "1.3B": Size(2048, 24, 16, 2e-4), "2.7B": Size(2560, 32, 20, 1.6e-4)}
-CAUSAL = {"h3": "H3 in all layers", "hybrid": "H3, and attention in one or two layers",
-          "transformer": "attention in all layers", "s4d": "S4D, an ungated SSM, in all layers"}
-BIDIRECTIONAL = {"bigs": "BiGS, gated SSMs in both directions", "stack": "ungated SSMs in both directions",
-                 "gated-attention": "BiGS with attention in place of its SSMs", "bert": "attention in all layers"}
-BLOCK_OF = {"bigs": "gated", "stack": "stack", "gated-attention": "gated-attention", "bert": "attention",
-            "transformer": "attention", "s4d": "s4d"}   # a bidirectional model's block
-# options that make a model's shape
-SHAPE = ("d_model", "n_layer", "n_heads", "attn_layers", "rotary_dim", "max_positions", "d_state", "head_dim",
-         "mlp_mult", "init_std", "embed_dropout", "resid_dropout")
-FIXED = ("task", "model", "size", "seed", *SHAPE)       # what --resume can't change
-PAPERS = dict(induction="synthetic", recall="synthetic", listops="arena", pixels="arena", classify="finetune",
-              agreement="bigs")                         # the file of each paper's task
-MOVED = dict(reproduce="python papers/NAME.py --reproduce", seeds="python papers/NAME.py --reproduce",
-             bench="python support/bench.py train")     # options that are another program's
+CAUSAL = {"h3": "H3 in all layers",
+          "hybrid": "H3, and attention in one or two layers",
+          "transformer": "attention in all layers",
+          "s4d": "S4D, an ungated SSM, in all layers"}
+BIDIRECTIONAL = {"bigs": "BiGS, gated SSMs in both directions",
+                 "stack": "ungated SSMs in both directions",
+                 "gated-attention": "BiGS with attention in place of its SSMs",
+                 "bert": "attention in all layers"}
+# options that make a model's shape, and all that --resume can't change
+SHAPE = ("d_model", "n_layer", "n_heads", "attn_layers", "rotary_dim", "max_positions", "d_state",
+         "head_dim", "mlp_mult", "init_std", "embed_dropout", "resid_dropout")
+FIXED = ("task", "model", "size", "seed", *SHAPE)
+# the files of the papers' tasks, and options that are other programs'
+PAPERS = dict(induction="synthetic", recall="synthetic", listops="arena", pixels="arena",
+              classify="finetune", agreement="bigs")
+MOVED = dict.fromkeys(("reproduce", "seeds"), "python papers/NAME.py --reproduce") \
+  | {"bench": "python support/bench.py train"}
+
+def key_of(flag:str) -> str: return flag.split()[0].removeprefix("--").replace("-", "_")
+def flag_of(key:str) -> str: return "--" + key.replace("_", "-")
 
 class Help(argparse.HelpFormatter):
   "Keeps the lines of a help text apart."
   def _split_lines(self, text:str, width:int) -> list[str]:
-    return [line for part in text.split("\n") for line in super(Help, self)._split_lines(part, width)]
+    wrap = super()._split_lines
+    return [line for part in text.split("\n") for line in wrap(part, width)]
 
 def option_adder(p:Parser, title:str) -> Callable:
   """Returns `add(flag, type, default, help, shown=None, **argparse's keywords)` for a group of
@@ -331,7 +330,8 @@ def option_adder(p:Parser, title:str) -> Callable:
     if metavar: kw["metavar"] = metavar[0]
     if kind is bool: return group.add_argument(name, action="store_true", help=text)
     if shown is None: shown = by_task(key_of(name)) if default is None else default
-    group.add_argument(name, type=kind, default=default, help=f"{text} (default: {shown})", **kw)
+    text += f" (default: {shown})"
+    return group.add_argument(name, type=kind, default=default, help=text, **kw)
   return add
 
 def by_task(key:str) -> str:
@@ -339,9 +339,6 @@ def by_task(key:str) -> str:
   values = {name: (DEFAULTS | t.defaults).get(key) for name, t in TASKS.items()}
   if len({*values.values()}) == 1: return str(values.popitem()[1])
   return ", ".join(f"{v} for {name}" for name, v in values.items() if v is not None)
-
-def key_of(flag:str) -> str: return flag.removeprefix("--").replace("-", "_")
-def flag_of(key:str) -> str: return "--" + key.replace("_", "-")
 
 def layer_list(text:str) -> list[int]:
   if text.strip() in ("", "none"): return []
@@ -352,87 +349,89 @@ def layer_list(text:str) -> list[int]:
 def parser(program:str="train.py", default:str="text") -> Parser:
   """Returns the parser of a program's options. Its `owners` are the tasks that have an option of
   their own, by the option's name, and `fixed` the options that --resume can't change."""
-  p = Parser(prog=program, description="Train a model of the H3 or the BiGS family.", allow_abbrev=False,
-             formatter_class=Help,
-             epilog="example: python train.py --data shakespeare.txt --steps 2000 --length 512 --out shakespeare")
-  p.owners, p.fixed = {}, {*FIXED}
-  task_options(p, default)
-  model_options(option_adder(p, "model"))
-  training_options(option_adder(p, "training"))
-  run_options(option_adder(p, "run"))
-  for name in MOVED: p.add_argument(f"--{name}", nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-  return p
+  p = Parser(prog=program, description="Train a model of the H3 or the BiGS family.",
+             allow_abbrev=False, formatter_class=Help,
+             epilog="example: python train.py --data book.txt --steps 2000 --length 512 --out book")
+  positive, whole, fraction = number(int, 1), number(int, 0), number(float, 0, 0.99)
+  above_0 = number(float, above=0)
+  small = SIZES[DEFAULTS["size"]]
+  def lines(phrases): return "".join(f"{name}: {phrase}\n" for name, phrase in phrases.items())
 
-def task_options(p:Parser, default:str) -> None:
   add = option_adder(p, "what to train on")
-  names = "".join(f"{name}: {t.about}\n" for name, t in TASKS.items())
-  add("--task NAME", str, default, names)
-  def add_for(name, flag, kind, default, text, *shown, fixed=False, **kw):
-    name_of, key = flag.split()[0], key_of(flag.split()[0])
-    if key not in p.owners: add(flag, kind, default, text, *shown, **kw)
-    else:                                               # an option of several tasks
-      action = p._option_string_actions[name_of]
-      if text not in action.help: action.help += f"\n{name}: {text}"
-    p.owners.setdefault(key, []).append(name)
-    if fixed: p.fixed.add(key)
-  for name, t in TASKS.items():
-    if t.options: t.options(functools.partial(add_for, name))
+  add("--task NAME", str, default, lines({name: t.about for name, t in TASKS.items()}))
+  add_task_options(p, add)
 
-def model_options(add:Callable) -> None:
-  positive, fraction, small = number(int, 1), number(float, 0, 0.99), SIZES[DEFAULTS["size"]]
-  names = lambda models: "".join(f"{name}: {text}\n" for name, text in models.items())
-  add("--model NAME", str, None, f"causal; transformer and s4d also bidirectional, as the task wants:\n{names(CAUSAL)}"
-      f"bidirectional:\n{names(BIDIRECTIONAL)}", choices=[*CAUSAL, *BIDIRECTIONAL])
+  add = option_adder(p, "model")
+  add("--model NAME", str, None,
+      f"causal; transformer and s4d also bidirectional, as the task wants:\n{lines(CAUSAL)}"
+      f"bidirectional:\n{lines(BIDIRECTIONAL)}", choices=[*CAUSAL, *BIDIRECTIONAL])
   add("--size", str, None, "sets --d-model, --n-layer, --n-heads and --lr", choices=list(SIZES))
   add("--d-model N", positive, None, "width", small.d_model)
   add("--n-layer N", positive, None, "layers", small.n_layer)
   add("--n-heads N", positive, None, "attention heads", small.n_heads)
   add("--attn-layers I,J", layer_list, None, "layers that are attention, from 0", "by --model")
-  add("--rotary-dim N", number(int, 0), None, "rotated dimensions of an attention head; 0: no positions",
+  add("--rotary-dim N", whole, None, "rotated dimensions of an attention head; 0: no positions",
       "all in a transformer, else 0")
-  add("--max-positions N", number(int, 0), 0, "learned positions, the longest text then; 0: none")
-  add("--init-std X", number(float, above=0), None, "standard deviation of the initial weights", 0.02)
+  add("--max-positions N", whole, 0, "learned positions, the longest text then; 0: none")
+  add("--init-std X", above_0, None, "standard deviation of the initial weights", 0.02)
   add("--d-state N", positive, 64, "state size of the SSMs")
   add("--head-dim N", positive, 1, "size of an H3 head")
-  add("--mlp-mult N", positive, None, "width of the MLP, or the gate, over --d-model", "4; bigs 3, stack 5")
+  add("--mlp-mult N", positive, None, "width of the MLP, or the gate, over --d-model",
+      "4; bigs 3, stack 5")
   add("--embed-dropout X", fraction, None, "dropout after the embedding")
   add("--resid-dropout X", fraction, 0.0, "dropout in the blocks of a causal model")
 
-def training_options(add:Callable) -> None:
-  positive = number(int, 1)
+  add = option_adder(p, "training")
   add("--steps N", positive, None, "updates of the weights in all")
   add("--batch N", positive, None, "sequences a step")
   add("--length N", positive, None, "tokens a sequence")
-  add("--lr X", number(float, above=0), None, "highest learning rate", SIZES[DEFAULTS["size"]].lr)
-  add("--warmup N", number(int, 0), None, "steps in which the learning rate rises, before it falls",
+  add("--lr X", above_0, None, "highest learning rate", small.lr)
+  add("--warmup N", whole, None, "steps in which the learning rate rises, before it falls",
       "a tenth of --steps, at most 1000")
-  add("--weight-decay X", number(float, 0), None, "of all weights but biases, norms, and in causal models embeddings and "
-      "the SSMs' dynamics")
-  add("--clip X", number(float, above=0), 1.0, "largest norm of the whole gradient")
-  add("--seed N", number(int, 0), 0, "of weights, batches and the sample")
-  add("--dtype", str, "float32", "type of the numbers in products with weights; all else stays float32",
+  add("--weight-decay X", number(float, 0), None,
+      "of all weights but biases, norms, and in causal models embeddings and the SSMs' dynamics")
+  add("--clip X", above_0, 1.0, "largest norm of the whole gradient")
+  add("--seed N", whole, 0, "of weights, batches and the sample")
+  add("--dtype", str, "float32", "of the factors in products with weights; all else stays float32",
       choices=list(PRECISIONS))
-  add("--accumulate N", positive, 1, "parts that a step's sequences go through in, for less memory")
-  add("--truncate N", positive, None, "tokens after which the gradient is cut, for less memory: the state goes on, "
-      "what it should have held is not learned; --model h3 only", "none")
-  add("--checkpoint-activations", bool, False, "keep only what goes into each layer and compute the rest once more: "
-      "less memory, a third more time; --task text only")
+  add("--accumulate N", positive, 1, "parts that a step's sequences take turns in, for less memory")
+  add("--truncate N", positive, None, "tokens after which the gradient is cut, for less memory: the "
+      "state goes on, what it should have held is not learned; --model h3 only", "none")
+  add("--checkpoint-activations", bool, False, "keep only what goes into each layer and compute the "
+      "rest once more: less memory, a third more time; --task text only")
   add("--devices N", positive, 1, "devices that share a step's sequences")
 
-def run_options(add:Callable) -> None:
-  positive = number(int, 1)
+  add = option_adder(p, "run")
   add("--out DIR", str, OUT, "folder for checkpoint, log and plot")
-  add("--resume", bool, False, "go on with the run in --out, with its settings but for those given now")
-  add("--init FILE", str, None, "checkpoint, or official BiGS model, to take weights and shape from", "random weights")
+  add("--resume", bool, False, "go on with the run in --out, with its settings but for those given")
+  add("--init FILE", str, None, "checkpoint, or official BiGS model, to take weights and shape from",
+      "random weights")
   add("--eval-every N", positive, None, "steps between evaluations", "an eighth of --steps")
   add("--save-every N", positive, None, "steps between checkpoints", "as --eval-every")
-  add("--log-every N", positive, None, "steps between lines, where stdout is no terminal", "a 20th of --steps")
-  add("--sample N", number(int, 0), 300, "tokens to generate at the end")
+  add("--log-every N", positive, None, "steps between lines where stdout is no terminal",
+      "a 20th of --steps")
+  add("--sample N", whole, 300, "tokens to generate at the end")
   add("--sample-every N", positive, None, "steps between samples", "at the end only")
   add("--log FILE", str, None, "table of losses", "log.csv in --out")
   add("--plot FILE", str, None, "picture of them: .png, .svg or .pdf", "loss.png in --out")
+  for key in MOVED:
+    p.add_argument(flag_of(key), nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+  return p
 
-def resolve_args(argv:list[str]|None, program:str="train.py", default:str="text") -> tuple[Namespace, Saved|None]:
+def add_task_options(p:Parser, add:Callable) -> None:
+  "Adds the tasks' own options; one of several tasks once, with what each says of it."
+  p.owners, p.fixed, actions = {}, {*FIXED}, {}
+  def add_for(name, flag, kind, default, text, *shown, fixed=False, **kw):
+    key = key_of(flag)
+    if key not in actions: actions[key] = add(flag, kind, default, text, *shown, **kw)
+    elif text not in actions[key].help: actions[key].help += f"\n{name}: {text}"
+    p.owners.setdefault(key, []).append(name)
+    if fixed: p.fixed.add(key)
+  for name, t in TASKS.items():
+    if t.options: t.options(functools.partial(add_for, name))
+
+def resolve_args(argv:list[str]|None, program:str="train.py", default:str="text"
+                 ) -> tuple[Namespace, Saved|None]:
   """Returns the options, completed by the checkpoint that --resume or --init names and by the task's
   defaults, and that checkpoint. What follows from the task's data is None still."""
   p = parser(program, default)
@@ -448,16 +447,7 @@ def resolve_args(argv:list[str]|None, program:str="train.py", default:str="text"
     path = find(args.init)
     start = Saved(path, *read_weights(path))
   if start:
-    fixed = p.fixed if args.resume else {*SHAPE, "model", "size"}
-    kept = vars(args).keys() - {"resume", "out"} if args.resume else fixed | {"tokenizer"}
-    saved = {k: v for k, v in saved_args(p, start, args.resume).items() if k in kept}
-    args = p.parse_args(argv, Namespace(**saved))       # the command line's go before the checkpoint's
-    for key in fixed & saved.keys():
-      new, old = getattr(args, key), saved[key]
-      if new != old:
-        has = "" if old is None else f" {old}"
-        raise UserError(f"{flag_of(key)} {new} differs from the checkpoint's{has}: leave it out, or start afresh")
-    if not args.resume: args.init = str(start.path)
+    args = args_from(start, p, args, argv)
     check_task(args.task)
   for key, tasks in p.owners.items():
     if getattr(given, key) != p.get_default(key) and args.task not in tasks:
@@ -467,11 +457,27 @@ def resolve_args(argv:list[str]|None, program:str="train.py", default:str="text"
   check_options(args)
   return args, start
 
-def saved_args(p:Parser, start:Saved, resume:bool) -> dict[str, object]:
+def args_from(start:Saved, p:Parser, args:Namespace, argv:list[str]|None) -> Namespace:
+  """Returns a checkpoint's options, with --init those of its shape alone, and over them what the
+  command line names. UserError where it names another value for what is fixed."""
+  fixed = p.fixed if args.resume else {*SHAPE, "model", "size"}
+  kept = vars(args).keys() - {"resume", "out"} if args.resume else fixed | {"tokenizer"}
+  saved = {k: v for k, v in saved_args(start, p, args.resume).items() if k in kept}
+  new = p.parse_args(argv, Namespace(**saved))
+  for key in fixed & saved.keys():
+    value, old = getattr(new, key), saved[key]
+    if value != old:
+      has = "" if old is None else f" {old}"
+      raise UserError(f"{flag_of(key)} {value} differs from the checkpoint's{has}: leave it out, or "
+                      "start afresh")
+  if not args.resume: new.init = str(start.path)
+  return new
+
+def saved_args(start:Saved, p:Parser, resume:bool) -> dict[str, object]:
   "Returns the options in a checkpoint. CheckpointError where it is none of ours, or damaged."
   path, tensors, meta = start
   if not meta and "bigs.embeddings.word_embeddings.weight" in tensors:     # an official model
-    return {k: p.get_default(k) for k in SHAPE} | dict(model="bigs", size="small", tokenizer="bert")
+    return dict(model="bigs", size="small", tokenizer="bert") | {k: p.get_default(k) for k in SHAPE}
   if meta.get("model") not in ("h3", "bigs") or not {"config", "args", "step"} <= meta.keys():
     raise CheckpointError(f"{path} is not a checkpoint of train.py")
   try:
@@ -488,43 +494,49 @@ def check_task(name:str) -> None:
 
 def is_causal(args:Namespace) -> bool:
   causal = TASKS[args.task].causal
-  return args.model in CAUSAL if causal is None or args.model not in ("transformer", "s4d") else causal
+  either = args.model in ("transformer", "s4d")
+  return causal if either and causal is not None else args.model in CAUSAL
 
 def has_attention(args:Namespace) -> bool:
-  return bool(args.attn_layers) or (args.attn_layers is None and args.model in ("hybrid", "transformer"))
+  if args.attn_layers is None: return args.model in ("hybrid", "transformer")
+  return len(args.attn_layers) > 0
 
 def check_options(args:Namespace) -> None:
   "Raises UserError where options do not fit each other, before anything is read or built."
-  causal = TASKS[args.task].causal
+  causal, model = TASKS[args.task].causal, args.model
   if causal not in (None, is_causal(args)):
     fitting = CAUSAL if causal else (*BIDIRECTIONAL, "transformer", "s4d")
-    raise UserError(f"--task {args.task} is not for --model {args.model}: give {' or '.join(fitting)}")
+    raise UserError(f"--task {args.task} is not for --model {model}: give {' or '.join(fitting)}")
   if not is_causal(args):
-    plain = dict(attn_layers=None, rotary_dim=None, max_positions=0, head_dim=1, init_std=None, resid_dropout=0)
-    for key, value in plain.items():
+    unset = dict(attn_layers=None, rotary_dim=None, max_positions=0, head_dim=1, init_std=None,
+                 resid_dropout=0)
+    for key, value in unset.items():
       if getattr(args, key) != value:
-        raise UserError(f"{flag_of(key)} is for models that are causal, not for {args.model} here")
-  if args.head_dim != 1 and args.model in ("transformer", "s4d"):
-    raise UserError(f"--head-dim is for --model h3 or hybrid, not for {args.model}")
+        raise UserError(f"{flag_of(key)} is for models that are causal, not for {model} here")
+  if args.head_dim != 1 and model in ("transformer", "s4d"):
+    raise UserError(f"--head-dim is for --model h3 or hybrid, not for {model}")
   if args.truncate and (args.task != "text" or has_attention(args) or args.max_positions):
-    raise UserError("--truncate carries the state of H3 layers, attention and learned positions have none: it is for "
-                    "--task text --model h3")
+    raise UserError("--truncate carries the state of H3 layers, attention and learned positions "
+                    "have none: it is for --task text --model h3")
   if args.truncate and args.length % args.truncate:
-    raise UserError(f"--truncate {args.truncate} does not divide --length {args.length}: give one that does")
+    raise UserError(f"--truncate {args.truncate} does not divide --length {args.length}: give one "
+                    "that does")
   parts = args.accumulate*args.devices
   if args.batch % parts:
-    raise UserError(f"--batch {args.batch} is no multiple of {parts}, the parts of --accumulate times --devices")
-  if args.checkpoint_activations and (args.task != "text" or args.truncate or args.embed_dropout or args.resid_dropout):
-    raise UserError("--checkpoint-activations is for --task text, without --truncate and without dropout, whose masks "
-                    "would be drawn anew")
+    raise UserError(f"--batch {args.batch} is no multiple of {parts}, the parts of --accumulate "
+                    "times --devices")
+  dropout = args.embed_dropout or args.resid_dropout
+  if args.checkpoint_activations and (args.task != "text" or args.truncate or dropout):
+    raise UserError("--checkpoint-activations is for --task text, without --truncate and without "
+                    "dropout, whose masks would be drawn anew")
   if args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
     raise UserError(f"--plot {args.plot}: it draws .png, .svg or .pdf: name such a file")
   check_precision(args.dtype)
 
 def fill_step_defaults(args:Namespace) -> None:
   "Sets the options that follow from the number of steps, and the learning rate."
-  defaults = dict(lr=SIZES[args.size].lr, warmup=min(1000, args.steps//10), eval_every=-(-args.steps//8),
-                  log_every=max(1, args.steps//20))
+  defaults = dict(lr=SIZES[args.size].lr, warmup=min(1000, args.steps//10),
+                  eval_every=-(-args.steps//8), log_every=max(1, args.steps//20))
   for key, value in defaults.items():
     if getattr(args, key) is None: setattr(args, key, value)
   if args.save_every is None: args.save_every = args.eval_every
@@ -532,32 +544,36 @@ def fill_step_defaults(args:Namespace) -> None:
 # ---- the model ----------------------------------------------------------------------------------
 
 def make_config(args:Namespace, vocab_size:int) -> H3Config|BiGSConfig:
-  try: return h3_config(args, vocab_size) if is_causal(args) else bigs_config(args, vocab_size)
+  try: return (h3_config if is_causal(args) else bigs_config)(args, vocab_size)
   except ValueError as e: raise UserError(str(e)) from None
 
-def shape(args:Namespace) -> list[int]:
+def dimensions(args:Namespace) -> list[int]:
   "Returns width, layers and heads, by --size where they are not given."
-  return [getattr(args, k) or getattr(SIZES[args.size], k) for k in Size._fields[:3]]
+  size = SIZES[args.size]
+  return [getattr(args, k) or getattr(size, k) for k in ("d_model", "n_layer", "n_heads")]
 
 def h3_config(args:Namespace, vocab_size:int) -> H3Config:
-  d_model, n_layer, n_heads = shape(args)
-  # the paper's hybrid has two attention layers, the 2nd and the (2 + N/2)th; a shallow one makes do with one
+  d_model, n_layer, n_heads = dimensions(args)
+  attention, rotary_dim = args.attn_layers, args.rotary_dim or 0
+  # the paper's hybrid has two attention layers, the 2nd and the (2 + N/2)th; a shallow one has one
   hybrid = (1, 1 + n_layer//2) if n_layer >= 8 else (n_layer//2,)
-  attention, rotary = args.attn_layers, args.rotary_dim
-  if attention is None: attention = {"hybrid": hybrid, "transformer": range(n_layer)}.get(args.model, ())
-  if rotary is None and args.model == "transformer" and not args.max_positions: rotary = d_model // n_heads // 2 * 2
-  return H3Config(vocab_size, d_model, n_layer, tuple(attention), n_heads, rotary or 0, args.d_state, args.head_dim,
-                  args.mlp_mult or 4, ssm="s4d" if args.model == "s4d" else "h3", embed_dropout=args.embed_dropout,
-                  resid_dropout=args.resid_dropout, init_std=args.init_std or 0.02,
-                  max_length=max(2048, 2*args.length), max_positions=args.max_positions)
+  if attention is None:
+    attention = dict(hybrid=hybrid, transformer=range(n_layer)).get(args.model, ())
+  if args.rotary_dim is None and args.model == "transformer" and not args.max_positions:
+    rotary_dim = d_model // n_heads // 2 * 2
+  return H3Config(vocab_size, d_model, n_layer, tuple(attention), n_heads, rotary_dim, args.d_state,
+                  args.head_dim, args.mlp_mult or 4, ssm="s4d" if args.model == "s4d" else "h3",
+                  embed_dropout=args.embed_dropout, resid_dropout=args.resid_dropout,
+                  init_std=args.init_std or 0.02, max_length=max(2048, 2*args.length),
+                  max_positions=args.max_positions)
 
 def bigs_config(args:Namespace, vocab_size:int) -> BiGSConfig:
-  d_model, n_layer, n_heads = shape(args)
-  block = BLOCK_OF[args.model]
+  d_model, n_layer, n_heads = dimensions(args)
+  block = {"bigs": "gated", "bert": "attention", "transformer": "attention"}.get(args.model, args.model)
   # a gated layer has 13 D² weights to the others' 12
   if args.n_layer is None and block.startswith("gated"): n_layer -= n_layer // 24
-  return BiGSConfig(vocab_size, d_model, n_layer, block, (args.mlp_mult or 0)*d_model, n_heads, args.d_state,
-                    args.length, embed_dropout=args.embed_dropout)
+  return BiGSConfig(vocab_size, d_model, n_layer, block, (args.mlp_mult or 0)*d_model, n_heads,
+                    args.d_state, args.length, embed_dropout=args.embed_dropout)
 
 def make_model(args:Namespace, task:Task, start:Saved|None=None) -> Model:
   "Makes a new model, or that of a checkpoint, and fits it to the task."
@@ -566,35 +582,37 @@ def make_model(args:Namespace, task:Task, start:Saved|None=None) -> Model:
     if isinstance(config, H3Config): return H3LM(config, seed=args.seed)
     if task.labels: config.n_labels = len(task.labels)
     return BiGS(config, args.seed, (task.head,))
-  source, tensors, meta = str(start.path), start.tensors, start.meta
-  if is_causal(args): model = h3_model(tensors, meta, source)
+  path, tensors, meta = start
+  if is_causal(args): model = h3_model(tensors, meta, str(path))
   else:
     labels = task.labels and len(task.labels)
     old = tensors.get("classifier.weight")
-    if not args.resume and labels and old is not None and old.shape[0] != labels:      # as MRPC and RTE start from MNLI
+    # as MRPC and RTE start from MNLI
+    if not args.resume and labels and old is not None and old.shape[0] != labels:
       tensors = {k: v for k, v in tensors.items() if not k.startswith("classifier.")}
-    model = bigs_model(tensors, meta, source, task.head, "tanh", labels)
+    model = bigs_model(tensors, meta, str(path), task.head, "tanh", labels)
   if model.config.vocab_size != task.vocab_size:
-    raise UserError(f"the checkpoint's vocabulary is {model.config.vocab_size}, --tokenizer {args.tokenizer}'s "
-                    f"{task.vocab_size}: give the tokenizer it was trained with")
+    raise UserError(f"the checkpoint's vocabulary is {model.config.vocab_size}, --tokenizer "
+                    f"{args.tokenizer}'s {task.vocab_size}: give the tokenizer it was trained with")
   if isinstance(model, BiGS): model.lengthen(args.length)
   else: model.config.max_length = max(model.config.max_length, 2*args.length)
   return model
 
 def check_positions(model:Model, task:Task) -> None:
-  longest, most = max(b[0].shape[1] for b in task.held_out), model.config
-  if isinstance(model, H3LM) and longest > (most.max_positions or longest):
-    raise UserError(f"the model has learned positions for {most.max_positions} tokens, and the task has rows of "
+  longest = max(b[0].shape[1] for b in task.held_out)
+  most = isinstance(model, H3LM) and model.config.max_positions
+  if most and longest > most:
+    raise UserError(f"the model has learned positions for {most} tokens, and the task has rows of "
                     f"{longest}: give a larger --max-positions, or a smaller --length")
 
 def describe(c:H3Config|BiGSConfig) -> str:
   if isinstance(c, BiGSConfig):
-    names = "BiGS", "STACK/SSM", "gated attention", "BERT", "S4D both ways"
-    name, where = dict(zip((*BLOCKS, "s4d"), names))[c.block], ""
-  elif not c.attn_layers: name, where = {"h3": "H3", "s4d": "S4D"}[c.ssm], ""
-  elif len(c.attn_layers) == c.n_layer: name, where = "Transformer", ""
-  else: name, where = "hybrid H3", f", attention in {', '.join(map(str, c.attn_layers))}"
-  return f"{name}, {c.n_layer} layers of width {c.d_model}{where}"
+    names = dict(gated="BiGS", stack="STACK/SSM", attention="BERT", s4d="S4D both ways")
+    name = names.get(c.block, "gated attention")
+  elif not c.attn_layers: name = c.ssm.upper()
+  else: name = "Transformer" if len(c.attn_layers) == c.n_layer else "hybrid H3"
+  text = f"{name}, {c.n_layer} layers of width {c.d_model}"
+  return f"{text}, attention in {', '.join(map(str, c.attn_layers))}" if "hybrid" in name else text
 
 # ---- a step -------------------------------------------------------------------------------------
 
@@ -652,8 +670,8 @@ def training_step(model:Model, opt:AdamW, task:Task, args:Namespace, scale:LossS
   if not (in_parts or args.devices > 1 or args.checkpoint_activations or scale.on):
     return half_precision(args.dtype)(make_step(model, opt.params, opt, task.forward))
 
-  carried, update = CarriedState(model, opt.device), opt.update
-  if args.truncate: gradients = truncated(carried, params, cross_entropy)
+  carried, update = CarriedState(model, opt.device, cross_entropy), opt.update
+  if args.truncate: gradients = truncated(carried, params)
   elif args.checkpoint_activations: gradients = gradient_checkpointing(model, params, cross_entropy)
   else: gradients = forward_backward(model, opt.params, weighted(task.forward))
   if args.devices > 1: gradients, update = on_devices(opt.device, gradients, update)
@@ -674,19 +692,21 @@ def training_step(model:Model, opt:AdamW, task:Task, args:Namespace, scale:LossS
     return [loss / scale.value, norm]
   return half_precision(args.dtype)(step)
 
-def evaluation(model:Model, task:Task, args:Namespace) -> Callable[[Batch], list[np.ndarray]]:
+def evaluation(model:Model, opt:AdamW, task:Task, args:Namespace) -> Callable:
   "Makes the plain evaluation, or with --truncate one in pieces."
-  device = next(iter(get_state_dict(model).values())).device
-  if args.truncate: evaluate = truncated_eval(model, device, cross_entropy, args.truncate)
-  else: evaluate = make_eval(model, task.forward)
+  evaluate = make_eval(model, task.forward)
+  if args.truncate:
+    carried = CarriedState(model, opt.device, cross_entropy)
+    evaluate = truncated_eval(carried, make_eval, args.truncate)
   return half_precision(args.dtype)(evaluate)
 
 # ---- the log ------------------------------------------------------------------------------------
 
 def four_digits(x:float) -> float: return float(f"{x:.4g}")
 
-# the log's columns, rounded so; Run.train hands a value for each to Log.step
-COLUMNS = {"step": int, "loss_nats": lambda x: round(x, 5), "learning_rate": four_digits, "gradient_norm": four_digits}
+# The log's columns, and how they are rounded. A new one stands here, and Run.train gives its value.
+COLUMNS = {"step": int, "loss_nats": lambda x: round(x, 5), "learning_rate": four_digits,
+           "gradient_norm": four_digits}
 
 def read_losses(meta:dict[str, str]) -> list[dict[str, float]]:
   "Reads the log's rows in a checkpoint; a column that it has not is nan, one too many is left out."
@@ -707,11 +727,13 @@ class Log:
   def __init__(self, args:Namespace, task:Task):
     self.args, self.task = args, task
     self.rows: list[dict[str, float]] = []              # COLUMNS of each step
-    self.evals: list[list] = []                         # step, held-out loss in the task's unit, metrics
+    self.evals: list[list] = []                         # step, held-out loss in `unit`, metrics
     self.resumed = 0                                    # rows that are from before this process
     self.seconds_before = 0.0                           # of training, likewise
     self.seconds_a_step = 0.0
     self.live = bool(sys.stdout and sys.stdout.isatty())
+    self.table = Path(args.log or Path(args.out)/"log.csv")
+    self.picture = Path(args.plot or Path(args.out)/"loss.png")
     self.restart_clock()
 
   def restart_clock(self) -> None: self.times = [time.perf_counter()]
@@ -738,16 +760,17 @@ class Log:
     text = self.progress(step, tokens)
     if self.live:
       width = shutil.get_terminal_size().columns - 1
-      bar = max(0, min(20, width - len(text) - 1))      # what the text leaves
-      self.show("\r\x1b[K" + f"{'━'*(bar*step//steps):─<{bar}} {text}"[:width].strip(), end="")
+      room = max(0, min(20, width - len(text) - 1))     # what the text leaves
+      bar = "━"*(room*step//steps)
+      self.show("\r\x1b[K" + f"{bar:─<{room}} {text}"[:width].strip(), end="")
     elif step % self.args.log_every == 0 or step in (1, steps): self.show(text)
 
   def progress(self, step:int, tokens:int) -> str:
     steps, unit = self.args.steps, self.task.unit.replace(" per ", "/")
     recent = [r["loss_nats"] for r in self.rows[-10:]]  # a step's loss alone jumps about
     loss = sum(recent) / len(recent)
-    text = (f"step {step:>{len(str(steps))}}/{steps}  loss {loss:.3f}  {loss*self.task.per_nat:.3f} {unit}  "
-            f"lr {self.rows[-1]['learning_rate']:.1e}")
+    text = (f"step {step:>{len(str(steps))}}/{steps}  loss {loss:.3f}  "
+            f"{loss*self.task.per_nat:.3f} {unit}  lr {self.rows[-1]['learning_rate']:.1e}")
     if self.seconds_a_step:
       left = duration((steps-step)*self.seconds_a_step)
       text += f"  {tokens/self.seconds_a_step:,.0f} tokens/s  {left} left"
@@ -758,35 +781,29 @@ class Log:
     _, loss, metrics = self.evals[-1]
     return f"{loss:.3f} {self.task.unit}" + "".join(f", {k} {v:.3f}" for k, v in metrics.items())
 
-  def files(self) -> tuple[Path, Path]:
-    "Returns where the table and the picture go."
-    out = Path(self.args.out)
-    return Path(self.args.log or out / "log.csv"), Path(self.args.plot or out / "loss.png")
-
   def write(self, title:str) -> str:
     "Writes the table and the picture; returns what to tell the user."
-    table, picture = self.files()
     try:
-      self.write_table(table)
-      try: self.plot(picture, title)
-      except ImportError: return f"{table} (pip install matplotlib, and the plot is drawn too)"
+      self.write_table()
+      try: self.plot(title)
+      except ImportError: return f"{self.table} (pip install matplotlib, and the plot is drawn too)"
     except OSError as e: return f"not the log ({e.filename}: {e.strerror})"
-    return f"{table}, {picture}"
+    return f"{self.table}, {self.picture}"
 
-  def write_table(self, path:Path) -> None:
+  def write_table(self) -> None:
     unit = self.task.unit.replace(" ", "_")
     held_out = {step: {unit: loss} | metrics for step, loss, metrics in self.evals}
-    names = [f"held_out_{k}".replace(" ", "_") for k in ([*held_out.values()] or [{}])[-1]]
+    names = self.evals and held_out[self.evals[-1][0]]
     baseline = {f"baseline_{unit}": round(self.task.baseline, 5)}
-    with open(path, "w", newline="") as f:
+    with open(self.table, "w", newline="") as f:
       table = csv.writer(f)
       for i, r in enumerate(self.rows):
-        first = dict(step=r["step"], loss_nats=r["loss_nats"])
-        row = first | {unit: round(r["loss_nats"]*self.task.per_nat, 5)} | r | baseline
-        if i == 0: table.writerow([*row, *names])
+        row = dict(step=r["step"], loss_nats=r["loss_nats"])
+        row |= {unit: round(r["loss_nats"]*self.task.per_nat, 5)} | r | baseline
+        if i == 0: table.writerow([*row, *(f"held_out_{k}".replace(" ", "_") for k in names)])
         table.writerow([*row.values(), *held_out.get(r["step"], {}).values()])
 
-  def plot(self, path:Path, title:str) -> None:
+  def plot(self, title:str) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -801,13 +818,14 @@ class Log:
     ax.axhline(baseline, color="#888888", ls="--", lw=1.2, label=f"{name}: {baseline:.2f}")
     if self.evals:
       steps, losses, _ = zip(*self.evals)
-      ax.plot(steps, losses, "o-", color="#e45756", ms=5, lw=1, label=f"held out: {losses[-1]:.2f} at the end")
+      label = f"held out: {losses[-1]:.2f} at the end"
+      ax.plot(steps, losses, "o-", color="#e45756", ms=5, lw=1, label=label)
     ax.set(xlabel="step", ylabel=self.task.unit)
     ax.set_title(title, fontsize=10.5, loc="left")
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False)
-    fig.savefig(path)
+    fig.savefig(self.picture)
     plt.close(fig)
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -829,14 +847,14 @@ class Run:
     self.opt = AdamW(self.params, **(MASKED if isinstance(self.model, BiGS) else {}))
     self.state = training_state(self.model, self.opt)
     self.scale, self.log = LossScale(args.dtype), Log(args, task)
-    bert = task.tokenizer and args.tokenizer == "bert"
-    self.vocab = task.tokenizer.path.read_bytes() if bert else None     # a copy goes beside the checkpoint
+    bert = task.tokenizer and args.tokenizer == "bert"  # its file goes beside the checkpoint
+    self.vocab = task.tokenizer.path.read_bytes() if bert else None
     self.first = 0                                      # steps done before this process
     self.saved: int|None = None                         # steps that the newest checkpoint has done
     self.failures = self.failed_at = 0                  # failures in a row; the last one's step
     if args.resume: self.resume(start)
     self.step = training_step(self.model, self.opt, task, args, self.scale)
-    self.outputs = evaluation(self.model, task, args)
+    self.outputs = evaluation(self.model, self.opt, task, args)
     parameters = sum(p.numel() for p in self.params.values())
     self.title = f"{describe(self.model.config)}, {parameters/1e6:.2f} M parameters"
 
@@ -844,15 +862,16 @@ class Run:
     meta = start.meta
     self.first = self.saved = int(meta["step"])
     if self.first >= self.args.steps:
-      raise UserError(f"the run in {self.out} has done its {self.first} steps: give more with --steps, or another "
-                      "--out to start afresh")
+      raise UserError(f"the run in {self.out} has done its {self.first} steps: give more with "
+                      "--steps, or another --out to start afresh")
     restore(start, self.state)
     self.log.rows, self.log.evals = read_losses(meta), read_evals(meta)
     self.log.resumed = len(self.log.rows)
     self.log.seconds_before = float(meta.get("seconds", 0))
     if "scale" in meta: self.scale.value, self.scale.good = json.loads(meta["scale"])
     if meta.get("data", self.task.about) != self.task.about:
-      print(f"note: the run so far was on {meta['data']}: this is not what it would have been", file=sys.stderr)
+      print(f"note: the run so far was on {meta['data']}: this is not what it would have been",
+            file=sys.stderr)
 
   def announce(self) -> None:
     args = self.args
@@ -877,31 +896,32 @@ class Run:
     loss, norm = self.step(batch, hyper)
     if step == self.first: self.log.line(f"first step after {time.perf_counter()-START:.1f} s")
     if math.isfinite(loss) and self.scale.accepts(math.isfinite(norm)):
-      self.log.step(batch[0].size, step=step+1, loss_nats=loss, learning_rate=lr, gradient_norm=norm)
+      self.log.step(batch[0].size, step=step+1, loss_nats=loss, learning_rate=lr,
+                    gradient_norm=norm)
     else: self.recover(step+1)
     if step - self.first < 2: self.log.restart_clock()  # they compile
 
   def recover(self, step:int) -> None:
     """Goes back to the last checkpoint, or to the beginning, in place; data and schedule go on.
     UserError for the third time in a row."""
-    # weights that blow up do so after a few good steps: "in a row" is with fewer than RECOVERED between
+    # weights that blow up do so after a few good steps: fewer than RECOVERED between are "in a row"
     if step - self.failed_at > RECOVERED: self.failures = 0
     self.failures, self.failed_at = self.failures + 1, step
     if self.failures == 3:
-      raise UserError(f"the loss or the gradient is not finite at step {step}, for the third time in a row: take a "
-                      "smaller --lr (checkpoints stay as they were)")
+      raise UserError(f"the loss or the gradient is not finite at step {step}, for the third time "
+                      "in a row: take a smaller --lr (checkpoints stay as they were)")
     if self.saved is not None: restore(read_newest(self.out), self.state)
     else:
       for k, p in get_state_dict(self.new_model()).items(): fill(self.params[k], p.numpy())
       for t in (*self.opt.m.values(), *self.opt.v.values()): fill(t, np.zeros(t.shape, np.float32))
-    self.log.line(f"step {step}: the loss or the gradient is not finite: back to the weights of step "
-                  f"{self.saved or 0}, without this batch")
+    self.log.line(f"step {step}: the loss or the gradient is not finite: back to the weights of "
+                  f"step {self.saved or 0}, without this batch")
     self.log.restart_clock()
 
   def evaluate(self, step:int) -> bool:
     "Returns whether the loss on the held-out data is finite; if so it is shown."
     task, outputs = self.task, [self.outputs(b) for b in self.task.held_out]
-    counts = [task.count(b) for b in task.held_out]     # batches weigh by their targets, as in training
+    counts = [task.count(b) for b in task.held_out]     # weights of the batches, as in training
     counts[len(counts)-task.metrics_only:] = [0]*task.metrics_only
     loss = float(np.average([o[0] for o in outputs], weights=counts))
     if math.isfinite(loss):
@@ -919,17 +939,21 @@ class Run:
     return True
 
   def write(self, step:int, must:bool, done:bool) -> None:
-    "Writes a checkpoint and the log; where there is no room a line says so, or UserError if it must."
+    """Writes a checkpoint and the log. Where there is no room for them a line says so, or UserError
+    if it must."""
     if self.saved is None:
       for old in (self.path, self.out/PREVIOUS):
-        if old.exists(): self.log.line(f"the checkpoint that was in {self.out} is now {set_aside(old).name}")
+        if old.exists():
+          self.log.line(f"the checkpoint that was in {self.out} is now {set_aside(old).name}")
     try:
-      save_beside_previous(self.path, training_state(self.model, self.opt), self.metadata(step, done))
+      tensors = training_state(self.model, self.opt)
+      save_beside_previous(self.path, tensors, self.metadata(step, done))
       if self.vocab: (self.out/"vocab.txt").write_bytes(self.vocab)
       self.saved = step
-      self.log.write_table(self.log.files()[0])
+      self.log.write_table()
     except OSError as e:
-      left = f"the checkpoint of step {self.saved} stays" if self.saved is not None else "there is no checkpoint yet"
+      left = "there is no checkpoint yet"
+      if self.saved is not None: left = f"the checkpoint of step {self.saved} stays"
       failed = f"can't write {e.filename or self.path}: {e.strerror}; {left}"
       if must: raise UserError(failed) from None
       self.log.line(f"step {step}: {failed}, and the training goes on")
@@ -937,11 +961,12 @@ class Run:
 
   def metadata(self, step:int, done:bool) -> dict[str, str]:
     task, log = self.task, self.log
-    meta = dict(model="bigs" if isinstance(self.model, BiGS) else "h3", config=dataclasses.asdict(self.model.config),
-                args=vars(self.args), step=step, tokenizer=self.args.tokenizer,
-                losses=[[*row.values()] for row in log.rows], held_out=log.evals, baseline=task.baseline,
-                labels=task.labels, data=task.about, scale=[self.scale.value, self.scale.good],
-                seconds=round(log.seconds(), 1), done=done)
+    meta = dict(model="bigs" if isinstance(self.model, BiGS) else "h3",
+                config=dataclasses.asdict(self.model.config), args=vars(self.args), step=step,
+                tokenizer=self.args.tokenizer, losses=[[*row.values()] for row in log.rows],
+                held_out=log.evals, baseline=task.baseline, labels=task.labels, data=task.about,
+                scale=[self.scale.value, self.scale.good], seconds=round(log.seconds(), 1),
+                done=done)
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in meta.items()}
 
   def sample(self) -> None:
@@ -952,24 +977,25 @@ class Run:
 
   def loop(self, interrupt:Interrupt) -> int:
     "Trains to the last step, or until interrupted; returns the exit status."
-    args, due = self.args, lambda done, every: every and done % every == 0
+    args = self.args
+    def due(every): return every and done % every == 0
     if args.init and not args.resume: self.evaluate(0)  # where it starts from
     for step in range(self.first, args.steps):
       self.train(step)
-      done, stop = step + 1, interrupt.seen             # a signal from here on waits for the next step
+      done, stop = step + 1, interrupt.seen             # a later signal waits for the next step
       last = done == args.steps
-      save = stop or last or due(done, args.save_every)
+      save = stop or last or due(args.save_every)
       sound = True
-      if last or due(done, args.eval_every):
+      if last or due(args.eval_every):
         sound = self.evaluate(done)
         if not last and self.good_enough(): save = last = True
       elif save: sound = math.isfinite(float(self.outputs(self.task.held_out[0])[0]))
-      if not sound:                                     # weights that have blown up are never saved
+      if not sound:                                     # weights that blew up are never saved
         self.recover(done)
         if last: self.evaluate(done)
       if save and (sound or last): self.write(done, last or bool(stop), last)
       if last: break
-      if due(done, args.sample_every) and self.task.sample and not self.devices: self.sample()
+      if due(args.sample_every) and self.task.sample and not self.devices: self.sample()
       if stop:
         self.stopped(done)
         return 128 + stop
@@ -977,18 +1003,20 @@ class Run:
 
   def stopped(self, done:int) -> None:
     self.log.write(self.title)
-    saved = f"saved {self.path}" if self.saved == done else f"the checkpoint is that of step {self.saved}"
+    saved = f"the checkpoint is that of step {self.saved}"
+    if self.saved == done: saved = f"saved {self.path}"
     if self.saved is None: saved = "nothing saved"
     self.log.line(f"stopped after step {done} of {self.args.steps}, {saved}")
-    if self.saved is not None: self.log.line(f"go on with: python {self.program} --resume --out {self.out}")
+    if self.saved is not None:
+      self.log.line(f"go on with: python {self.program} --resume --out {self.out}")
 
   def finish(self) -> None:
     "Writes and shows what a finished run leaves."
     args, task = self.args, self.task
     files = self.log.write(self.title)
     if args.sample and task.sample:
-      if self.devices:
-        for p in self.params.values(): p.replace(p.to(self.devices[0]).realize())
+      for p in self.params.values() if self.devices else ():
+        p.replace(p.to(self.devices[0]).realize())
       print()
       try: self.sample()
       except KeyboardInterrupt: pass
@@ -996,21 +1024,23 @@ class Run:
     print(f"wrote {self.path}, {files}; {duration(time.perf_counter()-START)} in all")
     where = "" if args.out == OUT else f" --model {self.out}"
     if args.task == "text": print(f"more text: python generate.py{where}")
-    if args.task == "mlm": print(f'more of it: python generate.py{where} --fill "what is {MASK} here?"')
+    if args.task == "mlm":
+      print(f'more of it: python generate.py{where} --fill "what is {MASK} here?"')
 
 def train(program:str, args:Namespace, start:Saved|None=None) -> int:
   "Does one run. start: the checkpoint that --resume or --init names."
   Tensor.manual_seed(args.seed)                         # dropout's; weights and batches are numpy's
-  if args.embed_dropout or args.resid_dropout: Tensor.rand(1).realize()       # makes the counter that is saved
+  if args.embed_dropout or args.resid_dropout:
+    Tensor.rand(1).realize()                            # makes the counter that is saved
   task = TASKS[args.task].make(args)
   fill_step_defaults(args)
   run = Run(program, args, task, start)
-  check_writable(run.out, *(p.parent for p in run.log.files()))
+  check_writable(run.out, run.log.table.parent, run.log.picture.parent)
   clean(run.out)
   run.announce()
   # a run that goes on holds the lock already
-  with contextlib.nullcontext() if args.resume else lock_run_directory(run.out), Interrupt() as interrupt:
-    status = run.loop(interrupt)
+  lock = contextlib.nullcontext() if args.resume else lock_run_directory(run.out)
+  with lock, Interrupt() as interrupt: status = run.loop(interrupt)
   if status == 0: run.finish()
   return status
 
@@ -1020,13 +1050,13 @@ def main(argv:list[str]|None=None, program:str="train.py", default:str="text") -
   if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")
   p = parser(program, default)
   args = p.parse_args(argv)
+  # a run that goes on keeps others out before its checkpoint is read
+  held = args.resume and Path(args.out).is_dir()
+  lock = lock_run_directory(Path(args.out)) if held else contextlib.nullcontext()
   try:
     for key, where in MOVED.items():
       if hasattr(args, key): raise UserError(f"{flag_of(key)} is another program's: {where}")
-    # a run that goes on keeps others out before its checkpoint is read, a new one where it makes its folder
-    out = Path(args.out)
-    with lock_run_directory(out) if args.resume and out.is_dir() else contextlib.nullcontext():
-      return train(program, *resolve_args(argv, program, default))
+    with lock: return train(program, *resolve_args(argv, program, default))
   except (UserError, CheckpointError) as e: p.error(str(e))
   except MemoryError: p.error("not enough memory: take a smaller --batch, --length or model")
   except OSError as e:

@@ -10,9 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import csv, functools, itertools, random, re, tempfile, warnings
 import numpy as np
 from tinygrad import Device
-from papers.grid import Grid, UNVERIFIED, child, labelled, main, real, show_table
+from papers.grid import Grid, UNVERIFIED, child, hold_out, labelled, main, real, show_table, shuffled
 from support.text import UserError
-from train import Batch, Task, argparse, hold_out, number, shuffled, task
+from train import Batch, Task, argparse, number, task
 
 OPERATORS = ("MIN", "MAX", "MED", "SM")
 DEPTH, ARGUMENTS = 10, 10

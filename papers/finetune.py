@@ -7,9 +7,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import math
 import numpy as np
-from papers.grid import labelled, main, real
+from papers.grid import hold_out, labelled, main, real, shuffled
 from support.text import UserError, read_tsv
-from train import Batch, Task, argparse, hold_out, shuffled, task, text_options, tokenizer
+from train import Batch, Task, argparse, task, text_options, tokenizer
 
 FINE_TUNING = dict(lr=2e-5, epochs=3)            # with --init: GLUE's recipe
 

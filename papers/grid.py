@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import csv, dataclasses, itertools, math, os, re, signal, subprocess, time
+import csv, dataclasses, functools, itertools, math, os, re, signal, subprocess, time
 from typing import Callable
 import numpy as np
 from tinygrad import Device, Tensor
@@ -15,6 +15,19 @@ from support.text import Tokenizer, UserError
 from support.training import PREVIOUS, Interrupt, check_writable, read_newest
 import train
 from train import Batch, Task, argparse, cross_entropy, duration, read_evals
+
+def shuffled(args:argparse.Namespace, n:int) -> Callable[[int], list[int]]:
+  "Returns which of n rows are the batch of a step: in each epoch all of them, in a new order."
+  @functools.lru_cache(2)
+  def order(epoch):
+    return np.random.default_rng([args.seed, 3, epoch]).permutation(n)
+  return lambda step: [order(i // n)[i % n] for i in range(step*args.batch, (step+1)*args.batch)]
+
+def hold_out(args:argparse.Namespace, n:int) -> tuple[np.ndarray, np.ndarray]:
+  "Returns which of n rows are to train on, and which, --holdout of them, are held out."
+  order = np.random.default_rng([args.seed, 2]).permutation(n)
+  m = max(1, round(n*args.holdout))
+  return order[m:], order[:m]
 
 def real(text:str) -> float|None:
   try: return x if math.isfinite(x := float(text)) else None

@@ -10,9 +10,9 @@ import math
 import numpy as np
 from tinygrad import Tensor
 from h3tiny import H3LM
-from papers.grid import Grid, UNVERIFIED, main
+from papers.grid import Grid, UNVERIFIED, main, shuffled
 from support.text import UserError
-from train import SIZES, Batch, Task, argparse, cross_entropy, number, shuffled, task
+from train import SIZES, Batch, Task, argparse, cross_entropy, number, task
 
 def induction(rng:np.random.Generator, n:int, length:int, symbols:int) -> np.ndarray:
   "Induction head (n, length+2): ordinary symbols, somewhere a special one, at the end it again; what followed it."

@@ -276,8 +276,8 @@ def pieces(batch:Batch, size:int) -> Iterator[Batch]:
 
 class CarriedState:
   "The state of a model's H3 layers, carried as a constant from one piece of a sequence to the next."
-  def __init__(self, model:H3LM, device:Devices):
-    self.model, self.device, self.state = model, device, ()
+  def __init__(self, model:H3LM, device:Devices, loss_of:Callable):
+    self.model, self.device, self.loss_of, self.state = model, device, loss_of, ()
 
   def reset(self, rows:int) -> None:
     if not self.state:
@@ -285,36 +285,37 @@ class CarriedState:
       self.state = tuple(tensor_on(self.device, np.zeros(s, np.float32)) for s in shapes)
     overwrite(self.state, [t.zeros_like() for t in self.state])
 
-  def forward(self, tokens:Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    return self.model.forward(tokens, self.state)
+  def loss(self, tokens:Tensor, targets:Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    "Returns a piece's mean loss and the state after it."
+    logits, after = self.model.forward(tokens, self.state)
+    return self.loss_of(logits, targets), after
 
-def truncated(carried:CarriedState, params:list[Tensor], loss_of:Callable) -> Gradients:
+  def move_on(self, after:tuple[Tensor, ...], *others:Tensor) -> None:
+    "Realises what was computed from the state, and then overwrites it."
+    Tensor.realize(*others, *after)
+    overwrite(self.state, after)
+
+def truncated(carried:CarriedState, params:list[Tensor]) -> Gradients:
   """Takes the place of forward and backward: the state goes on from each piece to the next, no
   gradient comes back through it (truncated backpropagation through time)."""
   def gradients(weight, tokens, targets):
-    logits, after = carried.forward(tokens)
-    loss = loss_of(logits, targets) * weight.reshape(())
+    loss, after = carried.loss(tokens, targets)
+    loss = loss * weight.reshape(())
     grads = loss.gradient(*params)
-    Tensor.realize(loss, *grads, *after)
-    overwrite(carried.state, after)
+    carried.move_on(after, loss, *grads)
     return loss, grads
   return gradients
 
-def truncated_eval(model:H3LM, device:Devices, loss_of:Callable, size:int
-                   ) -> Callable[[Batch], list[np.ndarray]]:
-  "Takes the place of the plain evaluation: reads a batch in pieces, as in training."
-  carried = CarriedState(model, device)
-  @capture
-  def piece_loss(tokens, targets):
-    logits, after = carried.forward(tokens)
-    loss = loss_of(logits, targets)
-    Tensor.realize(loss, *after)
-    overwrite(carried.state, after)
-    return loss
+def truncated_eval(carried:CarriedState, make_eval:Callable, size:int) -> Callable:
+  "Wraps the plain evaluation: reads a batch in pieces, as in training."
+  def forward(model, tokens, targets):
+    loss, after = carried.loss(tokens, targets)
+    carried.move_on(after, loss)
+    return (loss,)
+  of_piece = make_eval(carried.model, forward)
   def evaluate(batch):
     carried.reset(len(batch[0]))
-    losses = [piece_loss(*(tensor_on(device, a) for a in p)).item() for p in pieces(batch, size)]
-    return [np.mean(losses)]
+    return [np.mean([of_piece(p)[0] for p in pieces(batch, size)])]
   return evaluate
 
 # ---- gradient checkpointing ---------------------------------------------------------------------
