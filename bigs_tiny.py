@@ -32,7 +32,8 @@ from types import SimpleNamespace
 from typing import ClassVar
 import numpy as np
 from tinygrad import GlobalCounters, Tensor
-from flashconv import Vandermonde, check_kernels, cmul, embedding, fftconv, matmul, setup_device, stored
+from flashconv import Vandermonde, cmul, fftconv, stored
+from support.cpu import check_kernels, embedding, matmul, setup_device
 from h3tiny import Attention, Blank, DiagSSM, LayerNorm, Linear, joined, param
 
 BLOCKS = ("gated", "stack", "gated-attention", "attention")

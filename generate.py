@@ -23,7 +23,8 @@ import time
 from pathlib import Path
 from typing import Callable, Iterator
 import numpy as np
-from flashconv import WEIGHTS, capture, check_kernels, setup_device
+from flashconv import WEIGHTS, capture
+from support.cpu import check_kernels, setup_device
 from bigs_tiny import BiGS
 from h3tiny import H3Config, H3LM
 from support.checkpoints import (CHECKPOINT, RELEASED, CheckpointError, bigs_model, find, h3_model,

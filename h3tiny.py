@@ -25,8 +25,9 @@ from types import SimpleNamespace
 from typing import Iterator, NamedTuple
 import numpy as np
 from tinygrad import Tensor
-from flashconv import (Pair, Vandermonde, attend_step, causal_softmax, cmul, constant, embedding,
-                       fftconv, h3_step, layernorm, matmul, softmax, ssm_conv, stored, write)
+from flashconv import Pair, Vandermonde, cmul, constant, fftconv, ssm_conv, stored
+from support.cpu import (attend_step, causal_softmax, embedding, h3_step, layernorm, matmul, softmax,
+                         write)
 
 BY_FFT = 2048     # sequences up to this length go through the FFT in training, longer ones by state passing (README)
 State = tuple[Tensor, ...]  # of a mixer: () where there is none. Of the model: see H3LM.init_state

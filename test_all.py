@@ -17,7 +17,8 @@ from typing import Callable
 from unittest import mock
 import numpy as np, pytest
 import flashconv
-flashconv.setup_device()
+from support import cpu
+cpu.setup_device()
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit, UOp, dtypes
 from tinygrad.device import Buffer
 from tinygrad.helpers import Context
@@ -27,7 +28,8 @@ from tinygrad.runtime.ops_cpu import CPUProgram
 import bigs_tiny, generate as gen, h3tiny, train
 from support import checkpoints, text as texts
 from bigs_tiny import BLOCKS, BiGS, BiGSConfig
-from flashconv import capture, embedding, fftconv, layernorm, matmul, product, softmax, ssm_conv
+from flashconv import capture, fftconv, ssm_conv
+from support.cpu import embedding, layernorm, matmul, product, softmax
 from h3tiny import H3Config, H3LM, H3Mixer
 from support.checkpoints import (CheckpointError, Stored, load_weights, read_checkpoint,
                                  save_checkpoint, save_official)
@@ -150,9 +152,9 @@ def test_kernel_selfcheck(monkeypatch, capsys):
   roots = flashconv._twiddles
   monkeypatch.setattr(flashconv, "_twiddles", lambda *a: roots(*a)*1.001)
   with pytest.raises(RuntimeError, match="kernel fftconv is wrong on"): flashconv.selfcheck()
-  monkeypatch.setattr(flashconv, "diskcache_get", lambda *a: None)
+  monkeypatch.setattr(cpu, "diskcache_get", lambda *a: None)
   with Context(FLASH=1, NOOPT=1):
-    flashconv.check_kernels()
+    cpu.check_kernels()
     assert not flashconv.FLASH
     said = capsys.readouterr().err
     assert said.startswith("warning: kernel fftconv is wrong on") and said.count("\n") == 1
@@ -264,7 +266,7 @@ sizes = [(1, 1, 1), (1, 32, 32), (2, 257, 1), (3, 5, 2), (31, 6, 33), (25, 23, 2
          (257, 32, 31), (257, 257, 257), (3, 255, 33), (7, 513, 65), (4, 769, 31), (64, 1024, 96), (600, 40, 96)]
 
 @pytest.fixture
-def always(monkeypatch): monkeypatch.setattr(flashconv, "SMALL", 0)  # the kernel at every size
+def always(monkeypatch): monkeypatch.setattr(cpu, "SMALL", 0)  # the kernel at every size
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("M,K,N", sizes)
@@ -347,8 +349,8 @@ def test_kernel_matmul_what_stays_plain():
 def test_kernel_matmul_groups_cores_and_tiles(M, K, N, lanes, registers, monkeypatch):
   "one A or B for all groups, sums over groups, shared by three cores, on processors with other registers"
   m = flashconv.machine(Device.DEFAULT)._replace(lanes=lanes, registers=registers, cores=3)
-  monkeypatch.setattr(flashconv, "ONE_CORE", 0)
-  monkeypatch.setattr(flashconv, "machine", lambda device: m)
+  monkeypatch.setattr(cpu, "ONE_CORE", 0)
+  monkeypatch.setattr(cpu, "machine", lambda device: m)
   for i, (ga, gb, total) in enumerate([(1, 1, False), (3, 3, False), (1, 2, False), (2, 1, False), (2, 2, True)]):
     for ta, tb in [(False, True), (True, False)] if i % 2 else [(False, False), (True, True), (False, True)]:
       a, b, bias = normal(ga, M, K), normal(gb, K, N), normal(N)
@@ -415,7 +417,7 @@ def test_kernel_softmax(shape, flash):
   *_, L, T = shape
   s, g = 3*normal(*shape), normal(*shape)
   S = Tensor(s).realize()
-  p = flashconv.causal_softmax(S)
+  p = cpu.causal_softmax(S)
   ds, = p.gradient(S, gradient=Tensor(g))
   Tensor.realize(p, ds)
   seen = np.arange(T) <= np.arange(T-L, T)[:, None]
@@ -431,13 +433,13 @@ def test_kernel_attention_over_a_cache(L, T, hd, start, flash):
   pos, (q, k, v, k0, v0) = 4, (normal(3, 2, n, hd) for n in (L, L, L, T, T))
   k0[:, :, pos:], v0[:, :, pos:] = 1e30, np.nan
   at, begin = Tensor([pos], dtype=dtypes.int).realize(), start and Tensor(start, dtype=dtypes.int).realize()
-  K, V = (flashconv.write(Tensor(c).realize(), Tensor(x), at).realize() for c, x in ((k0, k), (v0, v)))
+  K, V = (cpu.write(Tensor(c).realize(), Tensor(x), at).realize() for c, x in ((k0, k), (v0, v)))
   for c, x, got in ((k0, k, K), (v0, v, V)):
     c[:, :, pos:pos+L] = x
     assert (got.numpy()[:, :, :pos+L] == c[:, :, :pos+L]).all()
   K, V = (Tensor(np.nan_to_num(c.numpy(), nan=0.0)).realize() for c in (K, V))          # in a model: zeros, or a text
-  if L == 1: y = flashconv.attend_step(Tensor(q[:, :, 0]), K, V, at, begin).unsqueeze(2)
-  else: y = matmul(flashconv.causal_softmax(matmul(Tensor(q*hd**-0.5), K, transposed=True), at, begin), V)
+  if L == 1: y = cpu.attend_step(Tensor(q[:, :, 0]), K, V, at, begin).unsqueeze(2)
+  else: y = matmul(cpu.causal_softmax(matmul(Tensor(q*hd**-0.5), K, transposed=True), at, begin), V)
   t, own = np.arange(T), pos + np.arange(L)[:, None]
   seen = (t <= own) & ((t >= np.reshape(start or 0, (-1, 1, 1, 1))) | (t == own))
   k0, v0 = (np.where(t[:, None] < pos+L, c, 0).astype(float) for c in (k0, v0))
@@ -450,7 +452,7 @@ def test_kernel_embedding(flash):
   "a word that comes often gets all its gradients, one that does not come gets 0"
   t, w, g = rng.integers(0, 9, (3, 7)), normal(11, 6), normal(3, 7, 6)
   W = Tensor(w).realize()
-  y = flashconv.embedding(Tensor(t.astype(np.int32)).realize(), W)
+  y = cpu.embedding(Tensor(t.astype(np.int32)).realize(), W)
   dW, = y.gradient(W, gradient=Tensor(g))
   Tensor.realize(y, dW)
   want = np.zeros((11, 6))
@@ -470,7 +472,7 @@ def test_kernel_matmul_of_small_weights(M, K, N, dtype, flash, always):
   exact = flashconv.widened(W).numpy()
   close(matmul(Tensor(x), W, transposed=True), x, exact.T)
   t = rng.integers(0, N, 5).astype(np.int32)
-  assert (flashconv.embedding(Tensor(t).realize(), W).numpy() == exact[t]).all()
+  assert (cpu.embedding(Tensor(t).realize(), W).numpy() == exact[t]).all()
 
 def test_rounding_to_bfloat16():
   "to the nearest; of two as near to the one that ends in 0; both zeros, infinities and the smallest numbers stay"
@@ -612,8 +614,8 @@ def test_kernel_capture_from_the_first_call():
 @on_cpu
 def test_kernel_replay_on_two_cores(monkeypatch):
   "Long chains of kernels, shared and not, each of which reads what other cores wrote just before: 50 replays, no race."
-  monkeypatch.setattr(flashconv, "SHARED", 1 << 8)
-  flashconv._threaded.cache_clear()
+  monkeypatch.setattr(cpu, "SHARED", 1 << 8)
+  cpu._threaded.cache_clear()
   w = normal(64, 64)/8
   W = Tensor(w).realize()
   @flashconv.capture
@@ -625,7 +627,7 @@ def test_kernel_replay_on_two_cores(monkeypatch):
     got, want = f(Tensor(x).realize()).numpy(), x.astype(np.float64)
     for _ in range(12): want = (want @ w)[::-1]*0.5 + want.sum(0, keepdims=True)*0.01
     assert np.abs(got - want).max() <= 1e-5*np.abs(want).max()
-  flashconv._threaded.cache_clear()
+  cpu._threaded.cache_clear()
 
 # ================================================================ kernels: in a loop of one's own
 
@@ -646,13 +648,13 @@ OWN = {
   "matmul, batched": (lambda x, w: matmul(x, w, transposed=True), (2, 5, 12), (2, 9, 12)),
   "layernorm": (layernorm, (2, 5, 12), (12,), (12,)),
   "softmax": (softmax, (2, 3, 7)),
-  "causal_softmax": (flashconv.causal_softmax, (2, 3, 7, 7)),
+  "causal_softmax": (cpu.causal_softmax, (2, 3, 7, 7)),
   "embedding": (lambda w: embedding(Tensor([[1, 0, 3], [3, 3, 1]]), w), (5, 8))}
 
 @pytest.fixture
 def own(request, monkeypatch):
   "A function of OWN and its inputs, realised."
-  monkeypatch.setattr(flashconv, "SMALL", 0)
+  monkeypatch.setattr(cpu, "SMALL", 0)
   if "levels" in request.param: monkeypatch.setattr(flashconv, "levels", lambda device, N: 4)
   if "cut" in request.param: monkeypatch.setattr(flashconv, "SHORT", 64)
   f, *shapes = OWN[request.param]
@@ -786,7 +788,7 @@ def test_kernel_launch_refuses_what_would_be_wrong():
 def test_kernels_for_decoding_have_no_gradient():
   q, k, pos = (Tensor(normal(*s)).realize() for s in ((1, 2, 4), (1, 2, 8, 4), (1,)))
   with pytest.raises(RuntimeError, match="attend_step.* has no gradient"):
-    flashconv.attend_step(q, k, k, pos.int()).sum().gradient(q)
+    cpu.attend_step(q, k, k, pos.int()).sum().gradient(q)
 
 @pytest.mark.parametrize("impulse", [Tensor.eye(8)[:1].unsqueeze(0), Tensor.arange(8).reshape(1, 1, 8).float(),
                                      Tensor.linspace(0, 1, 8).reshape(1, 1, 8), Tensor.full((1, 1, 8), 0.5, buffer=False)])
@@ -818,7 +820,7 @@ def test_kernel_softmax_of_low_scores(flash):
   assert np.isnan(p[3:]).any(1).all()
   q, k = np.full((1, 1, 4), 1e18, np.float32), np.full((1, 1, 6, 4), -1e18, np.float32)
   v, start = normal(1, 1, 6, 4), Tensor([2], dtype=dtypes.int)
-  y = flashconv.attend_step(*map(Tensor, (q, k, v)), Tensor([4], dtype=dtypes.int), start)
+  y = cpu.attend_step(*map(Tensor, (q, k, v)), Tensor([4], dtype=dtypes.int), start)
   np.testing.assert_allclose(y.numpy()[0, 0], v[0, 0, 2:5].mean(0), atol=1e-5)
 
 def test_fftconv_of_float64_is_exact_to_float64():
@@ -833,7 +835,9 @@ def test_fftconv_of_float64_is_exact_to_float64():
 OWN_PROCESS = """
 import faulthandler, sys
 faulthandler.dump_traceback_later(240, exit=True)
-from flashconv import capture, fftconv, matmul, setup_device
+from flashconv import capture, fftconv
+from support import cpu
+from support.cpu import matmul, setup_device
 import flashconv, numpy as np
 from tinygrad import Device, Tensor, TinyJit
 def normal(seed, *shape): return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
@@ -852,7 +856,7 @@ def matrices(n, jit=lambda f: f):
 THREADS = """
 import threading
 setup_device()
-flashconv.ONE_CORE, failed = 1, []
+flashconv.ONE_CORE, cpu.ONE_CORE, failed = 1, 1, []
 def convolutions(n):
   L = 40 + n
   k, w = (Tensor(normal(n, *s)).realize() for s in ((8, L), (L, 32)))
@@ -914,7 +918,7 @@ def thrice():
   return x
 jit = capture(thrice)
 jit(), jit()
-watched = {f.__code__ for f in (flashconv.Cores.run, flashconv.Job.__init__, flashconv.Job.run, CPUProgram.__call__,
+watched = {f.__code__ for f in (cpu.Cores.run, cpu.Job.__init__, cpu.Job.run, CPUProgram.__call__,
                                 Device["CPU"].graph.__call__)}
 def interrupted(work, place):
   "Whether work was, by an exception at the opcode with this number among those of the functions that are watched."
@@ -1843,12 +1847,13 @@ def test_hostile_pickles(tiny, tmp_path):
   for line in lines: assert line.endswith("| True | [] | set()"), line
 
 PEAK = """
-import sys, re, pathlib, flashconv, support.checkpoints
+import sys, re, pathlib, support.checkpoints
+from support import cpu
 from h3tiny import H3Config, H3LM
 def peak():
   status = pathlib.Path("/proc/self/status").read_text()
   return 1024*int(re.search(r"VmHWM:\\s+(\\d+)", status)[1])
-flashconv.setup_device()
+cpu.setup_device()
 H3LM(H3Config(8, 8, 1))
 before = peak()
 model = H3LM.from_pretrained(sys.argv[1], 4, sys.argv[2])
@@ -2048,7 +2053,7 @@ def test_bigs_blocks(block):
 
 def test_kernel_softmax_over_all(flash):
   x, dy = normal(3, 5, 70), normal(3, 5, 70)
-  y = flashconv.softmax(t := Tensor(x))
+  y = cpu.softmax(t := Tensor(x))
   g, = (y*Tensor(dy)).sum().gradient(t)
   p = np.exp(x.astype(np.float64))
   p /= p.sum(-1, keepdims=True)
@@ -2057,7 +2062,7 @@ def test_kernel_softmax_over_all(flash):
 
 def test_kernel_matmul_one_matrix_for_all(flash):
   a, b, dy = normal(40, 50), normal(3, 50, 24), normal(3, 40, 24)
-  y = flashconv.matmul(x := Tensor(a), w := Tensor(b))
+  y = cpu.matmul(x := Tensor(a), w := Tensor(b))
   dx, dw = (y*Tensor(dy)).sum().gradient(x, w)
   for got, want in ((y, a @ b), (dx, (dy @ b.transpose(0, 2, 1)).sum(0)), (dw, a.T @ dy)):
     assert_close(got, want, 1e-5*np.abs(want).max())
@@ -3562,7 +3567,7 @@ def test_readme_commands(section, tmp_path, monkeypatch, capfd):
   tsv(tmp_path/"cola.tsv", [("gj04", i % 2, "*", f"text {i}") for i in range(9)])
   for f in ("train.tsv", "dev.tsv"): tsv(tmp_path/f, [("ab"[i % 2], f"text {i}") for i in range(9)])
   project, seen = (HERE/"pyproject.toml").read_text(), 0
-  monkeypatch.setattr(flashconv, "selfcheck", lambda *a: 0.0)             # has a test of its own
+  for m in (flashconv, cpu): monkeypatch.setattr(m, "selfcheck", lambda *a: 0.0)             # has a test of its own
   if any("--score" in c for c in readme_commands()[section]):
     (tmp_path/"BoolQ").mkdir()
     (tmp_path/"BoolQ"/"val.jsonl").write_text('{"question": "is it", "passage": "It is.", "label": true}\n'*7)

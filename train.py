@@ -29,10 +29,11 @@ from tinygrad.helpers import Context
 from tinygrad.nn.state import get_state_dict
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 from bigs_tiny import BLOCKS, BiGS, BiGSConfig
-from flashconv import FLASH, capture, check_kernels, embedding, machine, setup_device
+from flashconv import FLASH, capture, machine
 from generate import (MASK, OUT, RUN, Parser, Session, number, peak_memory, show_fill, surprisal,
                       write)
 from h3tiny import H3Config, H3LM
+from support.cpu import check_kernels, embedding, setup_device
 from support.checkpoints import (CHECKPOINT, CheckpointError, Weights, bigs_model, find, h3_model,
                                  read_weights, save_checkpoint)
 from support.training import (EPS, BETA1, BETA2, CPU_SLICES, PREVIOUS, AdamW, Feed, Interrupt, LossScale, MASKED,
