@@ -10,7 +10,7 @@ import math
 import numpy as np
 from tinygrad import GlobalCounters, Tensor
 from bigs_tiny import BiGS, BiGSConfig, filters
-from flashconv import check_kernels, embedding, setup_device
+from support.cpu import check_kernels, embedding, setup_device
 from support.checkpoints import CheckpointError
 from papers.grid import Grid, UNVERIFIED, main
 from support.text import UserError

@@ -8,7 +8,7 @@ from typing import Callable
 import numpy as np
 from tinygrad import Device, Tensor
 from bigs_tiny import BiGS
-from flashconv import setup_device
+from support.cpu import setup_device
 from generate import OUT, Parser, number
 from support.checkpoints import CHECKPOINT, CheckpointError
 from support.text import Tokenizer, UserError
