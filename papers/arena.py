@@ -17,10 +17,10 @@ import argparse, functools, random, re, warnings
 from typing import Callable
 import numpy as np
 from tinygrad import Device
-from papers.grid import (UNVERIFIED, Column, Grid, Run, classification, pad, print_table, run_program,
-                         stack, to_float, train_all)
+from papers.grid import (UNVERIFIED, Column, Grid, Run, drawn_from, label_task, pad, print_table,
+                         run_program, stack, to_float, train_all)
 from support.text import UserError
-from train import Batch, Task, hold_out, number, shuffled, task
+from train import Batch, Task, hold_out, number, task
 
 # ---- ListOps --------------------------------------------------------------------------------------
 
@@ -56,8 +56,8 @@ TRAIN, TEST = 96000, 2000
 def listops_options(add:Callable) -> None:
   add("--held-out", number(int, 1), TEST, "lists to evaluate on", metavar="N", fixed=True)
 
-@task("listops", "the value of nested lists of operations", causal=False, options=listops_options, model="s4d",
-      size="tiny", batch=32, length=200, weight_decay=0.05, steps=5000)
+@task("listops", "the value of nested lists of operations", causal=False, options=listops_options,
+      model="s4d", size="tiny", batch=32, length=200, weight_decay=0.05, steps=5000)
 def listops_task(args:argparse.Namespace) -> Task:
   "The value, a digit, of nested operations on digits."
   L = args.length
@@ -71,10 +71,11 @@ def listops_task(args:argparse.Namespace) -> Task:
   def batch(step:int) -> Batch:
     first = step*args.batch
     return stack([row(0, i % TRAIN) for i in range(first, first + args.batch)])
-  held_out = [row(1, i) for i in range(args.held_out)]
-  trained = np.array([row(0, i)[2] for i in range(2000)])
-  about = f"listops: {TRAIN:,} lists of {low+1} to {L-1} tokens to train on, {len(held_out):,} held out"
-  return classification(args, about, None, 16, batch, held_out, trained, [*"0123456789"])
+  held_out = stack([row(1, i) for i in range(args.held_out)])
+  trained = [row(0, i)[2] for i in range(2000)]
+  about = (f"listops: {TRAIN:,} lists of {low+1} to {L-1} tokens to train on, "
+           f"{args.held_out:,} held out")
+  return label_task(args, about, None, 16, batch, held_out, trained, [*"0123456789"])
 
 # ---- images ---------------------------------------------------------------------------------------
 
@@ -83,8 +84,9 @@ Images = tuple[np.ndarray, np.ndarray]            # pixels (n,L) and labels (n,)
 def check_images(images:np.ndarray, labels:np.ndarray) -> Images:
   "Flat images of pixels from 0 to 255, and whole labels; ValueError for others."
   x, y = np.asarray(images).reshape(len(images), -1), np.asarray(labels).reshape(-1)
-  whole = all(np.isfinite(a).all() and (a == a.astype(int)).all() for a in (x, y))
-  if not whole or len(x) != len(y) or x.shape[1] < 2 or x.min() < 0 or x.max() > 255: raise ValueError
+  for numbers in (x, y):
+    if not np.isfinite(numbers).all() or (numbers != numbers.astype(int)).any(): raise ValueError
+  if len(x) != len(y) or x.shape[1] < 2 or x.min() < 0 or x.max() > 255: raise ValueError
   return x.astype(np.int32), y.astype(np.int32)
 
 def read_images(path:Path) -> tuple[Images, Images|None]:
@@ -92,44 +94,50 @@ def read_images(path:Path) -> tuple[Images, Images|None]:
   try:
     if path.suffix == ".npz":
       with np.load(path) as f: arrays = {name: f[name] for name in f.files}
-      get = lambda name: arrays.get(name, arrays.get(name.removesuffix("_train")))
-      has_test = {"x_test", "y_test"} & arrays.keys()
-      return (check_images(get("x_train"), get("y_train")),
-              check_images(arrays["x_test"], arrays["y_test"]) if has_test else None)
-    with open(path, encoding="utf-8-sig") as f: header = to_float(f.readline().split(",")[0]) is None
+      x, y = (arrays.get(f"{name}_train", arrays.get(name)) for name in "xy")
+      has_test = not {"x_test", "y_test"}.isdisjoint(arrays)
+      test = check_images(arrays["x_test"], arrays["y_test"]) if has_test else None
+      return check_images(x, y), test
+    with open(path, encoding="utf-8-sig") as f:
+      header = to_float(f.readline().split(",")[0]) is None
     with warnings.catch_warnings(action="ignore"):
       table = np.loadtxt(path, delimiter=",", ndmin=2, skiprows=int(header), encoding="utf-8-sig")
     return check_images(table[:, 1:], table[:, 0]), None
   except OSError as e: raise UserError(f"can't read {path}: {e.strerror}") from None
   except Exception:                               # numpy raises anything
-    raise UserError(f"{path} is no table of images: a CSV has lines of label, pixels from 0 to 255, an .npz "
-                    "x_train, y_train and, if it likes, x_test, y_test") from None
+    raise UserError(f"{path} is no table of images: a CSV has lines of label, pixels from 0 to 255, "
+                    "an .npz x_train, y_train and, if it likes, x_test, y_test") from None
 
-def image_options(add:Callable) -> None:
-  add("--data", str, None, "a CSV of label, pixels 0 to 255, or an .npz of x_train, y_train, x_test, y_test",
-      "none", nargs="+", metavar="PATH")
+def pixels_options(add:Callable) -> None:
+  add("--data", str, None, "a CSV of label, pixels 0 to 255, or an .npz of x_train, y_train, x_test, "
+      "y_test", "none", nargs="+", metavar="PATH")
   add("--holdout", number(float, 0.001, 0.5), 0.05, "share of the images", metavar="X")
 
-@task("pixels", "labels of images, read pixel by pixel", causal=False, options=image_options, model="s4d",
-      size="tiny", batch=32, length=None, weight_decay=0.05, steps=5000)
+@task("pixels", "labels of images, read pixel by pixel", causal=False, options=pixels_options,
+      model="s4d", size="tiny", batch=32, length=None, weight_decay=0.05, steps=5000)
 def pixels_task(args:argparse.Namespace) -> Task:
   "Labels of images that are sequences of pixels, row after row."
-  if not args.data or len(args.data) != 1: raise UserError("--task pixels takes one file of images: --data FILE")
-  (x, y), test = read_images(Path(args.data[0]))
+  if not args.data or len(args.data) != 1:
+    raise UserError("--task pixels takes one file of images: --data FILE")
+  path = args.data[0]
+  (x, y), test = read_images(Path(path))
   if test is None:
     learned, kept = hold_out(args, len(x))
     x, y, test = x[learned], y[learned], (x[kept], y[kept])
   L, names = x.shape[1], np.unique(y)
-  if args.length not in (None, L): raise UserError(f"--length is that of an image here, {L}: leave it out")
+  if args.length not in (None, L):
+    raise UserError(f"--length is that of an image here, {L}: leave it out")
   args.length = L
   if len(names) < 2 or test[0].shape[1] != L or not np.isin(test[1], names).all():
-    raise UserError(f"{args.data[0]}: give images of one size, of two labels or more, all of which are trained on")
-  mask, trained = np.ones(L, np.int32), np.searchsorted(names, y).astype(np.int32)
-  order = shuffled(args, len(x))
-  def batch(step:int) -> Batch: return stack([(x[i], mask, trained[i]) for i in order(step)])
-  held_out = [(image, mask, np.int32(label)) for image, label in zip(test[0], np.searchsorted(names, test[1]))]
-  about = f"{args.data[0]}: {len(x):,} images of {L} pixels to train on, {len(held_out):,} held out"
-  return classification(args, about, None, 256, batch, held_out, trained, [*map(str, names)])
+    raise UserError(f"{path}: give images of one size, of two labels or more, all of which are "
+                    "trained on")
+  def to_rows(images:np.ndarray, labels:np.ndarray) -> Batch:
+    mask = np.broadcast_to(np.int32(1), images.shape)
+    return images, mask, np.searchsorted(names, labels).astype(np.int32)
+  rows, held_out = to_rows(x, y), to_rows(*test)
+  about = f"{path}: {len(x):,} images of {L} pixels to train on, {len(test[0]):,} held out"
+  return label_task(args, about, None, 256, drawn_from(rows, args), held_out, rows[2],
+                    [*map(str, names)])
 
 # ---- the grid, and the speed ----------------------------------------------------------------------
 

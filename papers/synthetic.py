@@ -21,9 +21,9 @@ from typing import Callable
 import numpy as np
 from tinygrad import Tensor
 from h3tiny import H3LM
-from papers.grid import UNVERIFIED, Column, Grid, run_program
+from papers.grid import UNVERIFIED, Column, Grid, drawn_from, run_program
 from support.text import UserError
-from train import SIZES, Batch, Task, cross_entropy, number, shuffled, task
+from train import SIZES, Batch, Task, cross_entropy, number, task
 
 TRAIN, TEST = 5000, 500                           # sequences, none of them twice
 
@@ -88,7 +88,7 @@ def synthetic_task(args:argparse.Namespace) -> Task:
                     f"and --symbols {V}")
 
   train_rows, test_rows = draw(0, TRAIN, L), draw(1, TEST, L)
-  order, test = shuffled(args, TRAIN), ask_last(test_rows)
+  test = ask_last(test_rows)
   if name == "recall":
     longer = ask_last(draw(2, TEST, 2*L))
     # who knows no key can still name the commonest value of a row
@@ -99,10 +99,6 @@ def synthetic_task(args:argparse.Namespace) -> Task:
     longer = []
     answers, schedule = V-2, "cosine"
     chance, guess = 1/answers, "any symbol"
-
-  def batch(step:int) -> Batch:
-    rows = train_rows[order(step)]
-    return rows[:, :-1], rows[:, 1:]
 
   def forward(model:H3LM, inputs:Tensor, targets:Tensor) -> tuple[Tensor, Tensor]:
     logits = model(inputs)
@@ -115,6 +111,7 @@ def synthetic_task(args:argparse.Namespace) -> Task:
     if longer: found[f"accuracy at {2*L}"] = sum(hits[len(test):]) / TEST
     return found
 
+  batch = drawn_from((train_rows[:, :-1], train_rows[:, 1:]), args)
   about = (f"{name}: {TRAIN:,} rows of {train_rows.shape[1]} symbols of {V} to train on, "
            f"{TEST} held out")
   return Task(about, None, V, batch, test + longer, math.log2(answers),
