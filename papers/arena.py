@@ -20,7 +20,7 @@ from tinygrad import Device
 from papers.grid import (UNVERIFIED, Column, Grid, Run, drawn_from, label_task, pad, print_table,
                          run_program, stack, to_float, train_all)
 from support.text import UserError
-from train import Batch, Task, hold_out, number, task
+from train import Task, hold_out, number, task
 
 # ---- ListOps --------------------------------------------------------------------------------------
 
@@ -33,7 +33,7 @@ def listops(rng:random.Random, low:int, high:int) -> tuple[list[int], int]:
   """Nested operations on digits as low < n < high tokens, and their value (Tay et al. 2020, arXiv 2011.04006;
   Nangia and Bowman 2018, arXiv 1804.06028). An operator's token has its opening bracket in it."""
   tokens: list[int] = []
-  def node(depth:int) -> int:
+  def node(depth):
     "Appends a digit or an operation to the tokens; returns its value."
     if len(tokens) >= high: return 0                                # too long already
     if depth >= DEPTH or rng.random() >= 0.25:
@@ -54,7 +54,7 @@ def listops(rng:random.Random, low:int, high:int) -> tuple[list[int], int]:
 TRAIN, TEST = 96000, 2000
 
 def listops_options(add:Callable) -> None:
-  add("--held-out", number(int, 1), TEST, "lists to evaluate on", metavar="N", fixed=True)
+  add("--held-out N", number(int, 1), TEST, "lists to evaluate on", fixed=True)
 
 @task("listops", "the value of nested lists of operations", causal=False, options=listops_options,
       model="s4d", size="tiny", batch=32, length=200, weight_decay=0.05, steps=5000)
@@ -65,10 +65,10 @@ def listops_task(args:argparse.Namespace) -> Task:
     raise UserError("--task listops wants a --length from 48 to 2000")
   low = 500 if L == 2000 else L//10
   @functools.lru_cache(4096)                      # to make one takes half a millisecond
-  def row(split:int, i:int) -> tuple:
+  def row(split, i):
     tokens, value = listops(random.Random(f"{args.seed} {split} {i}"), low, L)
     return *pad(tokens, L, PAD), np.int32(value)
-  def batch(step:int) -> Batch:
+  def batch(step):
     first = step*args.batch
     return stack([row(0, i % TRAIN) for i in range(first, first + args.batch)])
   held_out = stack([row(1, i) for i in range(args.held_out)])
@@ -109,9 +109,9 @@ def read_images(path:Path) -> tuple[Images, Images|None]:
                     "an .npz x_train, y_train and, if it likes, x_test, y_test") from None
 
 def pixels_options(add:Callable) -> None:
-  add("--data", str, None, "a CSV of label, pixels 0 to 255, or an .npz of x_train, y_train, x_test, "
-      "y_test", "none", nargs="+", metavar="PATH")
-  add("--holdout", number(float, 0.001, 0.5), 0.05, "share of the images", metavar="X")
+  add("--data PATH", str, None, "a CSV of label, pixels 0 to 255, or an .npz of x_train, y_train, "
+      "x_test, y_test", "none", nargs="+")
+  add("--holdout X", number(float, 0.001, 0.5), 0.05, "share of the images", fixed=True)
 
 @task("pixels", "labels of images, read pixel by pixel", causal=False, options=pixels_options,
       model="s4d", size="tiny", batch=32, length=None, weight_decay=0.05, steps=5000)
@@ -131,7 +131,7 @@ def pixels_task(args:argparse.Namespace) -> Task:
   if len(names) < 2 or test[0].shape[1] != L or not np.isin(test[1], names).all():
     raise UserError(f"{path}: give images of one size, of two labels or more, all of which are "
                     "trained on")
-  def to_rows(images:np.ndarray, labels:np.ndarray) -> Batch:
+  def to_rows(images, labels):
     mask = np.broadcast_to(np.int32(1), images.shape)
     return images, mask, np.searchsorted(names, labels).astype(np.int32)
   rows, held_out = to_rows(x, y), to_rows(*test)
@@ -174,7 +174,6 @@ def show_speed(out:Path) -> None:
   print_table(["", *GRID.rows], table)
   print("the H3 paper, over a Transformer: S4 2.9x, with FlashConv 5.8x (unverified)")
 
-def main(argv:list[str]|None=None) -> int:
-  return run_program(PROGRAM, GRID, "listops", argv, show_speed)
+main = functools.partial(run_program, PROGRAM, GRID, "listops", then=show_speed)
 
 if __name__ == "__main__": sys.exit(main())

@@ -20,11 +20,11 @@ from typing import NamedTuple
 import numpy as np
 from tinygrad import GlobalCounters, Tensor
 from bigs_tiny import BiGS, BiGSConfig, filters
-from papers.grid import COLORS, UNVERIFIED, Column, Grid, pad, run_program
+from papers.grid import COLORS, UNVERIFIED, Column, Grid, pad, panels, run_program
 from support.checkpoints import CheckpointError, find
 from support.cpu import check_kernels, setup_device
 from support.text import UserError
-from train import KINDS, Batch, Parser, Task, cross_entropy, number, task
+from train import Parser, Task, cross_entropy, is_causal, number, task
 
 # ---- subject-verb agreement -----------------------------------------------------------------------
 
@@ -72,11 +72,11 @@ def sentence(rng:np.random.Generator, between:int, attract:bool) -> Sentence:
 def agreement_task(args:argparse.Namespace) -> Task:
   """The verb's number: a causal model learns every next word, a bidirectional one the masked verb.
   Both are evaluated by which form of the verb they prefer, for each number of attractors."""
-  causal, L = args.model in KINDS, args.length
+  causal, L = is_causal(args), args.length
   if L < LONGEST:
     raise UserError("--task agreement has sentences of up to 31 words: give a --length of at least 31")
 
-  def encode(sentences:list[Sentence], verb_only:bool=False) -> tuple[np.ndarray, ...]:
+  def encode(sentences, verb_only=False):
     "Inputs and targets of the model, and both forms of the verb, (B,1) each."
     ids = [[CLS, *(IDS[word] for word in s.words), SEP] for s in sentences]
     rows = np.stack([pad(row, L, PAD)[0] for row in ids])                                 # (B,L)
@@ -90,26 +90,24 @@ def agreement_task(args:argparse.Namespace) -> Task:
     asked = np.arange(1, L) == at if verb_only else following != PAD
     return rows[:, :-1], np.where(asked, following, -1), right, wrong
 
-  def batch(step:int) -> Batch:
+  def batch(step):
     rng = np.random.default_rng([args.seed, 0, step])
     some = [sentence(rng, rng.choice(len(BETWEEN), p=BETWEEN), False) for _ in range(args.batch)]
     return encode(some)[:-2]
-  def held_out(attractors:int) -> Batch:
-    rng = np.random.default_rng([args.seed, 1, attractors])
-    return encode([sentence(rng, attractors, True) for _ in range(128)], verb_only=True)
+  def held_out(n):
+    rng = np.random.default_rng([args.seed, 1, n])
+    return encode([sentence(rng, n, True) for _ in range(128)], verb_only=True)
 
-  def evaluate(logits:Tensor, targets:Tensor, *verbs:Tensor) -> tuple[Tensor, ...]:
+  def evaluate(logits, targets, *verbs):
     "The loss; with both forms of the verb (B,1), whether the right one is preferred, (B,)."
     loss = cross_entropy(logits, targets)
     if not verbs: return loss,
     one_hot = lambda word: word.unsqueeze(-1) == Tensor.arange(logits.shape[-1])          # (B,1,V)
     right, wrong = (one_hot(word).where(logits, 0).sum(-1) for word in verbs)             # (B,T)
     return loss, ((right > wrong) * (targets >= 0)).sum(1)
-  def forward_causal(model, tokens:Tensor, *rest:Tensor) -> tuple[Tensor, ...]:
-    return evaluate(model(tokens), *rest)
-  def forward_masked(model, tokens:Tensor, at:Tensor, *rest:Tensor) -> tuple[Tensor, ...]:
-    return evaluate(model.mlm(tokens, at=at), *rest)
-  def metrics(outputs:list[Batch]) -> dict[str, float]:
+  def forward_causal(model, tokens, *rest): return evaluate(model(tokens), *rest)
+  def forward_masked(model, tokens, at, *rest): return evaluate(model.mlm(tokens, at=at), *rest)
+  def metrics(outputs):
     return {attractors(n): float(right.mean()) for n, (_, right) in enumerate(outputs)}
 
   about = f"sentences of {len(WORDS)} words, up to {len(BETWEEN)-1} nouns between subject and verb"
@@ -166,51 +164,43 @@ def print_operations() -> None:
 # ---- what the filters look at ---------------------------------------------------------------------
 
 def plot_filters(name:str, offsets:int) -> Path:
-  """Draws |K| of each layer, scaled to 1, into filters.png beside a checkpoint: the past to the left, the future to
-  the right of a position. CheckpointError where a model has no such filters."""
+  """Draws |K| of each layer, scaled to 1, into filters.png beside a checkpoint: what lies before a
+  position to the left, what follows to the right. CheckpointError where there are no such filters."""
   path = find(name)
   model = BiGS.from_pretrained(str(path))
   if "attention" in model.config.block:
     raise CheckpointError(f"{path}: its layers are attention, which has no filters to draw.")
   if model.config.block == "s4d":
     raise CheckpointError(f"{path}: it has a filter for each channel, too many to draw.")
-  try: import matplotlib
-  except ImportError: raise CheckpointError("the plot needs matplotlib: pip install matplotlib.") from None
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
-  ssms = [ssm for layer in model.bigs.encoder.layer for ssm in (layer.fs4, layer.bs4)]
-  K = np.abs(filters(ssms, offsets + 1).numpy()).reshape(-1, 2, offsets + 1)
-  wide = min(6, len(K))
-  high = math.ceil(len(K) / wide)
-  fig, axes = plt.subplots(high, wide, figsize=(2.3*wide, 1.5*high + 0.5), sharex=True, sharey=True,
-                           squeeze=False, dpi=150)
-  for ax in axes.flat[len(K):]: ax.axis("off")
-  x = np.arange(offsets + 1)
-  for i, (ax, pair) in enumerate(zip(axes.flat, K)):
+  layers = model.bigs.encoder.layer
+  ssms = [ssm for layer in layers for ssm in (layer.fs4, layer.bs4)]
+  K = np.abs(filters(ssms, offsets + 1).numpy()).reshape(len(layers), 2, offsets + 1)
+  try: fig, axes = panels(len(layers), 6, 2.3, 1.7, sharex=True, sharey=True)
+  except ImportError:
+    raise CheckpointError("the plot needs matplotlib: pip install matplotlib.") from None
+  distance = np.arange(offsets + 1)
+  for i, (ax, pair) in enumerate(zip(axes, K), 1):
     forward, backward = pair / (pair.max() or 1)
-    ax.fill_between(-x, forward, step="mid", color=COLORS[0], alpha=0.8, lw=0, label="forward")
-    ax.fill_between(x, backward, step="mid", color=COLORS[1], alpha=0.8, lw=0, label="backward")
+    ax.fill_between(-distance, forward, step="mid", color=COLORS[0], lw=0, label="forward")
+    ax.fill_between(distance, backward, step="mid", color=COLORS[1], lw=0, label="backward")
     ax.axvline(0, color="#444444", lw=0.8)
-    ax.set_title(f"layer {i+1}", fontsize=8, loc="left")
-    ax.set(yticks=[], xlim=(-offsets-0.5, offsets+0.5), ylim=(0, 1.05))
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.tick_params(labelsize=7)
-  fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper right", ncols=2, frameon=False, fontsize=8)
-  title = f"What each layer looks at: |K| by distance in tokens ({path.parent.name or path.name})"
-  fig.suptitle(title, fontsize=9, x=0.01, ha="left")
-  fig.tight_layout()
-  fig.savefig(out := path.with_name("filters.png"))
-  plt.close(fig)
-  return out
+    ax.set_title(f"layer {i}", fontsize=8, loc="left")
+    ax.set(yticks=[], ylim=(0, 1.05))
+  axes[0].legend(frameon=False, fontsize=7)
+  model_name = path.parent.name or path.name
+  fig.suptitle(f"What each layer looks at: |K| by distance in tokens ({model_name})", fontsize=9)
+  picture = path.with_name("filters.png")
+  fig.savefig(picture)
+  return picture
 
 def look(argv:list[str]) -> int:
   "The command line of --plot and --flops."
   parser = Parser(prog="papers/bigs.py", allow_abbrev=False)
-  parser.add_argument("--plot", metavar="CHECKPOINT", help="draw the filters of each layer into filters.png beside it")
-  parser.add_argument("--offsets", metavar="N", type=number(int, 1), default=10,
-                      help="how far the plot looks (default: 10)")
-  parser.add_argument("--flops", action="store_true",
-                      help="operations of a forward pass by length, BiGS and BERT (3 minutes)")
+  add = parser.add_argument
+  add("--plot", metavar="CHECKPOINT", help="draw each layer's filters into filters.png beside it")
+  add("--offsets", metavar="N", type=number(int, 1), default=10,
+      help="how far the plot looks (default: 10)")
+  add("--flops", action="store_true", help="count operations by length, BiGS and BERT (3 minutes)")
   args = parser.parse_args(argv)
   setup_device()
   check_kernels()
@@ -223,8 +213,8 @@ def look(argv:list[str]) -> int:
 
 def main(argv:list[str]|None=None) -> int:
   argv = sys.argv[1:] if argv is None else argv
-  # in front; else --plot is train.py's, the picture of the losses
-  if argv[:1] in (["--plot"], ["--flops"], ["--offsets"]): return look(argv)
+  # in front; elsewhere --plot is train.py's, the picture of the losses
+  if argv[:1] in (["--plot"], ["--flops"]): return look(argv)
   return run_program("papers/bigs.py", GRID, "agreement", argv)
 
 if __name__ == "__main__": sys.exit(main())

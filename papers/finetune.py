@@ -12,12 +12,12 @@ It takes seconds for a small model and file. Not here: a grid; an ensemble; a se
 import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import argparse, math
+import argparse, functools, math
 from typing import Callable
 import numpy as np
 from papers.grid import drawn_from, label_task, pad, run_program, stack, take, to_float
 from support.text import Table, UserError, read_tsv
-from train import Batch, Task, hold_out, task, text_options, tokenizer
+from train import Task, hold_out, task, text_options, tokenizer
 
 RATE, EPOCHS = 2e-5, 3                            # with --init: GLUE's recipe
 
@@ -42,9 +42,9 @@ def find_classes(table:Table, path:str) -> list[str]|None:
 
 def options(add:Callable) -> None:
   text_options(add)
-  add("--columns", str, None, "columns of the label and of one or two texts, by the header's names or "
-      "by number, from 1; 2,4 for CoLA's files", "what the header says", metavar="L,T,…")
-  add("--dev", str, None, "such lines to evaluate on", "--holdout's share of --data", metavar="FILE")
+  add("--columns L,T,…", str, None, "columns of the label and of one or two texts, by the header's "
+      "names or by number, from 1; 2,4 for CoLA's files", "what the header says")
+  add("--dev FILE", str, None, "such lines to evaluate on", "--holdout's share of --data")
 
 @task("classify", "labels of a TSV", causal=False, options=options, model="bigs", batch=16,
       length=128, weight_decay=0.01, steps=None)
@@ -60,19 +60,19 @@ def classify_task(args:argparse.Namespace) -> Task:
   least = 2 + 2*n_texts
   if L < least: raise UserError(f"--length {L} is too short for texts: give at least {least}")
 
-  def to_label(text:str, where:str) -> np.number:
+  def to_label(text, where):
     if classes is None:
       if to_float(text) is not None: return np.float32(text)
       raise UserError(f"{where}: {text!r} is not a number, as other labels are")
     if text in classes: return np.int32(classes.index(text))
     known = ", ".join(classes[:12]) + ", …"*(len(classes) > 12)
     raise UserError(f"{where}: the label {text!r} does not occur in {path} (its labels: {known})")
-  def to_tokens(texts:list[str]) -> list[int]:
+  def to_tokens(texts):
     parts = [list(tok.encode(text)) for text in texts]
     # the longer text loses its end
     while sum(map(len, parts)) + len(parts) + 1 > L: max(parts, key=len).pop()
     return [tok.cls, *(token for part in parts for token in (*part, tok.sep))]
-  def to_rows(table:Table, path:str) -> Batch:
+  def to_rows(table, path):
     return stack([(*pad(to_tokens(texts), L, tok.pad), to_label(label, f"{path} line {line}"))
                   for label, texts, line in zip(*table)])
 
@@ -91,7 +91,6 @@ def classify_task(args:argparse.Namespace) -> Task:
   return label_task(args, about, tok, tok.masked_size, drawn_from(rows, args), held_out, rows[2],
                     classes, "linear")
 
-def main(argv:list[str]|None=None) -> int:
-  return run_program("papers/finetune.py", None, "classify", argv)
+main = functools.partial(run_program, "papers/finetune.py", None, "classify")
 
 if __name__ == "__main__": sys.exit(main())

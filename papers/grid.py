@@ -19,9 +19,8 @@ sys.path.insert(0, str(ROOT))
 import argparse, csv, dataclasses, itertools, math, os, re, signal, subprocess, time
 from typing import Callable, NamedTuple
 import numpy as np
-from tinygrad import Device, Tensor
+from tinygrad import Device
 import train
-from bigs_tiny import BiGS
 from support.checkpoints import CHECKPOINT, CheckpointError
 from support.cpu import setup_device
 from support.text import Tokenizer, UserError
@@ -29,6 +28,7 @@ from support.training import PREVIOUS, Interrupt, check_writable, read_newest
 from train import Batch, Parser, Task, cross_entropy, duration, number, read_evals, shuffled
 
 COLORS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2")
+ONE_CORE = {"NUM_CPU_THREADS": "1"}
 RECIPE = 2                      # raised where other data or defaults make a finished run another one
 UNVERIFIED = "the paper's figures come from notes on it, unverified"
 
@@ -42,11 +42,11 @@ class Column(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Run:
-  "One model, trained in a folder and a process of its own, by default on one core of a CPU."
+  "One model, trained in a folder and a process of its own."
   title: str
   folder: Path
   options: list[str]
-  env: dict[str, str] = dataclasses.field(default_factory=lambda: {"NUM_CPU_THREADS": "1"})
+  env: dict[str, str]
   meta: dict[str, str] = dataclasses.field(default_factory=dict)    # its checkpoint's, once finished
 
   def has_begun(self) -> bool:
@@ -54,7 +54,7 @@ class Run:
 
   def finished(self) -> bool:
     "Whether the newest checkpoint is the last one; reads its metadata."
-    if self.has_begun(): self.meta = read_newest(self.folder)[2]
+    if self.has_begun(): self.meta = read_newest(self.folder).meta
     return self.meta.get("done") == "true"
 
   def start(self, program:str) -> subprocess.Popen:
@@ -89,7 +89,7 @@ class Grid:
       options = f"{self.columns[column].options} {self.rows[row]}"
       slug = re.sub("[^a-z0-9]+", "-", options.replace("--", "").lower())
       folder = out / f"{slug}-v{RECIPE}" / f"seed{seed}"
-      run = Run(f"{row}, {column}, seed {seed}", folder, [*options.split(), "--seed", str(seed)])
+      run = Run(f"{row}, {column}, seed {seed}", folder, f"{options} --seed {seed}".split(), ONE_CORE)
       cells.setdefault((row, column), []).append(runs.setdefault(folder, run))
     return cells
 
@@ -253,10 +253,10 @@ def classification_metrics(targets:np.ndarray, predictions:np.ndarray, K:int) ->
 
 def regression_metrics(targets:np.ndarray, predictions:np.ndarray) -> dict[str, float]:
   "Pearson's and Spearman's correlation; ties share the mean of their ranks."
-  def ranks(x:np.ndarray) -> np.ndarray:
+  def ranks(x):
     _, group, counts = np.unique(x, return_inverse=True, return_counts=True)
     return (counts.cumsum() - (counts-1)/2)[group]
-  def pearson(a:np.ndarray, b:np.ndarray) -> float:
+  def pearson(a, b):
     a, b = a - a.mean(), b - b.mean()
     return float(a @ b / math.sqrt((a @ a) * (b @ b) or 1))
   return {"Pearson": pearson(targets, predictions),
@@ -270,14 +270,14 @@ def label_task(args:argparse.Namespace, about:str, tokenizer:Tokenizer|None, voc
   targets = held_out[2]
   join = lambda outputs: np.concatenate([predictions for _, predictions in outputs])
   if classes is None:
-    def forward(model:BiGS, tokens:Tensor, mask:Tensor, values:Tensor) -> tuple[Tensor, Tensor]:
+    def forward(model, tokens, mask, values):
       predictions = model.classify(tokens, mask).squeeze(-1)
       return ((predictions - values)**2).mean(), predictions
     metrics = lambda outputs: regression_metrics(targets, join(outputs))
     baseline, scale, unit = ((targets - trained.mean())**2).mean(), 1.0, "squared error"
     guess = "the mean of all"
   else:
-    def forward(model:BiGS, tokens:Tensor, mask:Tensor, labels:Tensor) -> tuple[Tensor, Tensor]:
+    def forward(model, tokens, mask, labels):
       logits = model.classify(tokens, mask)
       return cross_entropy(logits.unsqueeze(1), labels.unsqueeze(1)), logits.argmax(-1)
     metrics = lambda outputs: classification_metrics(targets, join(outputs).astype(int), len(classes))

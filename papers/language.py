@@ -11,6 +11,7 @@ The task is train.py's own, `--task text`. Not here: OpenWebText, and models of 
 import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import functools
 from papers.grid import UNVERIFIED, Column, Grid, run_program
 
 GRID = Grid(
@@ -22,6 +23,6 @@ GRID = Grid(
                                               {"H3": "21.0", "hybrid H3": "19.6", "Transformer": "20.6"})},
   percent=False)
 
-def main(argv:list[str]|None=None) -> int: return run_program("papers/language.py", GRID, "text", argv)
+main = functools.partial(run_program, "papers/language.py", GRID, "text")
 
 if __name__ == "__main__": sys.exit(main())

@@ -16,14 +16,12 @@ with this project's optimiser. Not here: GSS, and attention dropout.
 import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import argparse, math
+import argparse, functools, math
 from typing import Callable
 import numpy as np
-from tinygrad import Tensor
-from h3tiny import H3LM
 from papers.grid import UNVERIFIED, Column, Grid, drawn_from, run_program
 from support.text import UserError
-from train import SIZES, Batch, Task, cross_entropy, number, task
+from train import SIZES, Batch, Task, cross_entropy, has_attention, number, task
 
 TRAIN, TEST = 5000, 500                           # sequences, none of them twice
 
@@ -58,8 +56,7 @@ def ask_last(rows:np.ndarray) -> list[Batch]:
   return [(rows[i:i+100, :-1], targets[i:i+100]) for i in range(0, len(rows), 100)]
 
 def options(add:Callable) -> None:
-  add("--symbols", number(int, 4), None, "symbols, of which two are special",
-      "20 for induction, 10 for recall", metavar="N", fixed=True)
+  add("--symbols N", number(int, 4), None, "symbols, of which two are special", fixed=True)
 
 COMMON = dict(causal=True, options=options, model="h3", size="table2", batch=32,
               weight_decay=0.1, embed_dropout=0.1)
@@ -73,11 +70,11 @@ def synthetic_task(args:argparse.Namespace) -> Task:
   name, L, V = args.task, args.length, args.symbols
   if L < 4: raise UserError(f"--task {name} wants a --length of at least 4")
   if args.warmup is None: args.warmup = args.steps//10
-  if args.init_std is None and (args.model in ("hybrid", "transformer") or args.attn_layers):
+  if args.init_std is None and has_attention(args):
     # the official 0.02 is for wide models: with it attention of width 32 learns no induction
-    args.init_std = math.sqrt(2/5 / (args.d_model or SIZES[args.size]["d_model"]))
+    args.init_std = math.sqrt(2/5 / (args.d_model or SIZES[args.size].d_model))
 
-  def draw(split:int, n:int, length:int) -> np.ndarray:
+  def draw(split, n, length):
     "The first n different sequences of a split."
     rng, rows = np.random.default_rng([args.seed, 5, split]), {}
     for _ in range(100):
@@ -100,12 +97,12 @@ def synthetic_task(args:argparse.Namespace) -> Task:
     answers, schedule = V-2, "cosine"
     chance, guess = 1/answers, "any symbol"
 
-  def forward(model:H3LM, inputs:Tensor, targets:Tensor) -> tuple[Tensor, Tensor]:
+  def forward(model, inputs, targets):
     logits = model(inputs)
     hits = (logits.argmax(-1) == targets) * (targets >= 0)
     return cross_entropy(logits, targets), hits.sum()
 
-  def metrics(outputs:list[Batch]) -> dict[str, float]:
+  def metrics(outputs):
     hits = [float(hits) for _, hits in outputs]
     found = {"accuracy": sum(hits[:len(test)]) / TEST}
     if longer: found[f"accuracy at {2*L}"] = sum(hits[len(test):]) / TEST
@@ -116,8 +113,8 @@ def synthetic_task(args:argparse.Namespace) -> Task:
            f"{TEST} held out")
   return Task(about, None, V, batch, test + longer, math.log2(answers),
               f"answers at random ({guess} is right at {chance:.3f})", unit="bits per symbol",
-              forward=forward, metrics=metrics, schedule=schedule, aside=len(longer),
-              enough=("accuracy", 0.995))
+              forward=forward, metrics=metrics, schedule=schedule, metrics_only=len(longer),
+              stop_at=("accuracy", 0.995))
 
 RECALL = "--task recall --eval-every 785"
 GRID = Grid(
@@ -130,7 +127,6 @@ GRID = Grid(
    "recall": Column(RECALL, "accuracy", {"S4D": "86.0", "H3": "99.8", "attention": "100"}),
    "recall at 40": Column(RECALL, "accuracy at 40", {"H3": "98.4"})})
 
-def main(argv:list[str]|None=None) -> int:
-  return run_program("papers/synthetic.py", GRID, "recall", argv)
+main = functools.partial(run_program, "papers/synthetic.py", GRID, "recall")
 
 if __name__ == "__main__": sys.exit(main())
