@@ -1,14 +1,18 @@
-"""Two tasks of the Long Range Arena: ListOps, and images as sequences of pixels; and how fast models train on it.
+"""Two tasks of the Long Range Arena: ListOps, and images read pixel by pixel; and their speed.
 
-Claim: SSMs are better than a Transformer at long sequences, and faster (H3, arXiv 2212.14052, the section on the
-Long Range Arena; S4's ListOps recipe). Figures, unverified, from notes on the papers: ListOps, 500 to 2,000
-tokens, S4 59.6 %, Transformer 36.4 %; training, over the Transformer, S4 2.9x, S4 with FlashConv 5.8x.
+Claim: on long sequences SSMs are better than a Transformer, and faster to train: H3 (arXiv
+2212.14052), Abstract and the part on FlashConv's speed; S4 (arXiv 2111.00396) for ListOps. The
+papers' figures, unverified, come from notes on them:
 
-  python papers/arena.py --reproduce                            45 minutes on two cores
-  python papers/arena.py --task listops --length 2000           the Arena's own size; 200 is a laptop's
-  python papers/arena.py --task pixels --data mnist.npz
+  ListOps, lists of 500 to 2,000 tokens     S4 59.6 %, Transformer 36.37 %
+  training, over the Transformer            S4 2.9x, S4 with FlashConv 5.8x
 
-`s4d` and `transformer` are bidirectional here. Not here: the Arena's other tasks; images are the user's own.
+  python papers/arena.py --reproduce                      30 minutes on two cores
+  python papers/arena.py --task listops --length 2000     the Arena's own size; 200 is a laptop's
+  python papers/arena.py --task pixels --data mnist.npz   labels of your images
+
+The models are bidirectional, s4d and transformer too. Not here: the Arena's other tasks, and
+images.
 """
 import sys
 from pathlib import Path
@@ -22,16 +26,16 @@ from papers.grid import (UNVERIFIED, Column, Grid, Run, drawn_from, label_task, 
 from support.text import UserError
 from train import Task, hold_out, number, task
 
-# ---- ListOps --------------------------------------------------------------------------------------
+# ---- ListOps ------------------------------------------------------------------------------------
 
-CLOSE, PAD = 14, 15                               # after ten digits and the four operators, 10 to 13
+CLOSE, PAD = 14, 15                # after ten digits and the four operators, 10 to 13
 OPERATORS = (min, max, lambda values: (values[(len(values)-1)//2] + values[len(values)//2])//2,
              lambda values: sum(values) % 10)     # MIN, MAX, MED, SM of sorted digits
 DEPTH, ARGUMENTS = 10, 10
 
 def listops(rng:random.Random, low:int, high:int) -> tuple[list[int], int]:
-  """Nested operations on digits as low < n < high tokens, and their value (Tay et al. 2020, arXiv 2011.04006;
-  Nangia and Bowman 2018, arXiv 1804.06028). An operator's token has its opening bracket in it."""
+  """Nested operations on digits as low < n < high tokens, and their value. An operator's token has
+  its opening bracket in it. Tay et al. 2020, arXiv 2011.04006; Nangia and Bowman 2018."""
   tokens: list[int] = []
   def node(depth):
     "Appends a digit or an operation to the tokens; returns its value."
@@ -77,7 +81,7 @@ def listops_task(args:argparse.Namespace) -> Task:
            f"{args.held_out:,} held out")
   return label_task(args, about, None, 16, batch, held_out, trained, [*"0123456789"])
 
-# ---- images ---------------------------------------------------------------------------------------
+# ---- images -------------------------------------------------------------------------------------
 
 Images = tuple[np.ndarray, np.ndarray]            # pixels (n,L) and labels (n,)
 
@@ -105,8 +109,8 @@ def read_images(path:Path) -> tuple[Images, Images|None]:
     return check_images(table[:, 1:], table[:, 0]), None
   except OSError as e: raise UserError(f"can't read {path}: {e.strerror}") from None
   except Exception:                               # numpy raises anything
-    raise UserError(f"{path} is no table of images: a CSV has lines of label, pixels from 0 to 255, "
-                    "an .npz x_train, y_train and, if it likes, x_test, y_test") from None
+    raise UserError(f"{path} is no table of images: a CSV has lines of label, pixels from 0 to "
+                    "255, an .npz x_train, y_train and, if it likes, x_test, y_test") from None
 
 def pixels_options(add:Callable) -> None:
   add("--data PATH", str, None, "a CSV of label, pixels 0 to 255, or an .npz of x_train, y_train, "
@@ -139,31 +143,34 @@ def pixels_task(args:argparse.Namespace) -> Task:
   return label_task(args, about, None, 256, drawn_from(rows, args), held_out, rows[2],
                     [*map(str, names)])
 
-# ---- the grid, and the speed ----------------------------------------------------------------------
+# ---- the grid, and the speed --------------------------------------------------------------------
 
 PROGRAM = "papers/arena.py"
 LISTOPS = "--task listops --n-layer 4"
 GRID = Grid(
   "lra",
-  "Long Range Arena, ListOps of 21 to 199 tokens: accuracy, %; 3,000 steps of S4D take a CPU as long as 1,300 of the "
-  "Transformer", f"{UNVERIFIED}, for lists of 500 to 2,000 tokens",
+  "Long Range Arena, ListOps of 21 to 199 tokens: accuracy, %; 3,000 steps of S4D take a CPU as "
+  "long as 1,300 of the Transformer",
+  f"{UNVERIFIED}, for lists of 500 to 2,000 tokens",
   {"S4D": "--model s4d --steps 3000", "BiGS": "--model bigs --steps 1000",
    "Transformer": "--model transformer --steps 1300"},
-  {"ListOps": Column(f"{LISTOPS} --eval-every 250", "accuracy", {"S4D": "59.6 (S4)", "Transformer": "36.37"})})
+  {"ListOps": Column(f"{LISTOPS} --eval-every 250", "accuracy",
+                     {"S4D": "59.6 (S4)", "Transformer": "36.37"})})
 
-# sequences, tokens, FLASH, steps that are timed. Not 4 x 2,000 without kernels: the Transformer had not done 4 steps
-# in 200 seconds
+# sequences, tokens, FLASH, steps that are timed. Not 4 x 2,000 without kernels: the Transformer had
+# not done 4 steps in 200 seconds
 SPEEDS = {"32 x 200 tokens": (32, 200, "1", 6), "32 x 200 tokens, FLASH=0": (32, 200, "0", 6),
           "4 x 2,000 tokens": (4, 2000, "1", 4)}
 
 def show_speed(out:Path) -> None:
-  "Trains each model for a few steps on all cores, with and without the kernels, and prints its steps a second."
+  "Trains each model for a few steps on all cores, and prints its steps a second."
   table = []
   for title, (batch, length, flash, steps) in SPEEDS.items():
     rates = []
     for row in GRID.rows:
       model = GRID.rows[row].split(" --steps")[0]
-      options = f"{LISTOPS} {model} --batch {batch} --length {length} --steps {steps} --eval-every 1000 --held-out {batch}"
+      options = (f"{LISTOPS} {model} --batch {batch} --length {length} --steps {steps} "
+                 f"--eval-every 1000 --held-out {batch}")
       folder = out / f"speed-{Device.DEFAULT.lower()}-{batch}x{length}-flash{flash}-{row.lower()}"
       run = Run(f"{row}, {title}", folder, options.split(), {"FLASH": flash})
       train_all(PROGRAM, [run], 1)

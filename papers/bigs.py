@@ -1,16 +1,21 @@
-"""BiGS: what gates are good for, subject-verb agreement, what the filters look at, and what a pass costs.
+"""BiGS: what gates are good for, agreement, what its filters look at, what a pass costs.
 
-Claims: BiGS (arXiv 2212.10544), pretraining without attention. Figures, unverified, from notes on the paper: GLUE's
-mean of BiGS 83.3, STACK/SSM 77.2, gated attention 81.8, BERT 83.3; agreement of BiGS with 1 to 4
-attractors, in English, 97.4, 97.4, 96.6, 96.5 %; operations of a forward pass, see PAPER below.
+Claim: BiGS (arXiv 2212.10544) matches BERT without attention, because its SSMs are gated; its
+tables of GLUE, of the ablation, of agreement and of operations. Figures, unverified, from notes
+on the paper:
 
-  python papers/bigs.py --reproduce                             20 minutes on two cores
-  python papers/bigs.py --task agreement --model bert           trains one model, in two minutes
-  python papers/bigs.py --plot masked                           draws the filters of a checkpoint
-  python papers/bigs.py --flops                                 counts operations, 3 minutes
+  GLUE, mean of the dev sets               BiGS 83.3, STACK/SSM 77.2, gated attention 81.8, BERT 83.3
+  agreement with 1 to 4 attractors, %      BiGS 97.4, 97.4, 96.6, 96.5
+  operations of a forward pass             PAPER_OPERATIONS, below
 
-Here the ablation is masked bytes of Python's library, and agreement in sentences of a small grammar,
-trained from scratch. Not here: GLUE (papers/finetune.py trains on its files), SQuAD, English.
+  python papers/bigs.py --reproduce                       20 minutes on two cores
+  python papers/bigs.py --task agreement --model bert     trains one model, in two minutes
+  python papers/bigs.py --plot masked                     draws the filters of a checkpoint
+  python papers/bigs.py --flops                           counts operations, in three minutes
+
+In place of GLUE and of English, models are trained from scratch on masked bytes of Python's
+library and on sentences of a small grammar. Not here: GLUE (papers/finetune.py trains on its
+files), SQuAD.
 """
 import sys
 from pathlib import Path
@@ -26,7 +31,7 @@ from support.cpu import check_kernels, setup_device
 from support.text import UserError
 from train import Parser, Task, cross_entropy, is_causal, number, task
 
-# ---- subject-verb agreement -----------------------------------------------------------------------
+# ---- subject-verb agreement ---------------------------------------------------------------------
 
 forms = lambda text: [pair.split("/") for pair in text.split()]         # singular and plural
 NOUNS = forms("key/keys door/doors box/boxes book/books author/authors teacher/teachers dog/dogs "
@@ -36,11 +41,13 @@ VERBS = forms("is/are was/were has/have sees/see likes/like moves/move waits/wai
               "holds/hold needs/need")
 PREPOSITIONS = "near behind of beside with under".split()
 ADJECTIVES = "old small red quiet strange".split()
-ENDS = [end.split() for end in "here|there|today|the sun|a lot|for a long time|once more".split("|")]
-WORDS = sorted({"the", "that", "every", ".", *sum(NOUNS + VERBS + ENDS, []), *PREPOSITIONS, *ADJECTIVES})
+ENDS = "here|there|today|the sun|a lot|for a long time|once more"
+ENDS = [end.split() for end in ENDS.split("|")]
+WORDS = sorted({"the", "that", "every", ".", *PREPOSITIONS, *ADJECTIVES,
+                *sum(NOUNS + VERBS + ENDS, [])})
 PAD, CLS, MASK, SEP = range(4)
 IDS = {word: i for i, word in enumerate(WORDS, 4)}
-BETWEEN = (0.45, 0.3, 0.15, 0.07, 0.03)       # share of training sentences with 0, 1, … nouns between
+BETWEEN = (0.45, 0.3, 0.15, 0.07, 0.03)   # share of training sentences with 0, 1, … nouns between
 LONGEST = 31                                  # tokens of a sentence
 
 class Sentence(NamedTuple):
@@ -52,7 +59,7 @@ def sentence(rng:np.random.Generator, between:int, attract:bool) -> Sentence:
   """A subject, `between` phrases with a noun each, the verb, an end.
 
   attract: the nouns between are of the other number, else of any. A phrase is a preposition's, or a
-  relative clause: "that sees the N", whose verb agrees with the noun before, or "that the N sees"."""
+  relative clause, "that sees the N" with a verb for the noun before, or "that the N sees"."""
   pick = lambda options: options[rng.integers(len(options))]
   adjective = lambda share: [pick(ADJECTIVES)] if rng.random() < share else []
   plural = number = int(rng.integers(2))
@@ -74,7 +81,8 @@ def agreement_task(args:argparse.Namespace) -> Task:
   Both are evaluated by which form of the verb they prefer, for each number of attractors."""
   causal, L = is_causal(args), args.length
   if L < LONGEST:
-    raise UserError("--task agreement has sentences of up to 31 words: give a --length of at least 31")
+    raise UserError("--task agreement has sentences of up to 31 words: give a --length of at least "
+                    f"{LONGEST}")
 
   def encode(sentences, verb_only=False):
     "Inputs and targets of the model, and both forms of the verb, (B,1) each."
@@ -118,26 +126,29 @@ def agreement_task(args:argparse.Namespace) -> Task:
 
 def attractors(n:int) -> str: return f"{n} attractor{'s'*(n != 1)}"
 
-# ---- the ablation ---------------------------------------------------------------------------------
+# ---- the ablation -------------------------------------------------------------------------------
 
 MLM = Column("--task mlm --steps 600 --eval-every 60", "accuracy",
              {"BiGS": "83.3", "BERT": "83.3", "STACK/SSM": "77.2", "gated attention": "81.8"})
-AGREEMENT = {f"agreement, {n}": Column("--task agreement --steps 500 --eval-every 50", attractors(n),
-                                       {"BiGS": paper} if paper else {})
-             for n, paper in enumerate(("", "97.4", "97.4", "96.6", "96.5"))}
+AGREEMENT = "--task agreement --steps 500 --eval-every 50"
+PAPER_AGREEMENT = ({}, {"BiGS": "97.4"}, {"BiGS": "97.4"}, {"BiGS": "96.6"}, {"BiGS": "96.5"})
 GRID = Grid(
   "bigs",
-  "BiGS paper, the ablation in small: masked bytes of Python's library, and the verb's number, right, %",
+  "BiGS paper, the ablation in small: masked bytes of Python's library, and the verb's number, "
+  "right, %",
   UNVERIFIED,
   {"BiGS": "--model bigs", "STACK/SSM": "--model stack",
    "gated attention": "--model gated-attention", "BERT": "--model bert"},
   # what stands behind [] is what the paper's figures are of
-  {"masked bytes [GLUE's mean]": MLM, **AGREEMENT})
+  {"masked bytes [GLUE's mean]": MLM,
+   **{f"agreement, {n}": Column(AGREEMENT, attractors(n), paper)
+      for n, paper in enumerate(PAPER_AGREEMENT)}})
 
-# ---- what a pass costs ----------------------------------------------------------------------------
+# ---- what a pass costs --------------------------------------------------------------------------
 
 # operations of a forward pass, BiGS and BERT: unverified
-PAPER = {128: (8.1e10, 7.9e10), 512: (3.2e11, 3.4e11), 1024: (6.5e11, 7.2e11), 4096: (2.6e12, 4.1e12)}
+PAPER_OPERATIONS = {128: (8.1e10, 7.9e10), 512: (3.2e11, 3.4e11), 1024: (6.5e11, 7.2e11),
+                    4096: (2.6e12, 4.1e12)}
 
 def count_operations(model:BiGS, length:int) -> int:
   "Of one forward pass of one sequence, as tinygrad counts what its kernels do."
@@ -153,19 +164,21 @@ def count_operations(model:BiGS, length:int) -> int:
 
 def print_operations() -> None:
   "Operations of the large encoders by length, with random weights."
-  print("operations of a forward pass, one sequence, width 1024; in brackets the paper's (unverified)\n"
+  print("operations of a forward pass, one sequence, width 1024; in brackets the paper's "
+        "(unverified)\n"
         f"{'length':>6}  {'BiGS, 23 layers':>22}  {'BERT, 24 layers':>22}  ratio", flush=True)
-  models = [BiGS(BiGSConfig.large(block, max(PAPER)), heads=()) for block in ("gated", "attention")]
-  for length, paper in PAPER.items():
+  configs = [BiGSConfig.large(block, max(PAPER_OPERATIONS)) for block in ("gated", "attention")]
+  models = [BiGS(config, heads=()) for config in configs]
+  for length, paper in PAPER_OPERATIONS.items():
     counts = [count_operations(model, length) for model in models]
     cells = "".join(f"  {count:9.2e} ({x:9.2e})" for count, x in zip(counts, paper))
     print(f"{length:6}{cells}  {counts[0]/counts[1]:4.2f}x", flush=True)
 
-# ---- what the filters look at ---------------------------------------------------------------------
+# ---- what the filters look at -------------------------------------------------------------------
 
 def plot_filters(name:str, offsets:int) -> Path:
   """Draws |K| of each layer, scaled to 1, into filters.png beside a checkpoint: what lies before a
-  position to the left, what follows to the right. CheckpointError where there are no such filters."""
+  position to the left, what follows to the right. CheckpointError where it has no such filters."""
   path = find(name)
   model = BiGS.from_pretrained(str(path))
   if "attention" in model.config.block:

@@ -2,15 +2,15 @@
 
 Each program is one claim of a paper, with its data and its models:
 
-  python papers/NAME.py --task TASK --out DIR     trains one model, by train.py's options and the task's
-  python papers/NAME.py --reproduce               trains the grid, prints its table beside the paper's,
-                                                  draws the curves
+  python papers/NAME.py --task TASK --out DIR  trains one model, by train.py's and its task's options
+  python papers/NAME.py --reproduce            trains the grid, prints its table beside the paper's,
+                                               draws the curves; --seeds N, --out DIR
 
-A new task is one function under train.py's decorator `@task`, which returns a `Task`; the shortest
-example is papers/synthetic.py. A grid trains each of its models with several seeds, on a CPU as many
+A new task is one function under train.py's decorator `@task`, which returns a `Task`;
+synthetic.py is an example. A grid trains each of its models with several seeds, on a CPU as many
 at once as there are cores; what is finished is not trained again, and what was stopped goes on.
 
-Not here: tests of significance; a table has the mean, the least and the most of its seeds.
+Not here: tests of significance. A table has the mean, the least and the most of its seeds.
 """
 import sys
 from pathlib import Path
@@ -29,10 +29,10 @@ from train import Batch, Parser, Task, cross_entropy, duration, number, read_eva
 
 COLORS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2")
 ONE_CORE = {"NUM_CPU_THREADS": "1"}
-RECIPE = 2                      # raised where other data or defaults make a finished run another one
+RECIPE = 2      # raised where other data or defaults make a finished run another one
 UNVERIFIED = "the paper's figures come from notes on it, unverified"
 
-# ---- a claim's models and tasks -------------------------------------------------------------------
+# ---- a claim's models and tasks -----------------------------------------------------------------
 
 class Column(NamedTuple):
   "A task's options; the metric that is shown, or \"loss\"; the paper's figures, by the model."
@@ -47,7 +47,7 @@ class Run:
   folder: Path
   options: list[str]
   env: dict[str, str]
-  meta: dict[str, str] = dataclasses.field(default_factory=dict)    # its checkpoint's, once finished
+  meta: dict[str, str] = dataclasses.field(default_factory=dict)   # once it is finished
 
   def has_begun(self) -> bool:
     return any((self.folder/name).exists() for name in (CHECKPOINT, PREVIOUS))
@@ -61,10 +61,11 @@ class Run:
     "Trains from where it stopped, if it did. A session of its own: Ctrl-C is for the grid alone."
     self.folder.mkdir(parents=True, exist_ok=True)
     options = ["--resume"] if self.has_begun() else self.options
-    command = [sys.executable, str(ROOT/program), *options, "--sample", "0", "--out", str(self.folder)]
+    options = [*options, "--sample", "0", "--out", str(self.folder)]
     with open(self.folder/"output.txt", "a") as output:
-      return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT,
-                              start_new_session=True, env=os.environ | self.env)
+      return subprocess.Popen([sys.executable, str(ROOT/program), *options], stdout=output,
+                              stderr=subprocess.STDOUT, start_new_session=True,
+                              env=os.environ | self.env)
 
   def minutes(self) -> float: return float(self.meta["seconds"]) / 60
 
@@ -89,7 +90,8 @@ class Grid:
       options = f"{self.columns[column].options} {self.rows[row]}"
       slug = re.sub("[^a-z0-9]+", "-", options.replace("--", "").lower())
       folder = out / f"{slug}-v{RECIPE}" / f"seed{seed}"
-      run = Run(f"{row}, {column}, seed {seed}", folder, f"{options} --seed {seed}".split(), ONE_CORE)
+      title = f"{row}, {column}, seed {seed}"
+      run = Run(title, folder, f"{options} --seed {seed}".split(), ONE_CORE)
       cells.setdefault((row, column), []).append(runs.setdefault(folder, run))
     return cells
 
@@ -122,7 +124,7 @@ def train_all(program:str, runs:list[Run], at_once:int) -> None:
       for process in training.values(): process.terminate()
       for process in training.values(): process.wait()
 
-# ---- its table and curves -------------------------------------------------------------------------
+# ---- its table and curves -----------------------------------------------------------------------
 
 def print_table(head:list[str], rows:list[list[str]]) -> None:
   widths = [max(map(len, column)) for column in zip(head, *rows)]
@@ -151,7 +153,8 @@ def report(grid:Grid, cells:Cells, out:Path) -> None:
   print()
   print_table(["", *grid.rows], [*table, ["minutes a seed", *(f"{x:.1f}" for x in minutes)]])
   one_core = "; a run has one core"*(Device.DEFAULT == "CPU")
-  print(f"the mean of {seeds} seed{'s'*(seeds > 1)} (least-most) [the paper's]{one_core}", flush=True)
+  print(f"the mean of {seeds} seed{'s'*(seeds > 1)} (least-most) [the paper's]{one_core}",
+        flush=True)
   with open(out/"table.csv", "w", newline="") as f: csv.writer(f).writerows(lines)
   try: plot_curves(grid, cells, out/"curves.png")
   except ImportError:
@@ -182,7 +185,7 @@ def plot_curves(grid:Grid, cells:Cells, path:Path) -> None:
   axes[0].legend(frameon=False)
   fig.savefig(path)
 
-# ---- a program's command line ---------------------------------------------------------------------
+# ---- a program's command line -------------------------------------------------------------------
 
 def run_program(program:str, grid:Grid|None, default:str, argv:list[str]|None=None,
                 then:Callable[[Path], None]|None=None) -> int:
@@ -216,7 +219,7 @@ def run_program(program:str, grid:Grid|None, default:str, argv:list[str]|None=No
   except (UserError, CheckpointError) as e: parser.error(str(e))
   return 0
 
-# ---- tasks with a label a row ---------------------------------------------------------------------
+# ---- tasks with a label a row -------------------------------------------------------------------
 # Their rows are arrays, which batches are parts of: tokens (n,L), masks (n,L) and labels (n,).
 
 def to_float(text:str) -> float|None:
@@ -242,8 +245,8 @@ def drawn_from(rows:Batch, args:argparse.Namespace) -> Callable[[int], Batch]:
   return lambda step: take(rows, order(step))
 
 def classification_metrics(targets:np.ndarray, predictions:np.ndarray, K:int) -> dict[str, float]:
-  """Accuracy, F1 and Matthews' correlation (Gorodkin's for more than two) of classes 0 to K-1. F1 is
-  that of class 1 of two, else the mean over the classes that occur in either."""
+  """Accuracy, F1 and Matthews' correlation (Gorodkin's for more than two) of classes 0 to K-1. F1
+  is that of class 1 of two, else the mean over the classes that occur in either."""
   confusion = np.bincount(targets*K + predictions, minlength=K*K).reshape(K, K).astype(float)
   t, p, n, hits = confusion.sum(1), confusion.sum(0), confusion.sum(), np.trace(confusion)
   f1 = 2*np.diag(confusion) / np.maximum(1, t + p)
@@ -273,19 +276,21 @@ def label_task(args:argparse.Namespace, about:str, tokenizer:Tokenizer|None, voc
     def forward(model, tokens, mask, values):
       predictions = model.classify(tokens, mask).squeeze(-1)
       return ((predictions - values)**2).mean(), predictions
-    metrics = lambda outputs: regression_metrics(targets, join(outputs))
+    def metrics(outputs): return regression_metrics(targets, join(outputs))
     baseline, scale, unit = ((targets - trained.mean())**2).mean(), 1.0, "squared error"
     guess = "the mean of all"
   else:
     def forward(model, tokens, mask, labels):
       logits = model.classify(tokens, mask)
       return cross_entropy(logits.unsqueeze(1), labels.unsqueeze(1)), logits.argmax(-1)
-    metrics = lambda outputs: classification_metrics(targets, join(outputs).astype(int), len(classes))
+    def metrics(outputs):
+      return classification_metrics(targets, join(outputs).astype(int), len(classes))
     counts = 1 + np.bincount(trained, minlength=len(classes))
     bits = -np.log2(counts / counts.sum())
     baseline, scale, unit = bits[targets].mean(), 1/math.log(2), "bits per label"
     share = np.mean(targets == counts.argmax())
     guess = f"labels by their frequency (the commonest is right at {share:.3f})"
   batches = [take(held_out, slice(i, i+args.batch)) for i in range(0, len(targets), args.batch)]
-  return Task(about, tokenizer, vocab_size, batch, batches, float(baseline), guess, scale, scale, unit,
-              forward, metrics, "classify", classes or [""], schedule, count=lambda batch: len(batch[0]))
+  return Task(about, tokenizer, vocab_size, batch, batches, float(baseline), guess, scale, scale,
+              unit, forward, metrics, "classify", classes or [""], schedule,
+              count=lambda batch: len(batch[0]))

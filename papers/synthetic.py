@@ -1,17 +1,17 @@
 """Two synthetic tasks that tell H3 from S4D: induction head and associative recall.
 
-Claim: H3 Table 2 (arXiv 2212.14052, section 3.1): of the last symbol of a sequence, models of two layers of
-width 32 get right, in % (unverified: from notes on the paper),
+Claim: H3 (arXiv 2212.14052), Table 2: models of two layers of width 32 get the last symbol of a
+sequence right, in %. Figures, unverified, from notes on the paper:
 
                 S4D    H3     attention
   induction     35.6   100    100
-  recall        86.0   99.8   100         and recall on sequences twice as long: H3 98.4
+  recall        86.0   99.8   100            on sequences twice as long as in training: H3 98.4
 
-  python papers/synthetic.py --reproduce                        25 minutes on two cores
-  python papers/synthetic.py --task recall --model s4d          trains one model, in a minute or two
+  python papers/synthetic.py --reproduce                 25 minutes on two cores
+  python papers/synthetic.py --task recall --model s4d   trains one model, in one to five minutes
 
-The recipe is that of the authors' later repository (HazyResearch/safari 02220c6, configs/experiment/synthetics),
-with this project's optimiser. Not here: GSS, and attention dropout.
+The recipe is that of the authors' later repository (HazyResearch/safari at 02220c6,
+configs/experiment/synthetics), with train.py's optimizer. Not here: GSS, attention dropout.
 """
 import sys
 from pathlib import Path
@@ -26,8 +26,8 @@ from train import SIZES, Batch, Task, cross_entropy, has_attention, number, task
 TRAIN, TEST = 5000, 500                           # sequences, none of them twice
 
 def induction(rng:np.random.Generator, n:int, length:int, symbols:int) -> np.ndarray:
-  """Induction head, (n, length+2): ordinary symbols, one of them replaced by the special symbol; at the
-  end the special symbol again, and what followed it."""
+  """Induction head, (n, length+2): ordinary symbols, one of them replaced by the special symbol; at
+  the end the special symbol again, and what followed it."""
   special = symbols - 2
   rows = np.concatenate([rng.integers(0, special, (n, length)), np.full((n, 2), special)], 1)
   i, at = np.arange(n), rng.integers(0, length-2, n)
@@ -36,8 +36,8 @@ def induction(rng:np.random.Generator, n:int, length:int, symbols:int) -> np.nda
   return rows
 
 def recall(rng:np.random.Generator, n:int, length:int, symbols:int) -> np.ndarray:
-  """Associative recall, (n, length+3): pairs of a key and its value, by a map of the row's own; then the
-  special symbol, a key that occurred, and its value. A key is as likely however often it occurred."""
+  """Associative recall, (n, length+3): pairs of a key and its value, by a map of the row's own;
+  then the special symbol, a key and its value. Each key that occurred is as likely, however often."""
   special, half = symbols - 2, (symbols - 2)//2
   keys = rng.integers(0, half, (n, length//2))
   values = rng.integers(half, 2*half, (n, half))                      # of each key
@@ -65,8 +65,8 @@ COMMON = dict(causal=True, options=options, model="h3", size="table2", batch=32,
       length=30, symbols=20, steps=157*400, **COMMON)
 @task("recall", "the value of a key among pairs", length=20, symbols=10, steps=157*200, **COMMON)
 def synthetic_task(args:argparse.Namespace) -> Task:
-  """Every next symbol is trained on, and the last one is evaluated, for recall on sequences of twice
-  the length, too."""
+  """Every next symbol is trained on, and the last one is evaluated, for recall also on sequences of
+  twice the length."""
   name, L, V = args.task, args.length, args.symbols
   if L < 4: raise UserError(f"--task {name} wants a --length of at least 4")
   if args.warmup is None: args.warmup = args.steps//10
