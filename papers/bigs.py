@@ -1,194 +1,233 @@
-"""BiGS: subject-verb agreement, the ablation in small, filters and arithmetic.
+"""BiGS: what gates are good for, agreement, what its filters look at, what a pass costs.
 
-  python papers/bigs.py --task agreement --out agreement        trains one model
-  python papers/bigs.py --reproduce                             the table, three seeds each
+Claim: BiGS (arXiv 2212.10544) matches BERT without attention, because its SSMs are gated; its
+tables of GLUE, of the ablation, of agreement and of operations. Figures, unverified, from notes
+on the paper:
+
+  GLUE, mean of the dev sets               BiGS 83.3, STACK/SSM 77.2, gated attention 81.8, BERT 83.3
+  agreement with 1 to 4 attractors, %      BiGS 97.4, 97.4, 96.6, 96.5
+  operations of a forward pass             PAPER_OPERATIONS, below
+
+  python papers/bigs.py --reproduce                       20 minutes on two cores
+  python papers/bigs.py --task agreement --model bert     trains one model, in two minutes
+  python papers/bigs.py --plot masked                     draws the filters of a checkpoint
+  python papers/bigs.py --flops                           counts operations, in three minutes
+
+In place of GLUE and of English, models are trained from scratch on masked bytes of Python's
+library and on sentences of a small grammar. Not here: GLUE (papers/finetune.py trains on its
+files), SQuAD.
 """
 import sys
 from pathlib import Path
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import math
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import argparse, math
+from typing import NamedTuple
 import numpy as np
 from tinygrad import GlobalCounters, Tensor
 from bigs_tiny import BiGS, BiGSConfig, filters
-from flashconv import check_kernels, embedding, setup_device
-from support.checkpoints import CheckpointError
-from papers.grid import Grid, UNVERIFIED, main
+from papers.grid import COLORS, UNVERIFIED, Column, Grid, pad, panels, run_program
+from support.checkpoints import CheckpointError, find
+from support.cpu import check_kernels, setup_device
 from support.text import UserError
-from train import Batch, Parser, Task, argparse, cross_entropy, is_causal, number, task
+from train import Parser, Task, cross_entropy, is_causal, number, task
 
-# singular and plural; a relative clause about a thing, or about a person
-NOUNS = [n.split("/") for n in "key/keys door/doors box/boxes book/books author/authors teacher/teachers dog/dogs "
-         "child/children man/men woman/women house/houses farmer/farmers picture/pictures letter/letters "
-         "engine/engines garden/gardens".split()]
-VERBS = [v.split("/") for v in "is/are was/were has/have sees/see likes/like moves/move waits/wait knows/know "
-         "holds/hold needs/need".split()]
-PREPOSITIONS, ADJECTIVES = "near behind of beside with under".split(), "old small red quiet strange".split()
-ENDS = [e.split() for e in "here|there|today|the sun|a lot|for a long time|once more".split("|")]
-WORDS = sorted({"the", "that", "every", ".", *(w for p in NOUNS+VERBS for w in p), *PREPOSITIONS, *ADJECTIVES,
-                *(w for e in ENDS for w in e)})
-FEW = (0.45, 0.3, 0.15, 0.07, 0.03)              # of training sentences have so many nouns between subject and verb
+# ---- subject-verb agreement ---------------------------------------------------------------------
 
-def sentence(rng:np.random.Generator, between:int, attract:bool) -> tuple[list[str], int, str]:
-  """Words, the place of the main verb, and its wrong form: a subject, `between` phrases with a noun each, the verb. The
-  nouns between are of the other number with `attract`, else of any. A phrase is a preposition's, or a relative clause
-  about the noun before ("that sees the N": its verb agrees with that noun) or of another ("that the N sees")."""
-  pick = lambda xs: xs[rng.integers(len(xs))]
-  plural = int(rng.integers(2))
-  number, words = plural, ["the", *([pick(ADJECTIVES)] if rng.random() < 0.3 else []), pick(NOUNS)[plural]]
+forms = lambda text: [pair.split("/") for pair in text.split()]         # singular and plural
+NOUNS = forms("key/keys door/doors box/boxes book/books author/authors teacher/teachers dog/dogs "
+              "child/children man/men woman/women house/houses farmer/farmers picture/pictures "
+              "letter/letters engine/engines garden/gardens")
+VERBS = forms("is/are was/were has/have sees/see likes/like moves/move waits/wait knows/know "
+              "holds/hold needs/need")
+PREPOSITIONS = "near behind of beside with under".split()
+ADJECTIVES = "old small red quiet strange".split()
+ENDS = "here|there|today|the sun|a lot|for a long time|once more"
+ENDS = [end.split() for end in ENDS.split("|")]
+WORDS = sorted({"the", "that", "every", ".", *PREPOSITIONS, *ADJECTIVES,
+                *sum(NOUNS + VERBS + ENDS, [])})
+PAD, CLS, MASK, SEP = range(4)
+IDS = {word: i for i, word in enumerate(WORDS, 4)}
+BETWEEN = (0.45, 0.3, 0.15, 0.07, 0.03)   # share of training sentences with 0, 1, … nouns between
+LONGEST = 31                                  # tokens of a sentence
+
+class Sentence(NamedTuple):
+  words: list[str]
+  verb: int                                   # position of the main verb
+  wrong: str                                  # its form of the other number
+
+def sentence(rng:np.random.Generator, between:int, attract:bool) -> Sentence:
+  """A subject, `between` phrases with a noun each, the verb, an end.
+
+  attract: the nouns between are of the other number, else of any. A phrase is a preposition's, or a
+  relative clause, "that sees the N" with a verb for the noun before, or "that the N sees"."""
+  pick = lambda options: options[rng.integers(len(options))]
+  adjective = lambda share: [pick(ADJECTIVES)] if rng.random() < share else []
+  plural = number = int(rng.integers(2))
+  words = ["the", *adjective(0.3), pick(NOUNS)[plural]]
   for _ in range(between):
-    before, number, kind = number, 1 - plural if attract else int(rng.integers(2)), rng.integers(4)
-    noun = ["the", *([pick(ADJECTIVES)] if rng.random() < 0.1 else []), pick(NOUNS)[number]]
-    words += [[pick(PREPOSITIONS), *noun], [pick(PREPOSITIONS), *noun], ["that", pick(VERBS)[before], *noun],
-              ["that", *noun, pick(VERBS)[number]]][kind]
+    before, number = number, 1 - plural if attract else int(rng.integers(2))
+    kind = rng.integers(4)
+    noun = ["the", *adjective(0.1), pick(NOUNS)[number]]
+    phrases = ([pick(PREPOSITIONS), *noun], [pick(PREPOSITIONS), *noun],
+               ["that", pick(VERBS)[before], *noun], ["that", *noun, pick(VERBS)[number]])
+    words += phrases[kind]
   verb = pick(VERBS)
-  return words + [verb[plural], *pick(ENDS), "."], len(words), verb[1-plural]
+  return Sentence([*words, verb[plural], *pick(ENDS), "."], len(words), verb[1-plural])
 
-@task("agreement", "the verb's number in sentences of a small grammar", causal=None, model="bigs", batch=64, length=32,
-      weight_decay=0.05, steps=1000)
+@task("agreement", "the verb's number in sentences of a small grammar", causal=None, model="bigs",
+      batch=64, length=32, weight_decay=0.05, steps=1000)
 def agreement_task(args:argparse.Namespace) -> Task:
-  "The verb's number: by masking it, or as the next word. Evaluated by how many nouns of the other number precede it."
-  index, L = {w: i+4 for i, w in enumerate(WORDS)}, args.length
-  pad, cls, mask, sep = range(4)
-  if L < 31: raise UserError("--task agreement has sentences of up to 31 words: give a --length of at least 31")
-  reads_on = is_causal(args)
-  def row(words:list[str]) -> np.ndarray:
-    ids = [cls, *(index[w] for w in words), sep]
-    return np.array(ids + [pad]*(L-len(ids)), np.int32)
-  def following(rows:np.ndarray) -> np.ndarray:
-    "The targets of a model that reads on."
-    return np.where(rows[:, 1:] == pad, -1, rows[:, 1:])
-  def masked(some:list[tuple]) -> Batch:
-    "Sentences with their verb masked, its place, the verb, and its wrong form."
-    rows, at = np.stack([row(s[0]) for s in some]), np.array([[s[1]+1] for s in some], np.int32)
-    right, wrong = np.take_along_axis(rows, at, 1), np.array([[index[s[2]]] for s in some], np.int32)
-    np.put_along_axis(rows, at, mask, 1)
-    return rows, at, right, wrong
-  def batch(step:int) -> Batch:
-    rng = np.random.default_rng([args.seed, 0, step])
-    some = [sentence(rng, rng.choice(len(FEW), p=FEW), False) for _ in range(args.batch)]
-    if not reads_on: return masked(some)[:3]
-    rows = np.stack([row(s[0]) for s in some])
-    return rows[:, :-1], following(rows)
-  def held(n:int) -> Batch:
-    "128 sentences with n attractors: as in training, but of the verb alone, and both its forms."
-    rng = np.random.default_rng([args.seed, 1, n])
-    rows, at, right, wrong = masked(some := [sentence(rng, n, True) for _ in range(128)])
-    if not reads_on: return rows, at, right, right, wrong
-    rows = np.stack([row(s[0]) for s in some])
-    return rows[:, :-1], np.where(np.arange(L-1) == at-1, rows[:, 1:], -1), at-1, right, wrong
+  """The verb's number: a causal model learns every next word, a bidirectional one the masked verb.
+  Both are evaluated by which form of the verb they prefer, for each number of attractors."""
+  causal, L = is_causal(args), args.length
+  if L < LONGEST:
+    raise UserError("--task agreement has sentences of up to 31 words: give a --length of at least "
+                    f"{LONGEST}")
 
-  def prefers(logits:Tensor, right:Tensor, wrong:Tensor) -> Tensor:
-    of = lambda word: (word.unsqueeze(-1) == Tensor.arange(logits.shape[-1])).where(logits, 0).sum(-1)
-    return of(right) > of(wrong)                                      # (B,1)
-  def forward(model, tokens:Tensor, a:Tensor, b:Tensor, *verbs:Tensor) -> tuple[Tensor, ...]:
-    logits = model.mlm(tokens, at=a)
-    return cross_entropy(logits, b), *([prefers(logits, *verbs)] if verbs else [])
-  def forward_on(model, tokens:Tensor, targets:Tensor, *verbs:Tensor) -> tuple[Tensor, ...]:
-    logits = model(tokens)
+  def encode(sentences, verb_only=False):
+    "Inputs and targets of the model, and both forms of the verb, (B,1) each."
+    ids = [[CLS, *(IDS[word] for word in s.words), SEP] for s in sentences]
+    rows = np.stack([pad(row, L, PAD)[0] for row in ids])                                 # (B,L)
+    at = np.array([[s.verb + 1] for s in sentences], np.int32)
+    right = np.take_along_axis(rows, at, 1)
+    wrong = np.array([[IDS[s.wrong]] for s in sentences], np.int32)
+    if not causal:
+      np.put_along_axis(rows, at, MASK, 1)
+      return rows, at, right, right, wrong
+    following = rows[:, 1:]
+    asked = np.arange(1, L) == at if verb_only else following != PAD
+    return rows[:, :-1], np.where(asked, following, -1), right, wrong
+
+  def batch(step):
+    rng = np.random.default_rng([args.seed, 0, step])
+    some = [sentence(rng, rng.choice(len(BETWEEN), p=BETWEEN), False) for _ in range(args.batch)]
+    return encode(some)[:-2]
+  def held_out(n):
+    rng = np.random.default_rng([args.seed, 1, n])
+    return encode([sentence(rng, n, True) for _ in range(128)], verb_only=True)
+
+  def evaluate(logits, targets, *verbs):
+    "The loss; with both forms of the verb (B,1), whether the right one is preferred, (B,)."
     loss = cross_entropy(logits, targets)
     if not verbs: return loss,
-    B, T, V = logits.shape
-    there = embedding(verbs[0] + Tensor.arange(B).unsqueeze(1)*T, logits.reshape(B*T, V))
-    return loss, prefers(there, *verbs[1:])
-  def metrics(outputs:list[Batch]) -> dict[str, float]:
-    return {f"{n} attractor{'s'*(n != 1)}": float(o[1].mean()) for n, o in enumerate(outputs)}
-  return Task(f"sentences of {len(WORDS)} words, up to {len(FEW)-1} nouns between subject and verb", None, len(index)+4,
-              batch, [held(n) for n in range(len(FEW))], math.log2(2*len(VERBS)), "the verbs' forms at random (0.500)",
-              unit="bits per word" if reads_on else "bits per verb",
-              forward=forward_on if reads_on else forward, metrics=metrics, head="mlm")
+    one_hot = lambda word: word.unsqueeze(-1) == Tensor.arange(logits.shape[-1])          # (B,1,V)
+    right, wrong = (one_hot(word).where(logits, 0).sum(-1) for word in verbs)             # (B,T)
+    return loss, ((right > wrong) * (targets >= 0)).sum(1)
+  def forward_causal(model, tokens, *rest): return evaluate(model(tokens), *rest)
+  def forward_masked(model, tokens, at, *rest): return evaluate(model.mlm(tokens, at=at), *rest)
+  def metrics(outputs):
+    return {attractors(n): float(right.mean()) for n, (_, right) in enumerate(outputs)}
 
-# what stands behind [] for the paper's figures where they are of something else
-MLM = "masked bytes [GLUE's mean]"
+  about = f"sentences of {len(WORDS)} words, up to {len(BETWEEN)-1} nouns between subject and verb"
+  return Task(about, None, len(IDS) + 4, batch, [held_out(n) for n in range(len(BETWEEN))],
+              math.log2(2*len(VERBS)), "the verbs' forms at random (0.500)",
+              unit=f"bits per {'word' if causal else 'verb'}",
+              forward=forward_causal if causal else forward_masked, metrics=metrics, head="mlm")
+
+def attractors(n:int) -> str: return f"{n} attractor{'s'*(n != 1)}"
+
+# ---- the ablation -------------------------------------------------------------------------------
+
+MLM = Column("--task mlm --steps 600 --eval-every 60", "accuracy",
+             {"BiGS": "83.3", "BERT": "83.3", "STACK/SSM": "77.2", "gated attention": "81.8"})
+AGREEMENT = "--task agreement --steps 500 --eval-every 50"
+PAPER_AGREEMENT = ({}, {"BiGS": "97.4"}, {"BiGS": "97.4"}, {"BiGS": "96.6"}, {"BiGS": "96.5"})
 GRID = Grid(
-    "bigs",
-    "BiGS paper, the ablation in small: masked bytes of Python's library, and the verb's number, right, %", UNVERIFIED,
-    {"BiGS": "--model bigs", "STACK/SSM": "--model stack", "gated attention": "--model gated-attention",
-     "BERT": "--model bert"},
-    {MLM: ("--task mlm --steps 600 --eval-every 60", "accuracy"),
-     **{f"agreement, {n}": ("--task agreement --steps 500 --eval-every 50", f"{n} attractor{'s'*(n != 1)}")
-        for n in range(5)}},
-    {("BiGS", MLM): "83.3", ("BERT", MLM): "83.3", ("STACK/SSM", MLM): "77.2", ("gated attention", MLM): "81.8",
-     **{("BiGS", f"agreement, {n}"): x for n, x in zip(range(1, 5), ("97.4", "97.4", "96.6", "96.5"))}})
+  "bigs",
+  "BiGS paper, the ablation in small: masked bytes of Python's library, and the verb's number, "
+  "right, %",
+  UNVERIFIED,
+  {"BiGS": "--model bigs", "STACK/SSM": "--model stack",
+   "gated attention": "--model gated-attention", "BERT": "--model bert"},
+  # what stands behind [] is what the paper's figures are of
+  {"masked bytes [GLUE's mean]": MLM,
+   **{f"agreement, {n}": Column(AGREEMENT, attractors(n), paper)
+      for n, paper in enumerate(PAPER_AGREEMENT)}})
 
-LENGTHS = (128, 512, 1024, 4096)
-# one forward pass, BiGS and BERT, as notes on the paper have it: unverified
-PAPER = {128: (8.1e10, 7.9e10), 512: (3.2e11, 3.4e11), 1024: (6.5e11, 7.2e11), 4096: (2.6e12, 4.1e12)}
+# ---- what a pass costs --------------------------------------------------------------------------
 
-def flops() -> None:
-  "Arithmetic of one forward pass of the large encoders, random weights, one sequence, as tinygrad counts it."
-  print(f"operations of a forward pass, one sequence, width 1024; in brackets the paper's (unverified)\n{'length':>6}  "
-        f"{'BiGS, 23 layers':>22}  {'BERT, 24 layers':>22}  ratio", flush=True)
-  counts, shapes = {}, {block: BiGSConfig.large(block, LENGTHS[-1]) for block in ("gated", "attention")}
-  for block, config in shapes.items():
-    model = BiGS(config, heads=())
-    for L in LENGTHS:
-      tokens = Tensor(np.random.default_rng(0).integers(0, config.vocab_size, (1, L)).astype(np.int32)).realize()
-      GlobalCounters.reset()
-      x = model.embed(tokens).realize()
-      # one by one, lest all layers' products are held at once
-      filters = model.filters(L)
-      Tensor.realize(*(K for pair in filters for K in pair if K is not None), x)
-      for layer, pair in zip(model.bigs.encoder.layer, filters): x = layer(x, *pair).realize()
-      counts[L, block] = GlobalCounters.global_ops
-  for L in LENGTHS:
-    (ours, bert), (a, b) = (counts[L, block] for block in shapes), PAPER.get(L, (0, 0))
-    print(f"{L:6}  {ours:9.2e} ({a:9.2e})  {bert:9.2e} ({b:9.2e})  {ours/bert:4.2f}x", flush=True)
+# operations of a forward pass, BiGS and BERT: unverified
+PAPER_OPERATIONS = {128: (8.1e10, 7.9e10), 512: (3.2e11, 3.4e11), 1024: (6.5e11, 7.2e11),
+                    4096: (2.6e12, 4.1e12)}
 
-def plot(name:str, offsets:int=10) -> Path:
-  "Draws |K| of each layer, scaled to 1: what lies before a position to the left, what follows to the right."
-  from support.checkpoints import CheckpointError, bigs_model, find, read_weights
+def count_operations(model:BiGS, length:int) -> int:
+  "Of one forward pass of one sequence, as tinygrad counts what its kernels do."
+  tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length))
+  tokens = Tensor(tokens.astype(np.int32)).realize()
+  GlobalCounters.reset()
+  x = model.embed(tokens).realize()
+  pairs = model.filters(length)
+  Tensor.realize(x, *(K for pair in pairs for K in pair if K is not None))
+  # one by one, lest all layers' products are held at once
+  for layer, pair in zip(model.bigs.encoder.layer, pairs): x = layer(x, *pair).realize()
+  return GlobalCounters.global_ops
+
+def print_operations() -> None:
+  "Operations of the large encoders by length, with random weights."
+  print("operations of a forward pass, one sequence, width 1024; in brackets the paper's "
+        "(unverified)\n"
+        f"{'length':>6}  {'BiGS, 23 layers':>22}  {'BERT, 24 layers':>22}  ratio", flush=True)
+  configs = [BiGSConfig.large(block, max(PAPER_OPERATIONS)) for block in ("gated", "attention")]
+  models = [BiGS(config, heads=()) for config in configs]
+  for length, paper in PAPER_OPERATIONS.items():
+    counts = [count_operations(model, length) for model in models]
+    cells = "".join(f"  {count:9.2e} ({x:9.2e})" for count, x in zip(counts, paper))
+    print(f"{length:6}{cells}  {counts[0]/counts[1]:4.2f}x", flush=True)
+
+# ---- what the filters look at -------------------------------------------------------------------
+
+def plot_filters(name:str, offsets:int) -> Path:
+  """Draws |K| of each layer, scaled to 1, into filters.png beside a checkpoint: what lies before a
+  position to the left, what follows to the right. CheckpointError where it has no such filters."""
   path = find(name)
-  model = bigs_model(*read_weights(path), str(path))
+  model = BiGS.from_pretrained(str(path))
+  if "attention" in model.config.block:
+    raise CheckpointError(f"{path}: its layers are attention, which has no filters to draw.")
+  if model.config.block == "s4d":
+    raise CheckpointError(f"{path}: it has a filter for each channel, too many to draw.")
   layers = model.bigs.encoder.layer
-  if not layers[0].ssm: raise CheckpointError(f"{path}: its layers are attention, which has no filters to draw.")
-  if model.config.block == "s4d": raise CheckpointError(f"{path}: it has a filter for each channel, too many to draw.")
-  try: import matplotlib
-  except ImportError: raise CheckpointError("the plot needs matplotlib: pip install matplotlib.") from None
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
-  K = np.abs(filters([s for l in layers for s in (l.fs4, l.bs4)], offsets + 1).numpy())       # (2 layers,offsets+1)
-  cols = min(6, len(layers))
-  rows = -(-len(layers) // cols)
-  fig, axes = plt.subplots(rows, cols, figsize=(2.3*cols, 1.5*rows + 0.5), sharex=True, sharey=True, squeeze=False,
-                           dpi=150)
-  x = np.arange(offsets + 1)
-  for i, ax in enumerate(axes.flat):
-    ax.axis("off" if i >= len(layers) else "on")
-    if i >= len(layers): continue
-    f, b = K[2*i], K[2*i+1]
-    top = max(f.max(), b.max()) or 1
-    ax.fill_between(-x, f/top, step="mid", color="#4c78a8", alpha=0.8, lw=0, label="forward")
-    ax.fill_between(x, b/top, step="mid", color="#e45756", alpha=0.8, lw=0, label="backward")
+  ssms = [ssm for layer in layers for ssm in (layer.fs4, layer.bs4)]
+  K = np.abs(filters(ssms, offsets + 1).numpy()).reshape(len(layers), 2, offsets + 1)
+  try: fig, axes = panels(len(layers), 6, 2.3, 1.7, sharex=True, sharey=True)
+  except ImportError:
+    raise CheckpointError("the plot needs matplotlib: pip install matplotlib.") from None
+  distance = np.arange(offsets + 1)
+  for i, (ax, pair) in enumerate(zip(axes, K), 1):
+    forward, backward = pair / (pair.max() or 1)
+    ax.fill_between(-distance, forward, step="mid", color=COLORS[0], lw=0, label="forward")
+    ax.fill_between(distance, backward, step="mid", color=COLORS[1], lw=0, label="backward")
     ax.axvline(0, color="#444444", lw=0.8)
-    ax.set_title(f"layer {i+1}", fontsize=8, loc="left")
-    ax.set(yticks=[], xlim=(-offsets-0.5, offsets+0.5), ylim=(0, 1.05))
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.tick_params(labelsize=7)
-  fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="upper right", ncols=2,
-             frameon=False, fontsize=8)
-  fig.suptitle(f"What each layer looks at: |K| by distance in tokens ({path.parent.name or path.name})", fontsize=9,
-               x=0.01, ha="left")
-  fig.tight_layout()
-  fig.savefig(out := path.with_name("filters.png"))
-  plt.close(fig)
-  return out
+    ax.set_title(f"layer {i}", fontsize=8, loc="left")
+    ax.set(yticks=[], ylim=(0, 1.05))
+  axes[0].legend(frameon=False, fontsize=7)
+  model_name = path.parent.name or path.name
+  fig.suptitle(f"What each layer looks at: |K| by distance in tokens ({model_name})", fontsize=9)
+  picture = path.with_name("filters.png")
+  fig.savefig(picture)
+  return picture
 
-def show(argv:list[str]) -> int:
-  "--plot and --flops."
-  p = Parser(prog="papers/bigs.py", allow_abbrev=False)
-  p.add_argument("--plot", metavar="CHECKPOINT", help="draw the filters of each layer into filters.png beside it")
-  p.add_argument("--offsets", metavar="N", type=number(int, 1), default=10, help="how far the plot looks (default: 10)")
-  p.add_argument("--flops", action="store_true", help="arithmetic of a forward pass by length, BiGS and BERT (3 minutes)")
-  args = p.parse_args(argv)
+def look(argv:list[str]) -> int:
+  "The command line of --plot and --flops."
+  parser = Parser(prog="papers/bigs.py", allow_abbrev=False)
+  add = parser.add_argument
+  add("--plot", metavar="CHECKPOINT", help="draw each layer's filters into filters.png beside it")
+  add("--offsets", metavar="N", type=number(int, 1), default=10,
+      help="how far the plot looks (default: 10)")
+  add("--flops", action="store_true", help="count operations by length, BiGS and BERT (3 minutes)")
+  args = parser.parse_args(argv)
   setup_device()
   check_kernels()
   try:
-    if args.plot: print(f"wrote {plot(args.plot, args.offsets)}")
-    if args.flops: flops()
-  except CheckpointError as e: p.error(str(e))
-  except OSError as e: p.error(f"{e.filename}: {e.strerror}")
+    if args.plot: print(f"wrote {plot_filters(args.plot, args.offsets)}")
+    if args.flops: print_operations()
+  except CheckpointError as e: parser.error(str(e))
+  except OSError as e: parser.error(f"{e.filename}: {e.strerror}")
   return 0
 
-if __name__ == "__main__":
-  if {"--plot", "--flops"} & {*sys.argv}: sys.exit(show(sys.argv[1:]))
-  sys.exit(main("papers/bigs.py", GRID, default="agreement"))
+def main(argv:list[str]|None=None) -> int:
+  argv = sys.argv[1:] if argv is None else argv
+  # in front; elsewhere --plot is train.py's, the picture of the losses
+  if argv[:1] in (["--plot"], ["--flops"]): return look(argv)
+  return run_program("papers/bigs.py", GRID, "agreement", argv)
+
+if __name__ == "__main__": sys.exit(main())

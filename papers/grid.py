@@ -1,230 +1,296 @@
-"""What the papers' claims share: grids of models and tasks, tables, curves, and what labelled tasks measure.
+"""What the programs of this folder share: grids of models and tasks, and tasks with a label a row.
+
+Each program is one claim of a paper, with its data and its models:
+
+  python papers/NAME.py --task TASK --out DIR  trains one model, by train.py's and its task's options
+  python papers/NAME.py --reproduce            trains the grid, prints its table beside the paper's,
+                                               draws the curves; --seeds N, --out DIR
+
+A new task is one function under train.py's decorator `@task`, which returns a `Task`;
+synthetic.py is an example. A grid trains each of its models with several seeds, on a CPU as many
+at once as there are cores; what is finished is not trained again, and what was stopped goes on.
+
+Not here: tests of significance. A table has the mean, the least and the most of its seeds.
 """
 import sys
 from pathlib import Path
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import csv, dataclasses, functools, itertools, math, os, re, signal, subprocess, time
-from typing import Callable
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import argparse, csv, dataclasses, itertools, math, os, re, signal, subprocess, time
+from typing import Callable, NamedTuple
 import numpy as np
-from tinygrad import Device, Tensor
-from bigs_tiny import BiGS
-from flashconv import setup_device
-from generate import OUT, Parser, number
+from tinygrad import Device
+import train
 from support.checkpoints import CHECKPOINT, CheckpointError
+from support.cpu import setup_device
 from support.text import Tokenizer, UserError
 from support.training import PREVIOUS, Interrupt, check_writable, read_newest
-import train
-from train import Batch, Task, argparse, cross_entropy, duration, read_evals
+from train import Batch, Parser, Task, cross_entropy, duration, number, read_evals, shuffled
 
-def shuffled(args:argparse.Namespace, n:int) -> Callable[[int], list[int]]:
-  "Returns which of n rows are the batch of a step: in each epoch all of them, in a new order."
-  @functools.lru_cache(2)
-  def order(epoch):
-    return np.random.default_rng([args.seed, 3, epoch]).permutation(n)
-  return lambda step: [order(i // n)[i % n] for i in range(step*args.batch, (step+1)*args.batch)]
+COLORS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2")
+ONE_CORE = {"NUM_CPU_THREADS": "1"}
+RECIPE = 2      # raised where other data or defaults make a finished run another one
+UNVERIFIED = "the paper's figures come from notes on it, unverified"
 
-def hold_out(args:argparse.Namespace, n:int) -> tuple[np.ndarray, np.ndarray]:
-  "Returns which of n rows are to train on, and which, --holdout of them, are held out."
-  order = np.random.default_rng([args.seed, 2]).permutation(n)
-  m = max(1, round(n*args.holdout))
-  return order[m:], order[:m]
+# ---- a claim's models and tasks -----------------------------------------------------------------
 
-def real(text:str) -> float|None:
-  try: return x if math.isfinite(x := float(text)) else None
-  except ValueError: return None
+class Column(NamedTuple):
+  "A task's options; the metric that is shown, or \"loss\"; the paper's figures, by the model."
+  options: str
+  metric: str
+  paper: dict[str, str]
 
-def agreement_of(truth:np.ndarray, said:np.ndarray, K:int) -> dict[str, float]:
-  """Accuracy, F1 and Matthews' correlation (Gorodkin's for many) of labels 0 to K-1. F1 is that of the second label of
-  two, else the mean over the labels that occur, in the truth or in what was said."""
-  C = np.bincount(truth*K + said, minlength=K*K).reshape(K, K).astype(float)
-  t, p, n, hits = C.sum(1), C.sum(0), C.sum(), np.trace(C)
-  f1 = 2*np.diag(C) / np.maximum(1, t + p)
-  mean = f1[1] if K == 2 else f1[t + p > 0].mean()
-  spread = math.sqrt((n*n - p @ p) * (n*n - t @ t))
-  return {"accuracy": hits/n, "F1": float(mean),
-          "MCC": (hits*n - t @ p)/spread if spread else 0.0}
+@dataclasses.dataclass(eq=False)
+class Run:
+  "One model, trained in a folder and a process of its own."
+  title: str
+  folder: Path
+  options: list[str]
+  env: dict[str, str]
+  meta: dict[str, str] = dataclasses.field(default_factory=dict)   # once it is finished
 
-def correlation(truth:np.ndarray, said:np.ndarray) -> dict[str, float]:
-  "Pearson's and Spearman's; ties share the mean of their ranks."
-  def ranks(x:np.ndarray) -> np.ndarray:
-    _, group, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts-1)/2)[group]
-  def pearson(a:np.ndarray, b:np.ndarray) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    return float(a @ b / math.sqrt((a @ a) * (b @ b) or 1))
-  return {"Pearson": pearson(truth, said), "Spearman": pearson(ranks(truth), ranks(said))}
+  def has_begun(self) -> bool:
+    return any((self.folder/name).exists() for name in (CHECKPOINT, PREVIOUS))
 
-def labelled(args:argparse.Namespace, about:str, tok:Tokenizer|None, vocab_size:int, batch:Callable[[int], Batch],
-             held:list[Batch], trained:np.ndarray, names:list[str]|None, schedule:str="cosine") -> Task:
-  """A label for a row, or with no `names` a real value: rows are (tokens (L,), mask (L,), label). trained: the labels
-  to train on, or many of them."""
-  regression, truth = names is None, np.array([r[2] for r in held])
-  stack = lambda rows: tuple(np.stack(x) for x in zip(*rows))
-  def forward(model:BiGS, tokens:Tensor, mask:Tensor, labels:Tensor) -> tuple[Tensor, ...]:
-    x = model.classify(tokens, mask)
-    if regression: return ((x.squeeze(-1) - labels)**2).mean(), x.squeeze(-1)
-    return cross_entropy(x.unsqueeze(1), labels.unsqueeze(1)), x.argmax(-1)
-  def metrics(outputs:list[Batch]) -> dict[str, float]:
-    said = np.concatenate([o[1] for o in outputs])
-    return correlation(truth, said) if regression else agreement_of(truth, said.astype(int), len(names))
-  if regression: guess, baseline = "the mean of all", float(((truth - trained.mean())**2).mean())
-  else:
-    counts = 1 + np.bincount(trained, minlength=len(names))
-    guess = f"labels by their frequency (the commonest is right at {np.mean(truth == counts.argmax()):.3f})"
-    baseline = float(-np.log2(counts/counts.sum())[truth].mean())
-  return Task(about, tok, vocab_size, batch, [stack(held[i:i+args.batch]) for i in range(0, len(held), args.batch)],
-              baseline, guess, *([1.0, 1.0, "squared error"] if regression else [1/math.log(2)]*2 + ["bits per label"]),
-              forward, metrics, "classify", [""] if regression else names, schedule=schedule, count=lambda batch: len(batch[0]))
+  def finished(self) -> bool:
+    "Whether the newest checkpoint is the last one; reads its metadata."
+    if self.has_begun(): self.meta = read_newest(self.folder).meta
+    return self.meta.get("done") == "true"
+
+  def start(self, program:str) -> subprocess.Popen:
+    "Trains from where it stopped, if it did. A session of its own: Ctrl-C is for the grid alone."
+    self.folder.mkdir(parents=True, exist_ok=True)
+    options = ["--resume"] if self.has_begun() else self.options
+    options = [*options, "--sample", "0", "--out", str(self.folder)]
+    with open(self.folder/"output.txt", "a") as output:
+      return subprocess.Popen([sys.executable, str(ROOT/program), *options], stdout=output,
+                              stderr=subprocess.STDOUT, start_new_session=True,
+                              env=os.environ | self.env)
+
+  def minutes(self) -> float: return float(self.meta["seconds"]) / 60
+
+Cells = dict[tuple[str, str], list[Run]]          # (row, column): a run for each seed
 
 @dataclasses.dataclass
 class Grid:
-  "Rows of models and columns of tasks, each trained with several seeds; and what the paper has."
+  "The table of one claim: models by tasks, each trained with several seeds."
   name: str
   title: str
   about: str
-  rows: dict[str, str]                          # what is shown: options
-  columns: dict[str, tuple[str, str]]           # what is shown: options, and the figure (a metric, or "loss")
-  paper: dict[tuple[str, str], str]
+  rows: dict[str, str]                            # a model's name: its options
+  columns: dict[str, Column]
   percent: bool = True
   seeds: int = 3
-  def options(self, row:str, column:str) -> list[str]: return f"{self.columns[column][0]} {self.rows[row]}".split()
 
-RECIPE = 2                                      # raised where other data or defaults make a finished run another one
-UNVERIFIED = "the paper's figures come from notes on it, unverified"
+  def plan(self, out:Path, seeds:int) -> Cells:
+    "The runs of each cell, seed by seed. Columns with the same options share a run."
+    runs: dict[Path, Run] = {}
+    cells: Cells = {}
+    for seed, row, column in itertools.product(range(seeds), self.rows, self.columns):
+      options = f"{self.columns[column].options} {self.rows[row]}"
+      slug = re.sub("[^a-z0-9]+", "-", options.replace("--", "").lower())
+      folder = out / f"{slug}-v{RECIPE}" / f"seed{seed}"
+      title = f"{row}, {column}, seed {seed}"
+      run = Run(title, folder, f"{options} --seed {seed}".split(), ONE_CORE)
+      cells.setdefault((row, column), []).append(runs.setdefault(folder, run))
+    return cells
 
-def has_begun(folder:Path) -> bool: return any((folder/f).exists() for f in (CHECKPOINT, PREVIOUS))
+  def curve(self, run:Run, column:str) -> list[tuple[int, float]]:
+    "Step and figure at each evaluation."
+    metric, scale = self.columns[column].metric, 100 if self.percent else 1
+    return [(step, scale*(loss if metric == "loss" else metrics[metric]))
+            for step, loss, metrics in read_evals(run.meta)]
 
-def finished(folder:Path) -> dict[str, str]|None:
-  "The metadata of a run's last checkpoint, if it is done."
-  if not has_begun(folder): return None
-  meta = read_newest(folder)[2]
-  return meta if meta.get("done") == "true" else None
-
-def start_run(program:str, folder:Path, options:list[str]) -> subprocess.Popen:
-  "A run in a process of its own, on one core of a CPU, from where it stopped if it did."
-  folder.mkdir(parents=True, exist_ok=True)
-  again = ["--resume"] if has_begun(folder) else options
-  command = [sys.executable, program, *again, "--sample", "0", "--out", str(folder)]
-  with open(folder/"output.txt", "a") as f:
-    # a session of its own: a Ctrl-C is for the grid, which passes it on once
-    return subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, start_new_session=True,
-                            env=os.environ | {"NUM_CPU_THREADS": "1"})
-
-def run_all(program:str, runs:dict[Path, tuple[str, list[str]]], at_once:int) -> dict[Path, dict[str, str]]:
-  "Trains what is not finished; the metadata of all. KeyboardInterrupt, once those that are going have saved."
-  found = {f: finished(f) for f in runs}
-  todo, going = [f for f in runs if not found[f]], {}
+def train_all(program:str, runs:list[Run], at_once:int) -> None:
+  """Trains the runs that are not finished, some at once. A signal stops them all: they save, and
+  KeyboardInterrupt is raised. UserError if one fails."""
+  waiting = [run for run in runs if not run.finished()]
+  training: dict[Run, subprocess.Popen] = {}
   with Interrupt(signal.default_int_handler):
     try:
-      while todo or going:
-        while todo and len(going) < at_once:
-          f = todo.pop(0)
-          going[f] = start_run(program, f, runs[f][1])
-        for f in [f for f, p in going.items() if p.poll() is not None]:
-          code, found[f] = going.pop(f).returncode, finished(f)
-          if found[f] is None and code > 128: raise KeyboardInterrupt        # somebody has stopped it
-          if found[f] is None: raise UserError(f"a run failed, see the end of {f/'output.txt'}")
-          print(f"{runs[f][0]}: {int(found[f]['step']):,} steps in {duration(float(found[f]['seconds']))}", flush=True)
+      while waiting or training:
+        while waiting and len(training) < at_once:
+          run = waiting.pop(0)
+          training[run] = run.start(program)
+        for run in [run for run, process in training.items() if process.poll() is not None]:
+          code = training.pop(run).returncode
+          if run.finished():
+            took = duration(60*run.minutes())
+            print(f"{run.title}: {int(run.meta['step']):,} steps in {took}", flush=True)
+          elif code > 128: raise KeyboardInterrupt          # somebody has stopped it
+          else: raise UserError(f"a run failed, see the end of {run.folder/'output.txt'}")
         time.sleep(0.2)
     finally:
-      for p in going.values(): p.terminate()
-      for p in going.values(): p.wait()
-  return found
+      for process in training.values(): process.terminate()
+      for process in training.values(): process.wait()
 
-def show_table(head:list[str], rows:list[list[str]]) -> None:
+# ---- its table and curves -----------------------------------------------------------------------
+
+def print_table(head:list[str], rows:list[list[str]]) -> None:
   widths = [max(map(len, column)) for column in zip(head, *rows)]
-  for first, *rest in (head, *rows):
-    print(f"{first:<{widths[0]}}" + "".join(f"   {x:>{w}}" for x, w in zip(rest, widths[1:])))
+  for name, *cells in (head, *rows):
+    print(name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), sep="   ")
 
-def figure_of(row:list, metric:str) -> float: return row[1] if metric == "loss" else row[2][metric]
+def report(grid:Grid, cells:Cells, out:Path) -> None:
+  "Prints the table with the paper's figures; writes table.csv, and with matplotlib curves.png."
+  digits = 1 if grid.percent else 3
+  seeds = len(next(iter(cells.values())))
+  lines = [["model", "task", "seed", "steps", "figure", "paper", "minutes"]]
+  table = []
+  for column in grid.columns:
+    shown = [column]
+    for row in grid.rows:
+      paper, figures = grid.columns[column].paper.get(row, ""), []
+      for seed, run in enumerate(cells[row, column]):
+        step, figure = grid.curve(run, column)[-1]
+        figures.append(figure)
+        lines.append([row, column, seed, step, round(figure, 4), paper, round(run.minutes(), 2)])
+      mean, least, most = (f"{f(figures):.{digits}f}" for f in (np.mean, min, max))
+      shown.append(f"{mean} ({least}-{most})" + f" [{paper}]"*bool(paper))
+    table.append(shown)
+  runs = {row: {run for column in grid.columns for run in cells[row, column]} for row in grid.rows}
+  minutes = [sum(run.minutes() for run in some) / seeds for some in runs.values()]
+  print()
+  print_table(["", *grid.rows], [*table, ["minutes a seed", *(f"{x:.1f}" for x in minutes)]])
+  one_core = "; a run has one core"*(Device.DEFAULT == "CPU")
+  print(f"the mean of {seeds} seed{'s'*(seeds > 1)} (least-most) [the paper's]{one_core}",
+        flush=True)
+  with open(out/"table.csv", "w", newline="") as f: csv.writer(f).writerows(lines)
+  try: plot_curves(grid, cells, out/"curves.png")
+  except ImportError:
+    print(f"wrote {out/'table.csv'} (pip install matplotlib, and the curves are drawn too)")
+  else: print(f"wrote {out/'table.csv'}, {out/'curves.png'}")
 
-def reproduce(program:str, grid:Grid, out:Path, seeds:int|None) -> int:
-  """Trains a grid's models, on a CPU as many at once as it has cores, and prints the table beside the paper's figures;
-  writes table.csv and curves.png. What has been trained is not trained again."""
+def panels(n:int, a_row:int, width:float, height:float, **options):
+  "A figure of n panels, each of so many inches. ImportError where matplotlib is missing."
+  from matplotlib.figure import Figure
+  wide, high = min(a_row, n), math.ceil(n / a_row)
+  fig = Figure((width*wide, height*high), dpi=150, layout="constrained")
+  axes = fig.subplots(high, wide, squeeze=False, **options).ravel()
+  for ax in axes: ax.spines[["top", "right"]].set_visible(False)
+  for ax in axes[n:]: ax.set_visible(False)
+  return fig, axes[:n]
+
+def plot_curves(grid:Grid, cells:Cells, path:Path) -> None:
+  "A panel for each column, a line for each seed."
+  fig, axes = panels(len(grid.columns), 3, 4.2, 3.6)
+  for ax, column in zip(axes, grid.columns):
+    for row, color in zip(grid.rows, COLORS):
+      for seed, run in enumerate(cells[row, column]):
+        steps, figures = zip(*grid.curve(run, column))
+        ax.plot(steps, figures, color=color, lw=1.3, label=None if seed else row)
+    title = column.split(" [")[0]
+    ax.set(title=title, xlabel="step", ylabel="%" if grid.percent else title)
+    ax.grid(alpha=0.25)
+  axes[0].legend(frameon=False)
+  fig.savefig(path)
+
+# ---- a program's command line -------------------------------------------------------------------
+
+def run_program(program:str, grid:Grid|None, default:str, argv:list[str]|None=None,
+                then:Callable[[Path], None]|None=None) -> int:
+  """With --reproduce trains the grid; else one model, by train.py's options and the tasks' own.
+
+  default: the task where the command line names none. then: what follows the table, given the
+  grid's folder."""
+  argv = sys.argv[1:] if argv is None else argv
+  if "--reproduce" not in argv or grid is None: return train.main(argv, program, default)
+  parser = Parser(prog=program, allow_abbrev=False)
+  parser.add_argument("--reproduce", action="store_true")
+  parser.add_argument("--seeds", type=number(int, 1), default=grid.seeds)
+  parser.add_argument("--out", default="reproduced")
+  args = parser.parse_args(argv)
   setup_device()
-  out = out / grid.name
-  seeds = seeds or grid.seeds
   at_once = Device["CPU"].renderer.global_max[0] if Device.DEFAULT == "CPU" else 1
-  print(f"{grid.title}\n{grid.about}\n{len(grid.rows)} models, {seeds} seed{'s'*(seeds > 1)}, {at_once} at a time, "
+  out = Path(args.out) / grid.name
+  print(f"{grid.title}\n{grid.about}\n"
+        f"{len(grid.rows)} models, {args.seeds} seed{'s'*(args.seeds > 1)}, {at_once} at a time, "
         f"into {out}; stopped, it goes on with the same command", flush=True)
-  check_writable(out)
-  runs, places = {}, {}                                  # a run is of several columns, if they have the same options
-  for seed, row, column in itertools.product(range(seeds), grid.rows, grid.columns):
-    options = grid.options(row, column)
-    slug = re.sub(r"[^a-z0-9]+", "-", " ".join(options).replace("--", "").lower())
-    folder = out / f"{slug}-v{RECIPE}" / f"seed{seed}"
-    runs.setdefault(folder, (f"{row}, {column}, seed {seed}", [*options, "--seed", str(seed)]))
-    places.setdefault((row, column), []).append(folder)
-  try: metas = run_all(program, runs, at_once)
+  try:
+    check_writable(out)
+    cells = grid.plan(out, args.seeds)
+    by_seed = dict.fromkeys(run for seed in zip(*cells.values()) for run in seed)
+    train_all(program, [*by_seed], at_once)
+    report(grid, cells, out)
+    if then: then(out)
   except KeyboardInterrupt:
     print("\nstopped; the same command goes on", file=sys.stderr)
     return 130
-  evals = {f: read_evals(metas[f]) for f in runs}
-  minutes = {f: float(metas[f]["seconds"]) / 60 for f in runs}
-  scale, digits, table, lines = (100, 1, [], []) if grid.percent else (1, 3, [], [])
-  for column, (_, metric) in grid.columns.items():
-    table.append([column])
-    for row in grid.rows:
-      x = [scale * figure_of(evals[f][-1], metric) for f in places[row, column]]
-      paper = grid.paper.get((row, column), "")
-      table[-1].append(f"{np.mean(x):.{digits}f} ({min(x):.{digits}f}-{max(x):.{digits}f})" + f" [{paper}]"*bool(paper))
-      lines += [[row, column, seed, evals[f][-1][0], round(v, 4), paper, round(minutes[f], 2)]
-                for seed, (v, f) in enumerate(zip(x, places[row, column]))]
-  of_row = {row: {f for column in grid.columns for f in places[row, column]} for row in grid.rows}
-  table.append(["minutes a seed", *(f"{sum(minutes[f] for f in fs)/seeds:.1f}" for fs in of_row.values())])
-  print()
-  show_table(["", *grid.rows], table)
-  print(f"the mean of {seeds} seed{'s'*(seeds > 1)} (least-most) [the paper's]"
-        + "; a run has one core"*(Device.DEFAULT == "CPU"), flush=True)
-  with open(out/"table.csv", "w", newline="") as f:
-    csv.writer(f).writerows([["model", "task", "seed", "steps", "figure", "paper", "minutes"], *lines])
-  found = {k: [evals[f] for f in folders] for k, folders in places.items()}
-  try: plot_curves(grid, found, out/"curves.png")
-  except ImportError: print(f"wrote {out/'table.csv'} (pip install matplotlib, and the curves are drawn too)")
-  else: print(f"wrote {out/'table.csv'}, {out/'curves.png'}")
+  except (UserError, CheckpointError) as e: parser.error(str(e))
   return 0
 
-def child(code:str, **env:str) -> str:
-  "What `code` prints in a Python of its own."
-  done = subprocess.run([sys.executable, "-c", f"import train; {code}"], cwd=Path(__file__).parents[1],
-                        env=os.environ | env, capture_output=True, text=True)
-  if done.returncode: raise UserError(f"a benchmark failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
-  return done.stdout
+# ---- tasks with a label a row -------------------------------------------------------------------
+# Their rows are arrays, which batches are parts of: tokens (n,L), masks (n,L) and labels (n,).
 
-def plot_curves(grid:Grid, found:dict, path:Path) -> None:
-  "A panel for each column, a line for each seed."
-  import matplotlib
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
-  rows, wide = -(-len(grid.columns)//3), min(3, len(grid.columns))
-  fig, axes = plt.subplots(rows, wide, figsize=(4.2*wide, 3.6*rows), dpi=150, layout="constrained", squeeze=False)
-  for ax, (column, (_, metric)) in zip(axes.flat, grid.columns.items()):
-    for color, row in zip(("#4c78a8", "#e45756", "#54a24b", "#b279a2"), grid.rows):
-      for i, evals in enumerate(found[row, column]):
-        y = [figure_of(e, metric)*(100 if grid.percent else 1) for e in evals]
-        ax.plot([e[0] for e in evals], y, color=color, lw=1.3, label=row if i == 0 else None)
-    what = column.split(" [")[0]
-    ax.set(title=what, xlabel="step", ylabel="%" if grid.percent else what)
-    ax.grid(alpha=0.25)
-    ax.spines[["top", "right"]].set_visible(False)
-  for ax in [*axes.flat][len(grid.columns):]: ax.set_visible(False)
-  axes[0][0].legend(frameon=False)
-  fig.savefig(path)
-  plt.close(fig)
+def to_float(text:str) -> float|None:
+  "The finite number that a text is, or None."
+  try: x = float(text)
+  except ValueError: return None
+  return x if math.isfinite(x) else None
 
-def main(program:str, grid:Grid|None=None, default:str="text", after:Callable[[Path], None]|None=None,
-         argv:list[str]|None=None) -> int:
-  """`--reproduce`: a grid; else one model, with train.py's options and those of the tasks of this file. default: the
-  task where the command line names none. after: what comes behind the grid's table."""
-  argv = sys.argv[1:] if argv is None else argv
-  if "--reproduce" not in argv or grid is None: return train.main(argv, program, default)
-  p = Parser(prog=program, allow_abbrev=False)
-  p.add_argument("--reproduce", action="store_true")
-  p.add_argument("--seeds", type=number(int, 1))
-  p.add_argument("--out", default="reproduced")
-  args = p.parse_args(argv)
-  try:
-    code = reproduce(str(Path(train.__file__).parent/program), grid, Path(args.out), args.seeds)
-    if after and not code: after(Path(args.out) / grid.name)
-    return code
-  except (UserError, CheckpointError) as e: p.error(str(e))
+def pad(tokens:list[int], length:int, filler:int) -> tuple[np.ndarray, np.ndarray]:
+  "Tokens and fillers (length,), and a mask that is 1 where the tokens are."
+  x = np.full(length, filler, np.int32)
+  x[:len(tokens)] = tokens
+  return x, (np.arange(length) < len(tokens)).astype(np.int32)
+
+def stack(rows:list[tuple]) -> Batch: return tuple(map(np.stack, zip(*rows)))
+
+def take(rows:Batch, index:list[int]|np.ndarray|slice) -> Batch:
+  return tuple(array[index] for array in rows)
+
+def drawn_from(rows:Batch, args:argparse.Namespace) -> Callable[[int], Batch]:
+  "A step's batch: each epoch all rows, in an order of its own."
+  order = shuffled(args, len(rows[0]))
+  return lambda step: take(rows, order(step))
+
+def classification_metrics(targets:np.ndarray, predictions:np.ndarray, K:int) -> dict[str, float]:
+  """Accuracy, F1 and Matthews' correlation (Gorodkin's for more than two) of classes 0 to K-1. F1
+  is that of class 1 of two, else the mean over the classes that occur in either."""
+  confusion = np.bincount(targets*K + predictions, minlength=K*K).reshape(K, K).astype(float)
+  t, p, n, hits = confusion.sum(1), confusion.sum(0), confusion.sum(), np.trace(confusion)
+  f1 = 2*np.diag(confusion) / np.maximum(1, t + p)
+  spread = math.sqrt((n*n - p @ p) * (n*n - t @ t))
+  return {"accuracy": hits/n, "F1": float(f1[1] if K == 2 else f1[t + p > 0].mean()),
+          "MCC": (hits*n - t @ p)/spread if spread else 0.0}
+
+def regression_metrics(targets:np.ndarray, predictions:np.ndarray) -> dict[str, float]:
+  "Pearson's and Spearman's correlation; ties share the mean of their ranks."
+  def ranks(x):
+    _, group, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts-1)/2)[group]
+  def pearson(a, b):
+    a, b = a - a.mean(), b - b.mean()
+    return float(a @ b / math.sqrt((a @ a) * (b @ b) or 1))
+  return {"Pearson": pearson(targets, predictions),
+          "Spearman": pearson(ranks(targets), ranks(predictions))}
+
+def label_task(args:argparse.Namespace, about:str, tokenizer:Tokenizer|None, vocab_size:int,
+               batch:Callable[[int], Batch], held_out:Batch, trained:np.ndarray,
+               classes:list[str]|None, schedule:str="cosine") -> Task:
+  """A label for each row, by an encoder with a head on top: the number of a class, or without
+  `classes` a real value. trained: labels of training rows, from which the baseline guesses."""
+  targets = held_out[2]
+  join = lambda outputs: np.concatenate([predictions for _, predictions in outputs])
+  if classes is None:
+    def forward(model, tokens, mask, values):
+      predictions = model.classify(tokens, mask).squeeze(-1)
+      return ((predictions - values)**2).mean(), predictions
+    def metrics(outputs): return regression_metrics(targets, join(outputs))
+    baseline, scale, unit = ((targets - trained.mean())**2).mean(), 1.0, "squared error"
+    guess = "the mean of all"
+  else:
+    def forward(model, tokens, mask, labels):
+      logits = model.classify(tokens, mask)
+      return cross_entropy(logits.unsqueeze(1), labels.unsqueeze(1)), logits.argmax(-1)
+    def metrics(outputs):
+      return classification_metrics(targets, join(outputs).astype(int), len(classes))
+    counts = 1 + np.bincount(trained, minlength=len(classes))
+    bits = -np.log2(counts / counts.sum())
+    baseline, scale, unit = bits[targets].mean(), 1/math.log(2), "bits per label"
+    share = np.mean(targets == counts.argmax())
+    guess = f"labels by their frequency (the commonest is right at {share:.3f})"
+  batches = [take(held_out, slice(i, i+args.batch)) for i in range(0, len(targets), args.batch)]
+  return Task(about, tokenizer, vocab_size, batch, batches, float(baseline), guess, scale, scale,
+              unit, forward, metrics, "classify", classes or [""], schedule,
+              count=lambda batch: len(batch[0]))
