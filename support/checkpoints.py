@@ -35,6 +35,17 @@ class CheckpointError(ValueError):
 def require(ok:object, source:str|Path, problem:str) -> None:
   if not ok: raise CheckpointError(f"{source}: {problem}.")
 
+# what data raise in code that expects others
+ODD = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+@contextlib.contextmanager
+def refusing(source:str|Path, problem:str, kinds:tuple[type, ...]=ODD) -> Iterator[None]:
+  "Raises CheckpointError in place of errors of these kinds."
+  try: yield
+  except CheckpointError: raise
+  except kinds as e:
+    raise CheckpointError(f"{source}: {problem} ({type(e).__name__}: {e}).") from None
+
 @dataclasses.dataclass
 class Stored:
   "A tensor in a mapped file: its bytes are read when `numpy` is called."
@@ -177,9 +188,9 @@ def verify(path:Path, name:str, release:Release) -> None:
   stat = real.stat()
   def refuse_unless(ok:bool, what:str) -> None:
     if not ok:
-      raise CheckpointError(f"{path} has {what}, so it is not the file that was released as {name}: "
-                            f"remove {real}, and it is downloaded again, or name the file itself "
-                            "to use it as it is.")
+      raise CheckpointError(f"{path} has {what}, so it is not the file that was released as "
+                            f"{name}: remove {real}, and it is downloaded again, or name the file "
+                            "itself to use it as it is.")
   refuse_unless(release.size in (None, stat.st_size),
                 f"{stat.st_size:,} bytes where {release.size or 0:,} are expected")
   if release.sha256 is None: return
@@ -259,44 +270,42 @@ def read_checkpoint(path:str) -> tuple[Weights, dict[str, str]]:
   def need(ok:object, problem:str) -> None: require(ok, path, problem)
   need(os.path.isfile(path), "no such file")
   size = os.path.getsize(path)
-  with open(path, "rb") as f:
-    n = int.from_bytes(f.read(8), "little")
-    begin = 8 + n
-    need(size >= 8 and n >= 2 and (begin <= size or n < 1 << 27), "not a safetensors file")
-    need(begin <= size, f"truncated inside its header ({size} bytes)")
-    raw = f.read(n)
-  try: header = json.loads(raw)
-  except (ValueError, RecursionError): header = None
-  need(type(header) is dict, "not a safetensors file (its header is not JSON)")
-  meta = header.pop("__metadata__", {})
-  need(type(meta) is dict and all(type(v) is str for v in meta.values()),
-       "its metadata are malformed")
+  need(size >= 8, "not a safetensors file")
+  file = map_file(path)
+  n = int.from_bytes(file[:8], "little")
+  begin = 8 + n                                            # of the tensors
+  need(n >= 2 and (begin <= size or n < 1 << 27), "not a safetensors file")
+  need(begin <= size, f"truncated inside its header ({size} bytes)")
+  raw = file[8:begin]
+  with refusing(path, "not a safetensors file: its header is not JSON"):
+    header = dict(json.loads(raw))
+  with refusing(path, "its metadata are malformed"):
+    meta = dict(header.pop("__metadata__", {}))
+    need(all(type(v) is str for v in meta.values()), "its metadata are malformed")
   sums = meta.pop("crc32", None)
   if sums is not None:
     need(len(sums) == 8 + 8*len(header) and sums.isascii() and raw.count(sums.encode()) == 1
          and f"{zlib.crc32(raw.replace(sums[:8].encode(), b'0'*8, 1)):08x}" == sums[:8],
          "its header is damaged")
   elif "config" in meta: need(meta.keys() <= OURS, "its metadata are damaged")
-  file, tensors, end, where = map_file(path), {}, 0, "its header is malformed"
-  try:
-    entries = sorted((v["data_offsets"], k, v["dtype"], v["shape"]) for k, v in header.items())
-    for i, ((lo, hi), name, kind, shape) in enumerate(entries, 1):
-      where = f"its header is damaged at tensor {name}"
+  with refusing(path, "its header is malformed"):
+    entries = sorted((*v["data_offsets"], k, v["dtype"], v["shape"]) for k, v in header.items())
+  tensors, end = {}, 0
+  for i, (lo, hi, name, kind, shape) in enumerate(entries, 1):
+    damaged = f"its header is damaged at tensor {name}"
+    with refusing(path, damaged):
       need(kind in DTYPES, f"tensor {name} has dtype {kind}, which is not supported")
       dtype, count = DTYPES[kind], math.prod(shape)
-      in_order = lo == end and hi - lo == count*dtype.itemsize
-      need(in_order and all(type(n) is int and n >= 0 for n in (lo, hi, *shape)), where)
+      need(lo == end and hi - lo == count*dtype.itemsize, damaged)
+      need(all(type(n) is int and n >= 0 for n in (lo, hi, *shape)), damaged)
       end = hi
       promised = begin + end
       need(size >= promised, f"truncated: {size} bytes where its header promises {promised}")
-      array = np.frombuffer(file, dtype, count, begin + lo).reshape(shape)
-      tensors[name] = Stored(array, kind == "BF16", file)
+      tensors[name] = Stored(np.frombuffer(file, dtype, count, begin + lo).reshape(shape),
+                             kind == "BF16", file)
       if sums:
-        tensors[name].check = checksum(file, begin + lo, begin + hi, int(sums[8*i:8*i+8], 16),
+        tensors[name].check = checksum(file, begin + lo, promised, int(sums[8*i:8*i+8], 16),
                                        f"{path}: tensor {name} is damaged.")
-  except CheckpointError: raise
-  # NumPy has no more than 64 dimensions, and none that are larger than its index
-  except (KeyError, OverflowError, TypeError, ValueError): need(False, where)
   need(size == begin + end, f"{size - begin - end} bytes too long for its header")
   return tensors, meta
 
@@ -322,6 +331,10 @@ class Layout(NamedTuple):
 IGNORED = object()         # anything that is no part of a tensor; swallows what is done to it
 DICTIONARIES = {"collections OrderedDict", "collections defaultdict", "builtins dict",
                 "__builtin__ dict"}
+# instructions that differ in size alone: BINPUT and LONG_BINPUT are PUT, TUPLE1 and EMPTY_TUPLE are
+# TUPLE, APPENDS is APPEND
+KINDS = {op.name: re.fullmatch("(?:LONG_)?(?:BIN|EMPTY_)?(.*?)[1-4S]?", op.name)[1]
+         for op in pickletools.opcodes}
 PARAMETERS = {"torch._utils _rebuild_parameter", "torch._utils _rebuild_parameter_with_state"}
 
 def make_dictionary(pairs:Iterable) -> dict[str, object]:
@@ -361,7 +374,7 @@ def unpickled(file:io.BytesIO|mmap.mmap, storages:dict[str, Storage]|None=None) 
 
   Everything else is IGNORED, whatever it names: pickletools decodes the instructions and says what
   each takes from the stack, and none of them imports or calls anything here. There is no recursion
-  either, however deep a value is nested. storages: each that is referred to is put there by its key.
+  either, however deep a value is nested. storages: takes each that is referred to, by its key.
   Raises ValueError, IndexError or KeyError for what is no pickle."""
   stack, marks, memo = [], [], {}
   def by_two(items:list) -> Iterable: return zip(items[::2], items[1::2])
@@ -377,36 +390,36 @@ def unpickled(file:io.BytesIO|mmap.mmap, storages:dict[str, Storage]|None=None) 
     if op.name == "POP" and marks and marks[-1] == len(stack):
       marks.pop()
       continue
-    if pickletools.markobject in op.stack_before:          # takes all above the mark, and some below
+    if pickletools.markobject in op.stack_before:          # all above the mark, and some below
       above = take(len(stack) - marks.pop())
       args = take(op.stack_before.index(pickletools.markobject)) + above
     else: args = take(len(op.stack_before))
     value = IGNORED
-    match op.name:
+    match KINDS[op.name]:
       case "STOP": return args[0]
-      case "PUT" | "BINPUT" | "LONG_BINPUT": memo[arg] = stack[-1]
+      case "PUT": memo[arg] = stack[-1]
       case "MEMOIZE": value = memo[len(memo)] = args[0]
-      case "GET" | "BINGET" | "LONG_BINGET": value = memo[arg]
+      case "GET": value = memo[arg]
       case "DUP":
         stack.append(args[0])
         value = args[0]
       case "BUILD" | "READONLY_BUFFER": value = args[0]    # not the attributes
-      case "APPEND" | "APPENDS" | "SETITEM" | "SETITEMS" | "ADDITEMS":
+      case "APPEND" | "SETITEM" | "ADDITEM":
         value, *items = args
-        if type(value) is list and op.name.startswith("APPEND"): value.extend(items)
-        if type(value) is dict and op.name.startswith("SET"): value.update(make_dictionary(by_two(items)))
-      case "TUPLE" | "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3": value = tuple(args)
-      case "LIST" | "EMPTY_LIST": value = args
-      case "DICT" | "EMPTY_DICT": value = make_dictionary(by_two(args))
+        if type(value) is list: value.extend(items)
+        if type(value) is dict: value.update(make_dictionary(by_two(items)))
+      case "TUPLE": value = tuple(args)
+      case "LIST": value = args
+      case "DICT": value = make_dictionary(by_two(args))
       case "GLOBAL": value = Name(arg)
       case "STACK_GLOBAL" if type(args[0]) is type(args[1]) is str: value = Name(" ".join(args))
       case "REDUCE" | "NEWOBJ" | "NEWOBJ_EX": value = call(args[0], args[1])
-      case "BINPERSID":
+      case "PERSID" if args:
         value = storage_of(args[0])
         if storages is not None and type(value) is Storage: storages[value.key] = value
       case "NONE": value = None
       case "NEWTRUE" | "NEWFALSE": value = op.name == "NEWTRUE"
-      case "PERSID" | "INST" | "EXT1" | "EXT2" | "EXT4": pass
+      case "PERSID" | "INST" | "EXT": pass
       case _ if type(arg) in (str, int, bool): value = arg
     if op.stack_after: stack.append(value)
   raise ValueError("a pickle without an end")
@@ -433,33 +446,29 @@ def read_torch(path:str) -> Weights:
   zipped = zipfile.is_zipfile(path)
   with open(path, "rb") as f: old = f.read(len(MAGIC)) == MAGIC
   require(zipped or old, path, "not a file of torch.save's, or a truncated one")
-  try: tree, read = (read_zip if zipped else read_before_zip)(path)
-  except CheckpointError: raise
-  except Exception as e:           # zipfile and pickletools raise anything
-    raise CheckpointError(f"{path}: damaged, or not of torch.save's ({type(e).__name__}).") from None
+  # zipfile and pickletools raise anything
+  with refusing(path, "damaged, or not of torch.save's", (Exception,)):
+    tree, read = (read_zip if zipped else read_before_zip)(path)
   if type(tree) is dict and type(tree.get("state_dict")) is dict: tree = tree["state_dict"]
   layouts = {k: v for k, v in tree.items() if type(v) is Layout} if type(tree) is dict else {}
   require(len(layouts) > 0, path, "no tensors in it")
-  return {k: view(v, read, f"{path}: tensor {k}") for k, v in layouts.items()}
+  return {k: view(v, read, path, f"tensor {k}") for k, v in layouts.items()}
 
-def view(tensor:Layout, read:Reader, what:str) -> Stored:
-  "A tensor of a storage. Raises CheckpointError, about `what`, if it does not fit into that."
+def view(tensor:Layout, read:Reader, path:str, name:str) -> Stored:
+  "A tensor of a storage. Raises CheckpointError if it does not fit into that."
   kind = tensor.storage.kind
-  if kind not in NUMBERS:
-    raise CheckpointError(f"{what} has numbers of type {kind}, which is not supported.")
-  try:
+  require(kind in NUMBERS, path, f"{name} has numbers of type {kind}, which is not supported")
+  with refusing(path, f"{name} is damaged"):
     whole = read(tensor.storage)
     offset, shape = tensor.storage.start + tensor.offset, tensor.shape
     stride = [s if n > 1 else 0 for n, s in zip(shape, tensor.stride, strict=True)]
-    if not all(type(n) is int and n >= 0 for n in (offset, *shape, *stride)): raise ValueError
+    whole_numbers = all(type(n) is int and n >= 0 for n in (offset, *shape, *stride))
     last = offset + sum((n-1)*s for n, s in zip(shape, stride))        # Python's do not overflow
     there = 0 in shape or last < len(whole.array)
-    if math.prod(shape) > len(whole.array) or not there: raise ValueError
+    require(whole_numbers and there and math.prod(shape) <= len(whole.array), path,
+            f"{name} is damaged")
     strides = [s*whole.array.itemsize for s in stride]
     array = np.lib.stride_tricks.as_strided(whole.array[offset:], shape, strides, writeable=False)
-  except CheckpointError: raise
-  except (KeyError, OverflowError, TypeError, ValueError) as e:
-    raise CheckpointError(f"{what} is damaged ({type(e).__name__}).") from None
   return dataclasses.replace(whole, array=array)
 
 def read_zip(path:str) -> tuple[object, Reader]:
@@ -527,17 +536,14 @@ def read_flax(path:str) -> Weights:
     for k, v in node.items():
       if isinstance(v, dict): yield from leaves(v, f"{at}{k}.")
       else: yield f"{at}{k}", v
-  try:
-    tree, found = msgpack.unpackb(Path(path).read_bytes(), ext_hook=array, strict_map_key=False), {}
+  found = {}
+  with refusing(path, "not a flax msgpack file, or a damaged one", (*ODD, msgpack.UnpackException)):
+    tree = msgpack.unpackb(Path(path).read_bytes(), ext_hook=array, strict_map_key=False)
     for name, tensor in leaves(tree.get("params", tree), ""):
       require(isinstance(tensor, Stored), path, f"{name.replace('.', '/')} is not a tensor")
       if name.endswith(".kernel"): tensor.array = tensor.array.T
       for flax, torch in FLAX_NAMES: name = re.sub(flax, torch, name)
       found[name] = tensor
-  except CheckpointError: raise
-  except (AttributeError, IndexError, KeyError, ValueError, TypeError, RecursionError,
-          msgpack.UnpackException):
-    raise CheckpointError(f"{path}: not a flax msgpack file, or a damaged one.") from None
   return found
 
 # ---- configurations of official weights ---------------------------------------------------------
@@ -556,9 +562,8 @@ BIGS_FIELDS = {
 def config_beside(source:str) -> tuple[Path, dict[str, object]]:
   "The config.json in the folder of official weights, and what it says: nothing if there is none."
   file = Path(source).with_name("config.json")
-  try: return file, dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
-  except (TypeError, ValueError, OSError, RecursionError):
-    raise CheckpointError(f"{file} is not JSON of a configuration.") from None
+  with refusing(file, "it is not JSON of a configuration", (*ODD, OSError)):
+    return file, dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
 
 def with_stated(measured:dict[str, object], fields:dict[str, str], source:str) -> dict[str, object]:
   """What the tensors tell of a configuration, and what config.json beside them adds. Raises
@@ -570,18 +575,9 @@ def with_stated(measured:dict[str, object], fields:dict[str, str], source:str) -
             f"tensors of {source} say {measured[ours]}")
   return stated | measured
 
-@contextlib.contextmanager
-def config_errors(source:str) -> Iterator[None]:
-  "Turns what goes wrong where a configuration is read off tensors or metadata to CheckpointError."
-  try: yield
-  except CheckpointError: raise
-  except KeyError as e: raise CheckpointError(f"{source}: {e.args[0]} is missing.") from None
-  except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as e:
-    raise CheckpointError(f"{source}: its config is unusable: {e}") from None
-
 def config_in(meta:dict[str, str], kind:type, source:str) -> H3Config|BiGSConfig:
   "The configuration in the metadata of a checkpoint of ours."
-  with config_errors(source): return kind(**json.loads(meta["config"]))
+  with refusing(source, "its config is unusable"): return kind(**json.loads(meta["config"]))
 
 # ---- official weights of H3 ---------------------------------------------------------------------
 
@@ -670,6 +666,7 @@ def h3_config(tensors:Weights, source:str, n_heads:int|None=None) -> H3Config:
   config.json beside the file can say, with the arguments of the authors' SSMLMHeadModel; it must
   not contradict the tensors. Raises CheckpointError."""
   def size(name:str, axis:int) -> int:
+    require(f"backbone.{name}" in tensors, source, f"tensor backbone.{name} is missing")
     found = tensors[f"backbone.{name}"].shape[axis]
     require(found > 0, source, f"tensor backbone.{name} is empty")
     return found
@@ -681,7 +678,7 @@ def h3_config(tensors:Weights, source:str, n_heads:int|None=None) -> H3Config:
   file, given = config_beside(source)
   attention = given.get("attn_cfg") or {}
   require(type(attention) is dict, file, "its attn_cfg is no object")
-  with config_errors(source):
+  with refusing(source, "its config is unusable"):
     rows, D = (size("embeddings.word_embeddings.weight", axis) for axis in (0, 1))
     measured = dict(d_model=D, n_layer=n, attn_layers=attn, pad_vocab_multiple=math.gcd(8, rows),
                     mlp_mult=size("layers.0.mlp.fc1.weight", 0) // D)
@@ -697,8 +694,8 @@ def h3_config(tensors:Weights, source:str, n_heads:int|None=None) -> H3Config:
             'n_heads, or a config.json beside it with {"attn_cfg": {"num_heads": …}}')
     words = dict(vocab_size=50257 if rows == 50264 else rows, n_heads=heads)
     config = H3Config(**words | with_stated(measured, H3_FIELDS, source))
-  require(config.padded_vocab == rows, file, f"it says vocab_size {config.vocab_size}, the embedding "
-          f"of {source} has {rows} rows")
+  require(config.padded_vocab == rows, file, f"it says vocab_size {config.vocab_size}, the "
+          f"embedding of {source} has {rows} rows")
   return config
 
 def tiled(tensors:Weights, config:H3Config) -> Weights:
@@ -759,9 +756,11 @@ HEAD_CLASSES = {"SequenceClassification": "classify", "MultipleChoice": "choose"
 def bigs_config(weights:Weights, source:str, head:str|None, gelu:str|None
                 ) -> tuple[BiGSConfig, str|None]:
   "The shape of the tensors, the rest from config.json, which must not contradict them; the head."
-  rows = lambda name: weights[name].shape[0]
+  def rows(name:str) -> int:
+    require(name in weights, source, f"tensor {name} is missing: not a BiGS model")
+    return weights[name].shape[0]
   embeddings, layer = "bigs.embeddings.{}_embeddings.weight", "bigs.encoder.layer.0"
-  with config_errors(source):
+  with refusing(source, "its config is unusable"):
     measured = dict(
       vocab_size=rows(embeddings.format("word")), d_model=rows("bigs.embeddings.LayerNorm.weight"),
       n_layer=len({k.split(".")[3] for k in weights if k.startswith("bigs.encoder.layer.")}),
@@ -772,7 +771,7 @@ def bigs_config(weights:Weights, source:str, head:str|None, gelu:str|None
       gelu=gelu or ("tanh" if source.endswith(".msgpack") else "erf"))
   file, given = config_beside(source)
   require(given.get("pre_norm", True) is True, file, "pre_norm false is not supported")
-  with config_errors(source):
+  with refusing(source, "its config is unusable"):
     config = BiGSConfig(**with_stated(measured, BIGS_FIELDS, source))
     architectures = given.get("architectures") or []
     stated = [h for a in architectures for end, h in HEAD_CLASSES.items() if a.endswith(end)]
