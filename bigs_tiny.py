@@ -390,7 +390,7 @@ def plot(name:str, offsets:int=10) -> Path:
   return out
 
 def main(argv:list[str]|None=None) -> int:
-  from generate import Parser, number
+  from support.text import Parser, number
   from support.checkpoints import CheckpointError
   p = Parser(prog="bigs_tiny.py", description="Looks into a BiGS model, or counts what one costs.", allow_abbrev=False)
   p.add_argument("--plot", metavar="CHECKPOINT", help="draw the filters of each layer into filters.png beside it")

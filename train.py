@@ -29,13 +29,13 @@ from tinygrad.nn.state import get_state_dict
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 from bigs_tiny import BLOCKS, BiGS, BiGSConfig
 from flashconv import FLASH, capture, check_kernels, embedding, machine, setup_device
-from generate import (MASK, OUT, RUN, Parser, Session, number, peak_memory, show_fill, surprisal,
-                      write)
+from generate import (MASK, MASK_RUN as RUN, OUT, Session, print_fill as show_fill, surprisal,
+                      print_text as write)
 from h3tiny import H3Config, H3LM
 from support.checkpoints import (CHECKPOINT, CheckpointError, Weights, bigs_model, find, h3_model,
                                  read_weights, save_checkpoint)
-from support.text import (TEXT_KEY, TOKENIZERS, Tokenizer, UserError, is_jsonl, make_tokenizer,
-                          read_tokens, read_tsv, split)
+from support.text import (TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, is_jsonl,
+                          make_tokenizer, number, peak_memory, read_tokens, read_tsv, split)
 
 # ---- options --------------------------------------------------------------------------------------
 
