@@ -548,16 +548,28 @@ def read_flax(path:str) -> Weights:
 
 # ---- configurations of official weights ---------------------------------------------------------
 
-# fields of H3Config and BiGSConfig to the authors' names in a config.json
-H3_FIELDS = {
-  "d_model": "d_model", "n_layer": "n_layer", "vocab_size": "vocab_size",
-  "norm_eps": "layer_norm_epsilon", "embed_dropout": "embed_dropout",
-  "resid_dropout": "resid_dropout"}
-BIGS_FIELDS = {
-  "vocab_size": "vocab_size", "d_model": "hidden_size", "n_layer": "num_hidden_layers",
-  "d_inner": "intermediate_size", "d_state": "num_ssm", "max_length": "max_position_embeddings",
-  "n_types": "type_vocab_size", "pooler": "pooler_type", "pad_token": "pad_token_id",
-  "norm_eps": "layer_norm_eps"}
+# fields of H3Config, and the authors' names for them in a config.json
+H3_FIELDS = """
+  d_model        d_model
+  n_layer        n_layer
+  vocab_size     vocab_size
+  norm_eps       layer_norm_epsilon
+  embed_dropout  embed_dropout
+  resid_dropout  resid_dropout"""
+# the same of BiGSConfig, and the tensor that has so many rows
+BIGS_FIELDS = """
+  vocab_size  vocab_size               bigs.embeddings.word_embeddings.weight
+  d_model     hidden_size              bigs.embeddings.LayerNorm.weight
+  d_inner     intermediate_size        bigs.encoder.layer.0.dv.weight
+  d_state     num_ssm                  bigs.encoder.layer.0.fs4.kernel.A_re
+  max_length  max_position_embeddings  bigs.embeddings.position_embeddings.weight
+  n_types     type_vocab_size          bigs.embeddings.token_type_embeddings.weight
+  n_layer     num_hidden_layers
+  pooler      pooler_type
+  pad_token   pad_token_id
+  norm_eps    layer_norm_eps"""
+
+def rows(table:str) -> list[list[str]]: return [line.split() for line in table.strip().splitlines()]
 
 def config_beside(source:str) -> tuple[Path, dict[str, object]]:
   "The config.json in the folder of official weights, and what it says: nothing if there is none."
@@ -565,14 +577,17 @@ def config_beside(source:str) -> tuple[Path, dict[str, object]]:
   with refusing(file, "it is not JSON of a configuration", (*ODD, OSError)):
     return file, dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
 
-def with_stated(measured:dict[str, object], fields:dict[str, str], source:str) -> dict[str, object]:
+def with_stated(measured:dict[str, object], fields:str, source:str) -> dict[str, object]:
   """What the tensors tell of a configuration, and what config.json beside them adds. Raises
   CheckpointError where they contradict each other."""
   file, given = config_beside(source)
-  stated = {ours: given[theirs] for ours, theirs in fields.items() if theirs in given}
-  for ours in stated.keys() & measured.keys():
-    require(stated[ours] == measured[ours], file, f"it says {fields[ours]} {stated[ours]}, the "
-            f"tensors of {source} say {measured[ours]}")
+  stated = {}
+  for ours, theirs, *_ in rows(fields):
+    if theirs not in given: continue
+    stated[ours] = given[theirs]
+    there = measured.get(ours, given[theirs])
+    require(given[theirs] == there, file, f"it says {theirs} {given[theirs]}, the tensors of "
+            f"{source} say {there}")
   return stated | measured
 
 def config_in(meta:dict[str, str], kind:type, source:str) -> H3Config|BiGSConfig:
@@ -624,18 +639,21 @@ H3_SSM = """
   mixer.output_linear.weight     D D
   mixer.output_linear.bias       D"""
 
+def official_tensors(n_layer:int, attn_layers:Iterable[int]) -> Iterator[tuple[str, list[str]]]:
+  "Names of the tensors of the authors' model, and the letters of their shapes."
+  tables = {"backbone.": H3_MODEL}
+  for i in range(n_layer):
+    tables[f"backbone.layers.{i}."] = H3_LAYER + (H3_ATTENTION if i in attn_layers else H3_SSM)
+  for prefix, table in tables.items():
+    for name, *letters in rows(table): yield prefix + name, letters
+
 def official_shapes(c:H3Config) -> dict[str, tuple[int, ...]]:
   "The tensors of the authors' model with the arguments that `save_official` writes."
   D, N = c.d_model, c.d_state
   sizes = {"1": 1, "2": 2, "D": D, "3D": 3*D, "F": c.mlp_mult*D, "H": D // c.head_dim, "N": N,
            "M": N // 2, "V": c.padded_vocab, "P": c.max_positions, "R": c.rotary_dim // 2}
-  tables = {"backbone.": H3_MODEL}
-  for i in range(c.n_layer):
-    tables[f"backbone.layers.{i}."] = H3_LAYER + (H3_ATTENTION if i in c.attn_layers else H3_SSM)
-  shapes = {}
-  for prefix, table in tables.items():
-    for name, *letters in map(str.split, table.strip().splitlines()):
-      shapes[prefix + name] = tuple(sizes[letter] for letter in letters)
+  shapes = {name: tuple(sizes[letter] for letter in letters)
+            for name, letters in official_tensors(c.n_layer, c.attn_layers)}
   return {name: shape for name, shape in shapes.items() if 0 not in shape}
 
 def layer_count(tensors:Weights) -> int:
@@ -665,37 +683,30 @@ def h3_config(tensors:Weights, source:str, n_heads:int|None=None) -> H3Config:
   """The shape of official weights. The number of attention heads and a norm's eps only a
   config.json beside the file can say, with the arguments of the authors' SSMLMHeadModel; it must
   not contradict the tensors. Raises CheckpointError."""
-  def size(name:str, axis:int) -> int:
-    require(f"backbone.{name}" in tensors, source, f"tensor backbone.{name} is missing")
-    found = tensors[f"backbone.{name}"].shape[axis]
-    require(found > 0, source, f"tensor backbone.{name} is empty")
-    return found
-  n = layer_count(tensors)
+  n, sizes = layer_count(tensors), {}
   require(n <= len(tensors), source, f"its layers are not all there: the last has number {n-1}")
-  have = lambda i, name: f"backbone.layers.{i}.mixer.{name}" in tensors
-  attn = tuple(i for i in range(n) if have(i, "Wqkv.weight") or have(i, "out_proj.weight"))
-  h3 = [i for i in range(n) if i not in attn]
+  attn = tuple(i for i in range(n) for part in ("Wqkv", "out_proj")
+               if f"backbone.layers.{i}.mixer.{part}.weight" in tensors)
+  for name, letters in official_tensors(n, attn):
+    if name in tensors:
+      for letter, size in zip(letters, tensors[name].shape): sizes.setdefault(letter, size)
+    else: require(letters[0] in "PR", source, f"tensor {name} is missing")
   file, given = config_beside(source)
   attention = given.get("attn_cfg") or {}
   require(type(attention) is dict, file, "its attn_cfg is no object")
   with refusing(source, "its config is unusable"):
-    rows, D = (size("embeddings.word_embeddings.weight", axis) for axis in (0, 1))
-    measured = dict(d_model=D, n_layer=n, attn_layers=attn, pad_vocab_multiple=math.gcd(8, rows),
-                    mlp_mult=size("layers.0.mlp.fc1.weight", 0) // D)
-    if "backbone.embeddings.position_embeddings.weight" in tensors:
-      measured["max_positions"] = size("embeddings.position_embeddings.weight", 0)
-    if attn and have(attn[0], "rotary_emb.inv_freq"):
-      measured["rotary_dim"] = 2*size(f"layers.{attn[0]}.mixer.rotary_emb.inv_freq", 0)
-    if h3:
-      measured["d_state"] = size(f"layers.{h3[0]}.mixer.ssm_k_kernel.kernel.B", 1)
-      measured["head_dim"] = D // size(f"layers.{h3[0]}.mixer.D", 0)
+    D, words = sizes["D"], sizes["V"]
+    measured = dict(d_model=D, n_layer=n, attn_layers=attn, mlp_mult=sizes["F"] // D,
+                    max_positions=sizes.get("P", 0), rotary_dim=2*sizes.get("R", 0),
+                    pad_vocab_multiple=math.gcd(8, words))
+    if "H" in sizes: measured |= dict(d_state=sizes["N"], head_dim=D // sizes["H"])
     heads = n_heads or attention.get("num_heads") or HEADS.get(D) or (None if attn else 1)
     require(heads, source, f"of width {D}, the number of attention heads can't be told: give "
             'n_heads, or a config.json beside it with {"attn_cfg": {"num_heads": …}}')
-    words = dict(vocab_size=50257 if rows == 50264 else rows, n_heads=heads)
-    config = H3Config(**words | with_stated(measured, H3_FIELDS, source))
-  require(config.padded_vocab == rows, file, f"it says vocab_size {config.vocab_size}, the "
-          f"embedding of {source} has {rows} rows")
+    named = dict(vocab_size=50257 if words == 50264 else words, n_heads=heads)
+    config = H3Config(**named | with_stated(measured, H3_FIELDS, source))
+  require(config.padded_vocab == words, file, f"it says vocab_size {config.vocab_size}, the "
+          f"embedding of {source} has {words} rows")
   return config
 
 def tiled(tensors:Weights, config:H3Config) -> Weights:
@@ -731,7 +742,7 @@ def save_official(path:str, model:H3LM) -> None:
     if name.endswith(".output_linear.weight") and c.head_order == "hd2":
       by_head = w.reshape(c.d_model, -1, c.head_dim)       # column h*p + d2 becomes d2*H + h
       weights[name] = by_head.swapaxes(1, 2).reshape(c.d_model, -1)
-  config = {theirs: getattr(c, ours) for ours, theirs in H3_FIELDS.items()} | dict(
+  config = {theirs: getattr(c, ours) for ours, theirs in rows(H3_FIELDS)} | dict(
     d_inner=c.mlp_mult*c.d_model, max_position_embeddings=c.max_positions,
     pad_vocab_size_multiple=c.pad_vocab_multiple, attn_layer_idx=list(c.attn_layers),
     attn_cfg=dict(num_heads=c.n_heads, rotary_emb_dim=c.rotary_dim),
@@ -756,22 +767,17 @@ HEAD_CLASSES = {"SequenceClassification": "classify", "MultipleChoice": "choose"
 def bigs_config(weights:Weights, source:str, head:str|None, gelu:str|None
                 ) -> tuple[BiGSConfig, str|None]:
   "The shape of the tensors, the rest from config.json, which must not contradict them; the head."
-  def rows(name:str) -> int:
-    require(name in weights, source, f"tensor {name} is missing: not a BiGS model")
-    return weights[name].shape[0]
-  embeddings, layer = "bigs.embeddings.{}_embeddings.weight", "bigs.encoder.layer.0"
-  with refusing(source, "its config is unusable"):
-    measured = dict(
-      vocab_size=rows(embeddings.format("word")), d_model=rows("bigs.embeddings.LayerNorm.weight"),
-      n_layer=len({k.split(".")[3] for k in weights if k.startswith("bigs.encoder.layer.")}),
-      d_inner=rows(f"{layer}.dv.weight"), d_state=rows(f"{layer}.fs4.kernel.A_re"), n_heads=1,
-      max_length=rows(embeddings.format("position")),
-      n_types=rows(embeddings.format("token_type")),
-      n_labels=rows("classifier.weight") if "classifier.weight" in weights else 2,
-      gelu=gelu or ("tanh" if source.endswith(".msgpack") else "erf"))
   file, given = config_beside(source)
   require(given.get("pre_norm", True) is True, file, "pre_norm false is not supported")
+  layers = {k.split(".")[3] for k in weights if k.startswith("bigs.encoder.layer.")}
+  measured = dict(n_layer=len(layers), n_heads=1,
+                  gelu=gelu or ("tanh" if source.endswith(".msgpack") else "erf"))
   with refusing(source, "its config is unusable"):
+    for field, _, *tensor in rows(BIGS_FIELDS):
+      for name in tensor:                                  # one or none
+        require(name in weights, source, f"tensor {name} is missing: not a BiGS model")
+        measured[field] = weights[name].shape[0]
+    if "classifier.weight" in weights: measured["n_labels"] = weights["classifier.weight"].shape[0]
     config = BiGSConfig(**with_stated(measured, BIGS_FIELDS, source))
     architectures = given.get("architectures") or []
     stated = [h for a in architectures for end, h in HEAD_CLASSES.items() if a.endswith(end)]
