@@ -30,12 +30,12 @@ from tinygrad.nn.state import get_state_dict
 from bigs_tiny import BiGS, BiGSConfig
 from flashconv import FLASH, capture
 from support.cpu import setup_device
-from generate import MASK, OUT, RUN, Parser, number, peak_memory, show_fill, surprisal, write
+from generate import MASK, MASK_RUN, OUT, print_fill, print_text, surprisal
 from h3tiny import H3Config, H3LM
 from support.checkpoints import (CHECKPOINT, CheckpointError, bigs_model, find, h3_model,
                                  read_weights)
-from support.text import (TEXT_KEY, TOKENIZERS, Tokenizer, UserError, is_jsonl, make_tokenizer,
-                          read_tokens, split)
+from support.text import (TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, is_jsonl, make_tokenizer,
+                          number, peak_memory, read_tokens, split)
 from support.training import (MASKED, PRECISIONS, PREVIOUS, AdamW, Batch, CarriedState, Feed,
                               Gradients, Interrupt, LossScale, Model, Saved, Step, accumulated,
                               check_precision, check_writable, clean, fill, gradient_checkpointing,
@@ -193,7 +193,7 @@ def text_task(args:Namespace) -> Task:
   def batch(step): return shifted(text.draw(np.random.default_rng([args.seed, step])))
   def sample(model):
     prompt = "def " if not args.data and tok.name == "bytes" else ""
-    write(model, tok, [prompt], args.sample, temperature=0.7, seed=args.seed,
+    print_text(model, tok, [prompt], args.sample, temperature=0.7, seed=args.seed,
           max_length=args.sample+8)
   return Task(text.about, tok, tok.vocab_size, batch, [*map(shifted, held)], bigram,
               "a byte-bigram model", per_nat, held_out_per_nat, sample=sample)
@@ -241,7 +241,7 @@ def mlm_task(args:Namespace) -> Task:
   if args.length < 4: raise UserError("--task mlm wants a --length of at least 4")
   text = Windows(args, args.length - 2)
   tok = text.tok
-  run = args.mask_run = args.mask_run or (RUN if args.tokenizer == "bytes" else 1)
+  run = args.mask_run = args.mask_run or (MASK_RUN if args.tokenizer == "bytes" else 1)
   if run > args.length - 2:
     raise UserError(f"--mask-run {run} is longer than a text of --length {args.length}")
   def masked(windows, rng):
@@ -274,7 +274,7 @@ def mlm_task(args:Namespace) -> Task:
     def decoded(i, j): return tok.decode(text.held[i:j]).decode("utf-8", "replace")
     n = min(24, (args.length - run)//2 - 1)
     own = f"{decoded(0, n)}{MASK}{decoded(n+3, 2*n)}"
-    show_fill(model, tok, own if args.data else f"    def __init__({MASK}, name):", run)
+    print_fill(model, tok, own if args.data else f"    def __init__({MASK}, name):", run)
   return Task(text.about, tok, tok.masked_size, batch, held, bits,
               f"tokens by their frequency (the commonest is right at {right:.3f})",
               unit="bits per masked byte" if tok.name == "bytes" else "bits per masked token",
@@ -439,7 +439,6 @@ def resolve_args(argv:list[str]|None, program:str="train.py", default:str="text"
   given = args = p.parse_args(argv)
   check_task(args.task)
   setup_device()                                        # not before: --help needs no device
-  check_kernels()
   start = None
   if args.resume and args.init:
     raise UserError("--resume goes on with a run, --init starts one: give one of them")

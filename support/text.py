@@ -1,4 +1,4 @@
-"""Text: files of it to strings and tokens, and the tokenizers.
+"""Text: files of it to strings and tokens, the tokenizers, and what command lines share.
 
   for document in documents("book.txt.gz"): ...      each text of a file, piece by piece
   tokens, ends = read_tokens(["book.txt", "notes/"], ByteTokenizer())
@@ -10,16 +10,52 @@ the first wrong byte.
 Not here: guessing an encoding from the bytes, PDF and HTML.
 """
 from __future__ import annotations
-import bz2, codecs, collections, functools, gzip, hashlib, importlib, io, json, lzma, os, re, shlex
-import sys, sysconfig, zlib
+import argparse, bz2, codecs, collections, contextlib, functools, gzip, hashlib, importlib, io, json
+import lzma, math, os, re, shlex, sys, sysconfig, zlib
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO, Iterator, NamedTuple
+from typing import BinaryIO, Callable, Iterator, NamedTuple
 import numpy as np
 from tinygrad.helpers import cache_dir, tqdm
 
 class UserError(Exception):
   "A mistake that the user can put right: shown as one line, exit status 2."
+
+# ---- command lines ------------------------------------------------------------------------------
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+  "Shows an option's default where it has one."
+  def _get_help_string(self, action:argparse.Action) -> str|None:
+    return super()._get_help_string(action) if action.default is not None else action.help
+
+class Parser(argparse.ArgumentParser):
+  "Reports a mistake in one line, whatever the words on the command line hold."
+  def __init__(self, **options):
+    super().__init__(**dict(formatter_class=Help, allow_abbrev=False) | options)
+  def error(self, message:str):
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", " ".join(message.split()))
+    self.exit(2, f"{self.prog}: error: {line}\n")
+
+def number(kind:type, low:float=-math.inf, high:float=math.inf, above:float=-math.inf) -> Callable:
+  "An argparse type: a finite int or float x with low <= x <= high and x > above."
+  wanted = "a whole number" if kind is int else "a number"
+  if low > -math.inf: wanted += f" of at least {low}"
+  if above > -math.inf: wanted += f" above {above}"
+  if high < math.inf: wanted += f" and at most {high}"
+  def parse(text:str) -> int|float:
+    try: x = kind(text)
+    except ValueError: x = math.nan
+    if not low <= x <= high or not above < x or abs(x) == math.inf:    # a nan is nowhere
+      raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return x
+  return parse
+
+def peak_memory() -> float:
+  "Bytes of memory that this process has held at most; nan where the system does not say."
+  try: import resource
+  except ImportError: return math.nan
+  unit = 1 if sys.platform == "darwin" else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 # ---- tokenizers: encode(str) -> ids, decode(ids) -> bytes, vocab_size, eot -----------------------
 
@@ -160,15 +196,16 @@ def decoded(f:BinaryIO, path:Path) -> Iterator[str]:
   at, line = len(mark), 1                                # bytes before `data`; the line they end in
   while True:
     begin = at - len(decoder.getstate()[0])              # half a character may be left from before
+    wrong, binary = None, False
     try: text = decoder.decode(data, final=not data)
     except UnicodeDecodeError as e:
-      before = e.object[:e.start].decode(encoding)
-      place = begin + e.start, line + before.count("\n"), e.object[e.start]
-      binary = encoding == "utf-8" and b"\0" in e.object    # UTF-16 is full of zeros
-      raise NotText(wrong_byte(path, encoding, *place, binary)) from None
-    if (zero := text.find("\0")) >= 0:
-      place = begin + len(text[:zero].encode(encoding)), line + text.count("\n", 0, zero), 0
-      raise NotText(wrong_byte(path, encoding, *place, binary=True))
+      text, wrong = e.object[:e.start].decode(encoding), e.object[e.start]
+      binary = encoding == "utf-8" and b"\0" in e.object   # UTF-16 is full of zeros
+    before, zero, _ = text.partition("\0")
+    if zero: wrong, binary = 0, True
+    if wrong is not None:
+      place = begin + len(before.encode(encoding)), line + before.count("\n")
+      raise NotText(wrong_byte(path, encoding, *place, wrong, binary))
     if text: yield text
     if not data: return
     at += len(data)
@@ -287,55 +324,54 @@ def read_tokens(paths:list[str]|None, tok:Tokenizer, key:str=TEXT_KEY
   try: stats = [f.stat() for f, _ in files]
   except OSError as e: raise UserError(f"can't read {e.filename}: {e.strerror}") from None
   size = sum(s.st_size*(UNPACKED if is_packed(f) else 1) for (f, _), s in zip(files, stats))
+  if size < LARGE:
+    sink = io.BytesIO()
+    ends = write_files(files, tok, key, sink)
+    return np.frombuffer(sink.getvalue(), np.uint16), ends
   names = [(str(f.absolute()), s.st_size, s.st_mtime_ns) for (f, _), s in zip(files, stats)]
   inputs = repr((2, tok.name, getattr(tok, "words", None), key, names)).encode()
   kept = Path(cache_dir) / "tokens" / f"{hashlib.sha256(inputs).hexdigest()[:24]}.bin"
-  index = kept.with_suffix(".npy")
-  def unkept(e:OSError) -> UserError:
-    return UserError(f"can't keep the tokens of {size/1e9:.1f} GB of text in {kept.parent}: "
-                     f"{e.strerror or e}")
-  if size < LARGE: sink = io.BytesIO()
-  elif kept.is_file() and index.is_file(): return np.memmap(kept, np.uint16, "r"), np.load(index)
-  else:
-    part = kept.with_name(f"{kept.stem}.{os.getpid()}.part")
+  index, part = kept.with_suffix(".npy"), kept.with_name(f"{kept.stem}.{os.getpid()}.part")
+  if not kept.is_file() or not index.is_file():
     try:
       kept.parent.mkdir(parents=True, exist_ok=True)
-      sink = open(part, "w+b")
-    except OSError as e: raise unkept(e) from None
-  ends, found, left_out = [], collections.Counter(), collections.defaultdict(list)
-  try:
-    bar = tqdm(total=sum(s.st_size for s in stats), desc="tokens", unit="B", unit_scale=True,
-               disable=size < LARGE)
-    for (path, folder), stat in zip(files, stats):
-      begin, before = sink.tell(), len(ends)
-      try:
-        write_tokens(path, tok, key, sink, ends)
-        found[folder] += 1
-      except NotText as e:
-        if folder is None: raise
-        if stat.st_size: left_out[folder].append(e)
-        sink.seek(begin)
-        sink.truncate()
-        del ends[before:]
-      bar.update(stat.st_size)
-    bar.update(0, close=True)
-    for folder in {folder for _, folder in files} - {None}:
-      if not found[folder]:
-        raise UserError(f"no text in the folder {folder}: --data takes text in UTF-8")
-    for folder, why in left_out.items():
-      if folder != LIBRARY:
-        first = " ".join(str(why[0]).split())              # a key of .jsonl may hold anything
-        print(f"left out {len(why)} of the files in {folder}; the first: {first}", file=sys.stderr)
-    if size < LARGE: return np.frombuffer(sink.getvalue(), np.uint16), np.array(ends)
-    sink.close()
-    np.save(index, np.array(ends))
-    os.replace(part, kept)
+      with open(part, "w+b") as sink: ends = write_files(files, tok, key, sink)
+      np.save(index, ends)
+      os.replace(part, kept)
+    except OSError as e:
+      raise UserError(f"can't keep the tokens of {size/1e9:.1f} GB of text in {kept.parent}: "
+                      f"{e.strerror or e}") from None
+    finally:
+      with contextlib.suppress(OSError): part.unlink()     # it is there if it is not whole
     print(f"kept {ends[-1]:,} tokens in {kept}", flush=True)
-    return np.memmap(kept, np.uint16, "r"), np.array(ends)
-  except OSError as e: raise unkept(e) from None
-  finally:
-    sink.close()
-    if size >= LARGE and os.path.exists(part): os.remove(part)
+  return np.memmap(kept, np.uint16, "r"), np.load(index)
+
+def write_files(files:list[tuple[Path, str|None]], tok:Tokenizer, key:str, sink:BinaryIO
+                ) -> np.ndarray:
+  "Writes the tokens of files, see `text_files`, and returns where each text ends."
+  ends, found, left_out = [], set(), collections.defaultdict(list)
+  sizes = [path.stat().st_size for path, _ in files]
+  bar = tqdm(total=sum(sizes), desc="tokens", unit="B", unit_scale=True, disable=sum(sizes) < LARGE)
+  for (path, folder), size in zip(files, sizes):
+    begin, before = sink.tell(), len(ends)
+    try:
+      write_tokens(path, tok, key, sink, ends)
+      found.add(folder)
+    except NotText as e:
+      if folder is None: raise
+      if size: left_out[folder].append(e)
+      sink.seek(begin)
+      sink.truncate()
+      del ends[before:]
+    bar.update(size)
+  bar.update(0, close=True)
+  for folder in {folder for _, folder in files} - found:
+    raise UserError(f"no text in the folder {folder}: --data takes text in UTF-8")
+  for folder, why in left_out.items():
+    if folder != LIBRARY:
+      first = " ".join(str(why[0]).split())                # a key of .jsonl may hold anything
+      print(f"left out {len(why)} of the files in {folder}; the first: {first}", file=sys.stderr)
+  return np.array(ends)
 
 def write_tokens(path:Path, tok:Tokenizer, key:str, sink:BinaryIO, ends:list[int]) -> None:
   "Appends the tokens of a file's texts to `sink`, and where each ends to `ends`. Raises NotText."

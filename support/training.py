@@ -12,7 +12,7 @@ import numpy as np
 from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.device import Buffer
 from tinygrad.helpers import Context
-from tinygrad.nn.state import get_state_dict
+from tinygrad.nn.state import get_parameters, get_state_dict
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 from bigs_tiny import BiGS
 from flashconv import HALF, capture, machine
@@ -281,19 +281,20 @@ class CarriedState:
 
   def reset(self, rows:int) -> None:
     if not self.state:
-      shapes = [t.shape for t in self.model.init_state(rows)[1:]]
-      self.state = tuple(tensor_on(self.device, np.zeros(s, np.float32)) for s in shapes)
-    overwrite(self.state, [t.zeros_like() for t in self.state])
+      self.state = self.model.init_carry(rows)
+      for t in get_parameters(self.state): t.replace(tensor_on(self.device, t.numpy()))
+    tensors = get_parameters(self.state)
+    overwrite(tensors, [t.zeros_like() for t in tensors])
 
   def loss(self, tokens:Tensor, targets:Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     "Returns a piece's mean loss and the state after it."
     logits, after = self.model.forward(tokens, self.state)
-    return self.loss_of(logits, targets), after
+    return self.loss_of(logits, targets), get_parameters(after)
 
   def move_on(self, after:tuple[Tensor, ...], *others:Tensor) -> None:
     "Realises what was computed from the state, and then overwrites it."
     Tensor.realize(*others, *after)
-    overwrite(self.state, after)
+    overwrite(get_parameters(self.state), after)
 
 def truncated(carried:CarriedState, params:list[Tensor]) -> Gradients:
   """Takes the place of forward and backward: the state goes on from each piece to the next, no
