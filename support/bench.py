@@ -276,6 +276,8 @@ def bench_conv(lengths:list[int], batch:int, channels:int, plain:int):
     for floor, (what, timings) in zip((inputs + dy.nbytes, 3*inputs + 2*dy.nbytes), race(contestants, 4).items()):
       show(row, f"L {L}, {what}", timings, names, timings["ours"].launches, timings["ours"].bytes/floor)
 
+STATES = [(256, 1 << 14), (256, 1 << 16), (64, 1 << 14), (64, 1 << 20)]       # channels, length
+
 def bench_states(lengths:list[int], modes:int=32):
   """Times `ssm_conv` of one sequence beside fftconv and PyTorch's FFT, which are both given a filter.
 
@@ -288,7 +290,7 @@ def bench_states(lengths:list[int], modes:int=32):
   def state_passing(u:Tensor, D:Tensor, v:Tensor, q:Tensor, **ssm:Tensor) -> Tensor:
     A, B, C = ((ssm[name + "r"], ssm[name + "i"]) for name in "ABC")
     return ssm_conv(u, A, B, C, D, v, q)[0]
-  for H, L in [(256, L) for L in lengths] or [(256, 1 << 14), (256, 1 << 16), (64, 1 << 14), (64, 1 << 20)]:
+  for H, L in [(256, L) for L in lengths] or STATES:
     x, dy = {name: normal(1, H, L) for name in "uvq"} | {"D": normal(H)}, normal(1, H, L)
     A = np.exp(rng.uniform(-0.05, 0, (H, modes)) + 1j*rng.uniform(0, np.pi, (H, modes)))
     ssm = {name: normal(H, modes) for name in ("Br", "Bi", "Cr", "Ci")}
