@@ -26,7 +26,7 @@ from tinygrad.nn.optim import AdamW
 from tinygrad.nn.state import get_parameters, get_state_dict
 from tinygrad.runtime.ops_cpu import CPUProgram
 import bigs_tiny, generate as gen, h3tiny, train
-from support import checkpoints, text as texts, training
+from support import bench, checkpoints, text as texts, training
 from bigs_tiny import BLOCKS, BiGS, BiGSConfig
 from flashconv import capture, fftconv, ssm_conv
 from support.cpu import embedding, layernorm, matmul, product, softmax
@@ -1251,97 +1251,23 @@ def test_h3_layer_is_its_reference(p, order):
     Tensor.realize(y, *state)
     assert_close(y, want[:, t], 2e-6, f"step {t}")
 
-# ---------------------------------------------------------------- a third oracle, which `train.py --bench` runs against
-
-class TorchLM:
-  """The same model in plain PyTorch, heads of one channel and no rotary positions: torch.fft for the convolutions, the
-  SSM's filter as one sum over its powers, scaled_dot_product_attention; the weights under their official names."""
-  def __init__(self, config:H3Config, weights:dict[str, np.ndarray]):
-    import torch
-    assert config.head_dim == 1 and not config.rotary_dim
-    self.torch, self.F, self.config = torch, torch.nn.functional, config
-    self.weights = {k: torch.nn.Parameter(torch.tensor(w)) for k, w in weights.items()}
-  def layer(self, i:int) -> Callable: return lambda name: self.weights[f"backbone.layers.{i}.{name}"]
-  def linear(self, x, w:Callable, name:str): return self.F.linear(x, w(f"{name}.weight"), w(f"{name}.bias"))
-  def norm(self, x, w:Callable, name:str):
-    return self.F.layer_norm(x, x.shape[-1:], w(f"{name}.weight"), w(f"{name}.bias"), self.config.norm_eps)
-  def discretize(self, w:Callable):
-    torch, k = self.torch, "mixer.kernel.kernel."
-    dt, A = w(k + "log_dt").exp()[:, None], torch.complex(-w(k + "inv_A_real").exp(), w(k + "A_imag"))
-    z, B, C = dt*A/2, torch.view_as_complex(w(k + "B")), torch.view_as_complex(w(k + "C")[0])
-    return (1 + z)/(1 - z), dt*B/(1 - z), C
-  def convolve(self, u, k):
-    fft, L = self.torch.fft, u.shape[-1]
-    return fft.irfft(fft.rfft(u, n=2*L)*fft.rfft(k[:, :L], n=2*L), n=2*L)[..., :L]
-  def h3(self, u, w:Callable):
-    fft, L = self.torch.fft, u.shape[1]
-    q, k, v = (self.linear(u, w, f"mixer.{n}_proj").transpose(1, 2) for n in "qkv")             # (B,D,L)
-    B, C = w("mixer.ssm_k_kernel.kernel.B"), w("mixer.ssm_k_kernel.kernel.C")[0]
-    S = fft.irfft(fft.rfft(B, n=2*B.shape[1]).conj()*fft.rfft(C, n=2*B.shape[1]))[:, :B.shape[1]]
-    dA, dB, C = self.discretize(w)
-    K = 2*self.torch.einsum("hm,hml->hl", C*dB, (dA.log()[..., None]*self.torch.arange(L)).exp()).real
-    kv = (self.convolve(k, S) + w("mixer.ssm_k_D")[:, None]*k)*v
-    y = q*(self.convolve(kv, K) + w("mixer.D")[:, None]*kv)
-    return self.linear(y.transpose(1, 2), w, "mixer.output_linear")
-  def attend(self, u, w:Callable):
-    B, L, D = u.shape
-    q, k, v = self.linear(u, w, "mixer.Wqkv").view(B, L, 3, self.config.n_heads, -1).permute(2, 0, 3, 1, 4)
-    y = self.F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return self.linear(y.transpose(1, 2).flatten(2), w, "mixer.out_proj")
-  def run(self, x, mix:Callable):
-    "Logits of embedded tokens; mix(i, w, u): layer i's mixer."
-    for i in range(self.config.n_layer):
-      w = self.layer(i)
-      x = x + mix(i, w, self.norm(x, w, "norm1"))
-      h = self.linear(self.norm(x, w, "norm2"), w, "mlp.fc1")
-      x = x + self.linear(self.F.gelu(h, approximate="tanh"), w, "mlp.fc2")
-    words = self.weights["backbone.embeddings.word_embeddings.weight"]
-    return self.norm(x, lambda name: self.weights[f"backbone.{name}"], "ln_f") @ words.T
-  def embed(self, tokens): return self.F.embedding(tokens, self.weights["backbone.embeddings.word_embeddings.weight"])
-  def __call__(self, tokens):
-    mixer = lambda i: self.attend if i in self.config.attn_layers else self.h3
-    return self.run(self.embed(tokens), lambda i, w, u: mixer(i)(u, w))
-  def loss(self, x, y): return self.F.cross_entropy(self(x).flatten(0, 1), y.flatten().long())
-
-  def start(self, batch:int, room:int) -> list:
-    "The state before the first token; the attention layers' keys and values have room for so many."
-    c, zeros = self.config, self.torch.zeros
-    tables = [self.discretize(self.layer(i)) if i not in c.attn_layers else None for i in range(c.n_layer)]
-    return [[zeros(batch, c.n_heads, room, c.d_model//c.n_heads) for _ in "kv"] if t is None else
-            [zeros(batch, c.d_model, c.d_state), zeros(*(batch, *t[0].shape), dtype=self.torch.complex64), t]
-            for t in tables]
-  def step(self, tokens, state:list, pos:int):
-    "Logits after one more token (B,), the pos-th; `state` is updated."
-    def mix(i:int, w:Callable, u):
-      s = state[i]
-      if i in self.config.attn_layers:
-        q, k, v = self.linear(u, w, "mixer.Wqkv").view(len(u), 3, self.config.n_heads, -1).unbind(1)
-        s[0][:, :, pos], s[1][:, :, pos] = k, v
-        y = self.F.scaled_dot_product_attention(q[:, :, None], s[0][:, :, :pos+1], s[1][:, :, :pos+1])
-        return self.linear(y[:, :, 0].flatten(1), w, "mixer.out_proj")
-      q, k, v = (self.linear(u, w, f"mixer.{n}_proj") for n in "qkv")
-      dA, dB, C = s[2]
-      s[0] = self.F.pad(s[0], (1, 0))[..., :-1] + w("mixer.ssm_k_kernel.kernel.B")*k[..., None]
-      kv = ((s[0]*w("mixer.ssm_k_kernel.kernel.C")[0]).sum(-1) + w("mixer.ssm_k_D")*k)*v
-      s[1] = dA*s[1] + dB*kv[..., None]
-      return self.linear(q*(2*(C*s[1]).sum(-1).real + w("mixer.D")*kv), w, "mixer.output_linear")
-    return self.run(self.embed(tokens), mix)
+# ---------------------------------------------------------------- a third oracle, the benchmarks' competitor
 
 def test_against_torch():
   "Loss, every gradient, and a few steps of decoding."
   torch = pytest.importorskip("torch")
   model, tokens = H3LM(H3Config(19, 16, 3, (1,), n_heads=2, d_state=8)), tokens_of(19, 2, 12)
   names, x, y = get_state_dict(model), tokens[:, :-1], tokens[:, 1:]
-  other = TorchLM(model.config, {k: v.numpy() for k, v in names.items()})
+  other = bench.TorchLM(model.config, {k: v.numpy() for k, v in names.items()})
   loss, want = train.cross_entropy(model(toks(x)), toks(y)), other.loss(torch.tensor(x), torch.tensor(y))
   want.backward()
   grads = dict(zip(names, loss.gradient(*names.values())))
   assert_grads(grads, {k: w.grad.numpy() for k, w in other.weights.items()})
   assert abs(loss.item() - want.item()) < 1e-5
-  state, theirs = model.init_state(2, 8), other.start(2, 8)
+  state, theirs = model.init_state(2, 8), other.init_state(2, 8)
   for i in range(4):
     logits, state = model.step(toks(tokens[:, i]), state)
-    with torch.no_grad(): want = other.step(torch.tensor(tokens[:, i]), theirs, i)
+    with torch.no_grad(): want = other(torch.tensor(tokens[:, i]), theirs, i)
     np.testing.assert_allclose(logits.numpy(), want.numpy(), atol=2e-5)
 
 # ---------------------------------------------------------------- one model, three ways to run it
@@ -3437,6 +3363,58 @@ def test_bert_tokens(tmp_path, monkeypatch, capsys):
   os.remove(tmp_path/"vocab.txt")
   refused("needs its vocabulary")
 
+# ================================================================ benchmarks
+
+def child_here(*arguments:str, **environment:str) -> str:
+  "In place of a process of its own."
+  if arguments[0] == "train.py": return "first step after 1.0 s\n"           # the default run has its own test
+  with contextlib.redirect_stdout(out := io.StringIO()): exec(arguments[1])
+  return out.getvalue()
+
+FIGURE = r"(?: +(?:[\d,.]+x?|-))"
+BENCHES = {  # the command, what each row begins with, how many rows, figures in a row
+  "conv --lengths 16 --batch 2 --channels 4 --plain 16": ("L 16, ", 2, 6),
+  "states 40": ("H 8, L 40, ", 2, 5),
+  "train": ("(?:train|decode|copying at 0 MB)", 3, 1),
+  "generate": (r"batch 2, prompt \d+, (?:H3|hybrid|Transformer) ", 6, 6),
+  "start": ("(?:nothing cached|again): first step after", 2, 1)}
+
+@pytest.mark.parametrize("command", BENCHES)
+def test_benchmarks(command, monkeypatch, capfd):
+  "Each prints its rows, at small sizes."
+  small = H3Config(19, 16, 2, (1,), 2)
+  monkeypatch.setattr(bench, "STEPS", {"train": bench.Step(small, 2, 16), "decode": bench.Step(small, 2)})
+  monkeypatch.setattr(bench, "STATES", [(8, 40)])
+  monkeypatch.setattr(bench, "copying", lambda size: 1.0)
+  monkeypatch.setattr(bench, "child", child_here)
+  monkeypatch.setattr(H3Config, "named", lambda size: small)
+  for name, value in dict(PROMPTS=(8, 16), BATCHES=(2,), TURNS=3, PIECE=4).items():
+    monkeypatch.setattr(bench, name, value)
+  command, (begin, rows, figures) = command.split(), BENCHES[command]
+  assert bench.main(command if command[0] != "states" else ["states"]) == 0
+  said = capfd.readouterr().out
+  assert len(re.findall(rf"^{begin}.*?{FIGURE}{{{figures}}}(?: s)?$", said, re.M)) == rows, said
+
+@pytest.mark.parametrize("argv,why", [
+  (["conv", "--lengths", "0"], "at least 1"), (["conv", "--lengths", "99999"], "at most 32768"),
+  (["conv", "--batch", "x"], "not a whole number"), (["states", "0"], "at least 1"),
+  (["generate", "9B"], "no model is called '9B'"), (["fast"], "invalid choice")])
+def test_benchmarks_bad_input(argv, why, capfd):
+  with pytest.raises(SystemExit) as stop: bench.main(argv)
+  said = capfd.readouterr()
+  assert stop.value.code == 2 and why in said.err and said.err.count("\n") == 1 and not said.out
+
+def test_all_benchmarks_in_turn(monkeypatch):
+  "Without a command; the first that fails ends it, with its status."
+  asked = []
+  def run(command:list[str]) -> SimpleNamespace:
+    asked.append(command[-1])
+    return SimpleNamespace(returncode=3*(command[-1] == "train"))
+  with monkeypatch.context() as m:
+    m.setattr(subprocess, "run", run)
+    assert bench.main([]) == 3 and asked == ["conv", "states", "train"]
+  with Context(FLASH=0), pytest.raises(SystemExit): bench.main(["conv"])
+
 # ================================================================ the README
 
 @slow
@@ -3488,28 +3466,11 @@ def test_readme_commands(section, tmp_path, monkeypatch, capfd):
         for extra in re.findall(r"\w+", words[-1]): assert re.search(rf"^{extra} = \[", project, re.M), command
       elif words[1:3] == ["-m", "pytest"]: assert "test_all.py" in words, command
       elif "--help" in words:
-        module = {"train.py": train, "generate.py": gen, "flashconv.py": flashconv}[words[1]]
+        module = {"train.py": train, "generate.py": gen, "flashconv.py": flashconv,
+                  "support/bench.py": bench}[words[1]]
         with pytest.raises(SystemExit) as stop: module.main(words[2:])
         assert stop.value.code == 0
-      elif words[1] == "generate.py" and "--bench" in words:
-        monkeypatch.setattr(H3Config, "named", lambda size: H3Config(19, 16, 2, (1,), 2, max_length=64))
-        for k, v in dict(PROMPTS=(8, 16), BATCHES=(2,), STEPS=3, PIECE=4).items(): monkeypatch.setattr(gen, k, v)
-        assert gen.main(words[2:]) == 0, command
-        table = capfd.readouterr().out
-        row = r"^ +\d+ +\d+  (?:H3|hybrid|Transformer) .*tok/s.*ms +[\d.]+ MB$"
-        assert len(re.findall(row, table, re.M)) == 6, table
-      elif "--bench" in words:
-        small = "--size tiny --batch 2 --length 16"
-        monkeypatch.setattr(train, "BENCH", dict.fromkeys(["train", "decode, 125M, batch 1"], small))
-        monkeypatch.setattr(train, "copy_rate", lambda: 1e10)
-        def child(code:str, **env:str) -> str:
-          if "--steps" in code: return "first step after 1.0 s\n"         # the default run is tested elsewhere
-          with contextlib.redirect_stdout(out := io.StringIO()): exec(f"import train; {code}")
-          return out.getvalue()
-        monkeypatch.setattr(train, "child", child)
-        assert train.main(words[2:]) == 0, command
-        table = capfd.readouterr().out
-        assert re.search(r"^train +\d+\.\d +\d+", table, re.M) and "second start" in table
+      elif words[1] == "support/bench.py": bench.parser().parse_args(words[2:])      # run by test_benchmarks
       elif "--reproduce" in words:
         metrics = dict.fromkeys(["accuracy", "accuracy at 40", "1 attractor"], 0.5)
         metrics |= {f"{n} attractors": 0.5 for n in (0, 2, 3, 4)}
@@ -3543,8 +3504,7 @@ def test_readme_commands(section, tmp_path, monkeypatch, capfd):
                    *["--batch", "4"]*bool({"--accumulate", "--devices"} & set(words))]
           assert train.main([*words[2:], *shape, *TINY[8:], *sizes]) == 0, command
       elif words[1] == "flashconv.py":
-        sizes = ["--lengths", *"16 --batch 2 --channels 4 --plain 0".split(), *["--long", "40"]*("--long" in words)]
-        if "--render" in words: sizes = ["--lengths", "64"]
+        sizes = ["--lengths", "64"] if "--render" in words else []
         assert flashconv.main([*words[2:], *sizes]) == 0, command
       elif words[1] == "generate.py":
         released = ["--tokenizer", "bytes"] if {"125M", "1.3B"} & set(words) else []
