@@ -1,28 +1,30 @@
 """FlashConv: the causal FFT convolution of H3 as one fused kernel, forward and backward.
 
-Paper: Fu, Dao et al. 2022, "Hungry Hungry Hippos", arXiv 2212.14052, section 4 (FlashConv: fusion
-and block FFT). The official CUDA version is HazyResearch/H3 csrc/fftconv; this one is written in
-tinygrad UOps and compiles for whatever device is there. The plain definition stands beside it.
+Paper: Fu, Dao et al. 2022, "Hungry Hungry Hippos", arXiv 2212.14052, section 4 (FlashConv: fusion,
+block FFT, state passing). The official CUDA version is HazyResearch/H3 csrc/fftconv; this one is
+written in tinygrad UOps and compiles for whatever device is there. It reads from the top: the
+definition in plain ops, `fftconv`, its kernels, then what these are made of.
 
 Glossary. B batch, H channels, L length, K taps, N ≥ L + K - 1 length of the FFT, a power of two
-  u, y    (B,H,L)  input, output          k   (H,K)  filter
-  v, q    (B,H,L)  gates before, after    D   (H,)   skip term
-  y = q * (k ∗ (u*v) + D*(u*v))           the long convolution of the H3 layer, section 3.1
-  F                                       discrete Fourier transform of length N
-  kf      F(k + D δ)/N                    the filter's spectrum, digit-reversed, kept in registers
-  M       N/8                             length of the 8 transforms that go on side by side
-Also here: `ssm_conv`, the same with an SSM's filter at any length, by state passing; where tinygrad's own are slow on a
-CPU, `matmul`, `layernorm`, `causal_softmax`, `embedding`, with their gradients; for decoding `h3_step`, `attend_step`
-and `write`, which overwrite states; `launch`, by which all of them run, with gradients that survive what is read before;
-and, in the section on the device, what makes a CPU's cores work at once, for threads and forks too.
-Run: `python flashconv.py` checks the kernels and times them against plain tinygrad and PyTorch;
-`python flashconv.py --render metal` (cuda, opencl) prints their sources; FLASH=0 turns them off.
+  u, y    (B,H,L)  input, output            k   (H,K)  filter
+  v, q    (B,H,L)  gates before and after   D   (H,)   skip term
+  w       u v, what is convolved            c   k ∗ w + D w, what q gates
+  y = q * (k ∗ (u*v) + D*(u*v))             the long convolution of the H3 layer, section 3.1
+  F, F*                                     discrete Fourier transform of length N, N F⁻¹
+  kf      F(k + D δ)/N                      the filter's spectrum: c = F* (kf · F w)
+  M       N/8                               length of the 8 sub-transforms that go on side by side
+Also here: `ssm_conv`, the same with the filter of an SSM at any length, by state passing; `launch`,
+which runs a kernel with gradients that survive what is read before; `replaceable`, the seam through
+which support/cpu.py brings faster versions of plain ops.
 
-Not here: half precision; any filter but an SSM's past a length of 2^15 (plain ops do them); a fused
-matrix product on GPUs, where tinygrad's own is good. The shift SSM is a launch of its own: one kernel
-for both convolutions of an H3 layer (twice through the same block) took 1.59, 7.3, 16.9 and 39.7 ms
-forward at L = 256, 1024, 2048 and 4096 where the two launches take 1.57, 8.1, 20.0 and 41.4 (B=8,
-H=256, CPU), and its backward pass would do two transforms more, to compute anew what lies stored.
+Run: `python flashconv.py` checks the kernels on your device; `python flashconv.py --render metal`
+(or cuda, opencl) prints their sources; FLASH=0 turns them off. `python support/bench.py conv` and
+`states` time them.
+
+Not here: half precision; any filter but an SSM's past a length of 2^15 (plain ops do them). The
+shift SSM of an H3 layer is a launch of its own: one kernel for both convolutions took 1.59, 7.3,
+16.9 and 39.7 ms forward at L = 256, 1024, 2048 and 4096 where two launches take 1.57, 8.1, 20.0 and
+41.4 (B=8, H=256, CPU), and its backward pass would need two transforms more.
 """
 from __future__ import annotations
 import argparse, cmath, functools, itertools, operator, os, subprocess, sys, threading
@@ -38,25 +40,1128 @@ from tinygrad.uop.ops import (AxisType, KernelInfo, Ops, ParamArg, PatternMatche
                               graph_rewrite, shape_to_shape_arg)
 
 FLASH = ContextVar("FLASH", 1)  # 0: plain tinygrad ops everywhere
-HALF = ContextVar("HALF", 0)    # what products with weights take in. 1: float16, 2: bfloat16; their sums are float32
 
-# ---------------------------------------------------------------- TinyJit
-def capture(f:Callable, **options) -> TinyJit:
-  """A TinyJit that captures at its first call, not its second: f is scheduled and compiled once, and the buffers
-  of a run without memory planning never exist (1.4 GB at the peak of a training step where 0.5 do). Where f draws
-  random numbers, draw one before: a counter made while capturing would start anew at every call."""
-  jit = TinyJit(f, **options)
-  jit.cnt = 1
-  return jit
+Shape = tuple[int, ...]
+Stores = list[UOp]
+Body = Callable[..., Stores]    # makes the stores of one place of a kernel, given its indices
+Pair = tuple                    # a complex number (re, im) of Tensors, UOps or Reals; or two real rows
 
-LOCK = threading.RLock()        # held by the thread that realises Tensors or calls a TinyJit
+# What `selfcheck` runs: by name, a function of Tensors, its definition in plain ops (None: itself
+# with FLASH=0), the shape of its output, and those of its inputs.
+CHECKS: dict[str, tuple] = {}
 
-def constant(x:np.ndarray, device:str, dtype:type=np.float32) -> Tensor:
-  "A Tensor realised at once, even while a TinyJit captures, so that replays do not make it again."
-  with LOCK:
-    held, capturing[:] = capturing[:], []
-    try: return Tensor(np.asarray(x, dtype), device=device).realize()
-    finally: capturing[:] = held
+def checked(output:Shape, *inputs:Shape, plain:Callable|None=None) -> Callable:
+  "Registers a function that runs kernels for `selfcheck`, with the small shapes to check it at."
+  def register(f:Callable) -> Callable:
+    CHECKS[f.__name__] = f, plain, output, *inputs
+    return f
+  return register
+
+# ---------------------------------------------------------------- the definition, in plain ops
+def cmul(a:Pair, b:Pair) -> Pair: return a[0]*b[0] - a[1]*b[1], a[0]*b[1] + a[1]*b[0]
+def conj(a:Pair) -> Pair: return a[0], -a[1]
+
+@functools.cache
+def dft_matrix(rows:int, cols:int, n:int, device:str, dtype:type) -> Pair:
+  "exp(-2πi jk/n), j < rows, k < cols, computed in float64."
+  w = np.exp(-2j*np.pi/n * (np.outer(np.arange(rows), np.arange(cols)) % n))
+  return tuple(constant(p, device, dtype) for p in (w.real, w.imag))
+
+def fft(x:Pair, inverse:bool=False) -> Pair:
+  """X[k] = Σ_n x[n] exp(∓2πi nk/N) over the last axis, N a power of two, by matrix products.
+
+  The inverse comes without its 1/N.
+  """
+  N = x[0].shape[-1]
+  dtype = np.float64 if x[0].dtype == dtypes.double else np.float32
+  def matrix(rows:int, cols:int) -> Pair:
+    w = dft_matrix(rows, cols, N, x[0].device, dtype)
+    return conj(w) if inverse else w
+  def swapped(x:Pair) -> Pair: return tuple(p.transpose(-1, -2) for p in x)
+  if N <= 32:
+    (re, im), (c, s) = x, matrix(N, N)
+    return re@c - im@s, re@s + im@c
+  N1 = 32 if N >= 1024 else 16 if N >= 256 else 8           # n = n1 N2 + n2, k = k1 + N1 k2
+  N2 = N//N1
+  a = swapped([p.reshape(*p.shape[:-1], N1, N2) for p in x])                        # (…, n2, n1)
+  a = cmul(fft(a, inverse), matrix(N2, N1))                                         # (…, n2, k1)
+  a = swapped(fft(swapped(a), inverse))                                             # (…, k2, k1)
+  return tuple(p.reshape(x[0].shape) for p in a)
+
+def fft_length(L:int, K:int) -> int:
+  "The shortest power of two at which a convolution does not wrap around, from 64 on."
+  return max(64, 1 << (L + K - 2).bit_length())
+
+def conv_ref(w:Tensor, k:Tensor, D:Tensor|None) -> Tensor:
+  "c = k ∗ w + D w"
+  L = w.shape[-1]
+  k = k[:, :L]
+  N = fft_length(L, k.shape[-1])
+  def spectrum(x:Tensor) -> Pair:
+    x = x.pad((None,)*(x.ndim-1) + ((0, N-x.shape[-1]),))
+    return fft((x, x.const_like(0)))
+  c = fft(cmul(spectrum(w), spectrum(k)), inverse=True)[0][..., :L] / N             # F⁻¹(F w · F k)
+  return c if D is None else c + D.reshape(-1, 1)*w
+
+def finish(c:Tensor|UOp, q:Tensor|UOp|None) -> Tensor|UOp:
+  "Makes y of c = k ∗ w + D w, number by number: in plain ops and in the forward kernel alike."
+  return c if q is None else c*q
+
+# The gradients of c and of q in `finish`, for the backward kernel, which knows c where q is there.
+def finish_dc(dy:UOp, c:UOp|None, q:UOp|None) -> UOp: return dy if q is None else dy*q
+def finish_dq(dy:UOp, c:UOp|None, q:UOp|None) -> UOp: return c*dy
+
+def fftconv_ref(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None,
+                q:Tensor|None=None) -> Tensor:
+  "The definition of `fftconv`, same arguments, in plain tinygrad ops."
+  return finish(conv_ref(u if v is None else u*v, k, D), q)
+
+# ---------------------------------------------------------------- the public function
+def direct(u:Tensor, k:Tensor, D:Tensor, v:Tensor, q:Tensor) -> Tensor:
+  "`fftconv` as a sum over taps: fewer and smaller kernels than `fftconv_ref`, for `selfcheck`."
+  L, w = u.shape[2], u*v
+  taps = k.pad((None, (L-1, 0))).unfold(-1, L, 1).flip(-1)       # (H,L,L): k[t-s]
+  return q*((taps*w.unsqueeze(2)).sum(-1) + D.reshape(-1, 1)*w)
+
+SMALL = (3, 4, 40)
+@checked(SMALL, SMALL, (4, 40), (4,), SMALL, SMALL, plain=direct)
+def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor|None=None,
+            channels_last:bool=False) -> Tensor:
+  """y = q * (k ∗ (u*v) + D*(u*v)): the causal convolution along the last axis, gated before, after.
+
+  u, v, q, y (B,H,L) float32, or (B,L,H) with channels_last; k (H,K), or (1,K), one filter for all
+  channels; taps past L do nothing; D (H,). Left out, v and q are 1 and D is 0. Any B, H, L, K ≥ 1.
+  Differentiable in every argument, works in TinyJit; plain ops (`fftconv_ref`) where no kernel
+  serves. Raises ValueError when shapes don't fit.
+  Sources: paper section 4; HazyResearch/H3 src/ops/fftconv.py:53-103.
+  """
+  check_shapes(u, k, D, v, q, channels_last)
+  if channels_last: u, v, q = (None if x is None else x.transpose(1, 2) for x in (u, v, q))
+  u, k, D, v, q = on_one_device(u, k, D, v, q)
+  L = u.shape[2]
+  k = k[:, :L]
+  N = fft_length(L, k.shape[1])
+  N_short = max(SHORT, fft_length(8*k.shape[1], 1))
+  R = levels(u.device, N) if kernels_serve(u, k, D, v, q) else 0
+  overlap_save = N > 2*N_short and kernels_serve(u, k, D, v, q) and levels(u.device, N_short) == 1
+  if R == 1 and not overlap_save:
+    y = conv_one_launch(ConvArgs(k.unsqueeze(0), u, D, v, q), N)
+  else:
+    w = u if v is None else u*v
+    if overlap_save: c = conv_overlap_save(w, k, D, N_short)
+    elif R: c = conv_two_levels(w, k, D, N, R)
+    else: c = conv_ref(w, k, D)
+    y = finish(c, q)
+  return y.transpose(1, 2) if channels_last else y
+
+def check_shapes(u:Tensor, k:Tensor, D:Tensor|None, v:Tensor|None, q:Tensor|None,
+                 channels_last:bool) -> None:
+  H = u.shape[2 if channels_last else 1] if u.ndim == 3 else 0
+  fits = u.ndim == 3 and k.ndim == 2 and k.shape[0] in (1, H)
+  fits = fits and all(x is None or x.shape == u.shape for x in (v, q))
+  if fits and (D is None or D.shape == (H,)): return
+  got = (f"{n} {x.shape}" for n, x in zip("uvqkD", (u, v, q, k, D)) if x is not None)
+  raise ValueError("fftconv: u, v, q are (B,H,L), or (B,L,H) with channels_last, k (H,K) or (1,K), "
+                   f"D (H,); got {', '.join(got)}")
+
+def whole(*tensors:Tensor|None) -> bool:
+  "Whether none is in parts on several devices: a kernel takes what one device holds."
+  return all(t is None or isinstance(t.device, str) or (t.device is not None and t.uop.axis is None)
+             for t in tensors)
+
+def kernels_serve(*tensors:Tensor|None) -> bool:
+  "Whether kernels are on, and all is float32, and whole."
+  return bool(FLASH) and whole(*tensors) and all(t is None or t.dtype == dtypes.float for t in tensors)
+
+MAX_N = 1 << 16                 # FFT length on a CPU: 2 MB of stack in the backward pass
+SHORT = 1 << 12                 # length of a short filter's transform on a long sequence
+ONE_CORE = 1 << 20              # B H N up to which one core is as fast as two
+
+def levels(device:str|tuple, N:int) -> int:
+  """How a transform of length N runs: 1 in one launch, R > 1 in two levels, R of length N/R; 0 in
+  plain ops. The device's limits decide, never its name."""
+  m = machine(device)
+  if not m.gpu: return int(N <= MAX_N)
+  return next((R for R in (1, 2, 4, 8, 16) if 8*N <= R*m.shared), 0)  # a complex number is 8 bytes
+
+# ---------------------------------------------------------------- the convolution in one launch
+class ConvArgs(NamedTuple):
+  """The arguments of a convolution: as Tensors, as a kernel's buffers, or as the buffers of their
+  gradients. What was left out is None. k: (1,H,K), (1,1,K), or as `ComplexRows` are."""
+  k: Tensor|UOp|None = None
+  u: Tensor|UOp|None = None
+  D: Tensor|UOp|None = None
+  v: Tensor|UOp|None = None
+  q: Tensor|UOp|None = None
+
+class ConvSpec(NamedTuple):
+  "What a kernel of the convolution is made for, beside the shapes of its buffers."
+  names: tuple[str, ...]        # which of ConvArgs there are
+  machine: Machine
+  layout: type                  # how sequences lie in memory: RowPairs or ComplexRows
+  @property
+  def gradients(self) -> tuple[str, ...]:
+    "The arguments whose gradients the backward kernel writes: dD is dk at lag 0."
+    return tuple(n for n in self.names if n != "D")
+
+def named(names:Sequence[str], buffers:Sequence[Tensor|UOp]) -> ConvArgs:
+  return ConvArgs(**dict(zip(names, buffers)))
+
+def conv_one_launch(args:ConvArgs, N:int, layout:type|None=None) -> Tensor:
+  "y, for sequences laid out as `layout` says, by default rows (B,H,L)."
+  names = tuple(n for n, x in args._asdict().items() if x is not None)
+  shape, m = args.u.shape, machine(args.k.device)
+  if shape[0]*shape[1]*N < ONE_CORE: m = m._replace(cores=1)
+  spec = ConvSpec(names, m, layout or RowPairs)
+  roots = roots_of_unity(RADIX, N//RADIX, args.k.device)
+  y, = launch(bound(conv_kernel, spec=spec), [spec.layout.buffer_shape(shape, N//RADIX)],
+              [roots, *(x for x in args if x is not None)], bound(conv_backward, spec=spec))
+  return spec.layout.trimmed(y, shape)
+
+def conv_backward(dy:Tensor, y:Tensor, roots:Tensor, *args:Tensor, spec:ConvSpec
+                  ) -> tuple[Tensor|None, ...]:
+  "The gradients of `conv_one_launch`'s inputs: None for the roots, which are constants."
+  x, layout, M = named(spec.names, args), spec.layout, roots.shape[2]
+  shapes = [x.k.shape if n == "k" else x.u.shape for n in spec.gradients]
+  buffers = [layout.buffer_shape((s[0], x.u.shape[1], *s[2:]), M) for s in shapes]
+  outputs = launch(bound(conv_gradient_kernel, spec=spec), buffers,
+                   [roots, layout.trimmed(dy, x.u.shape), *args], no_second_gradient("fftconv"))
+  d = named(spec.gradients, map(layout.trimmed, outputs, shapes))
+  dk = d.k.sum(1, keepdim=True) if x.k.shape[1] == 1 else d.k
+  d = d._replace(k=dk, D=d.k[0, :, 0])
+  return None, *(getattr(d, n) for n in spec.names)
+
+# How a kernel is written. It is a function from UOps, its buffers, to one UOp, the sink, that holds
+# all its stores. UOps are values without an order; what must come first is said in the graph:
+#   mem[i], mem[i].store(x)   a load and a store
+#   mem.after(done, i)        mem, to be used when the stores `done` have been made, and inside loop i.
+#                             A GPU's workers wait for each other here, if mem is shared memory that
+#                             they have written since: tinygrad puts the barrier.
+#   i = UOp.range(n, id)      a loop. All that depends on i, by value or by `after`, is inside it.
+#   stores.end(i)             the loop over i ends behind these stores; after(stores.end(i)) is outside.
+#   UOp.group(*stores)        all of them; .barrier() a barrier in so many words, needed where workers
+#                             write what others may still be *reading*: tinygrad sees only the reverse.
+#   UOp.special(n, "lidx0")   a GPU's thread number, "gidx0" that of its work group.
+# So each stage below uses `mem.after(*done)`, and leaves in `done` what the next has to wait for.
+# A loop that holds stages is an AxisType.REDUCE: of a LOOP that ends in stores to global memory
+# tinygrad would make a grid axis.
+
+@functools.cache
+def conv_kernel(y:UOp, roots:UOp, *args:UOp, spec:ConvSpec) -> UOp:
+  "y = finish(c, q) with c = F* (kf · F w), for one channel: its filter once, then its sequences."
+  x = named(spec.names, args)
+  buf, kf = filter_spectrum(x, roots, spec)
+  n = buf.group.loop(spec.layout.count(x.u.shape), AxisType.REDUCE)    # over sequences
+  rows = spec.layout(buf.group, x.u.shape, n)
+  buf.forward(lambda j, off: rows.load(j, off, x.u, x.v), n)                       # W = F w
+  buf.spectrum(lambda at, W: (times(W, kf.get(at)), []))                           # C = kf · W
+  def store(j:UOp, off:int, c:Pair) -> Stores:                                  # c = F* C
+    return rows.store(j, off, y, each_row(finish, c, rows.load(j, off, x.q)))
+  buf.inverse(store)
+  return buf.group.finish(buf.done[0].end(n), spec.layout.name)        # here the loop over n ends
+
+@functools.cache
+def conv_gradient_kernel(*buffers:UOp, spec:ConvSpec) -> UOp:
+  """dk, du, dv, dq of `conv_kernel`. All comes from its inputs: kf, W = F w and c are made anew.
+
+  With e = dy ∂y/∂c (e = q dy) and E = F e, kf* the conjugate of kf, over the sequences n:
+    dw = F* (kf* · E)      the correlation of e with the filter;  du = v dw, dv = u dw
+    dk = F⁻¹ Σ_n W* · E    of two packed rows w₀ + i w₁, e₀ + i e₁ the real part: the correlation of
+                           w₀ - i w₁ with e₀ + i e₁ is (w₀ ⋆ e₀ + w₁ ⋆ e₁) + i (…), so that one inverse
+                           transform after the last sequence gives the sum over all rows
+  """
+  n = len(spec.gradients)
+  d, (roots, dy), x = named(spec.gradients, buffers), buffers[n:n+2], named(spec.names, buffers[n+2:])
+  buf, kf = filter_spectrum(x, roots, spec)
+  g = buf.group
+  W, dkf = Spectrum(g, 2), Spectrum(g, 3)
+  dkf.clear()
+  n = g.loop(spec.layout.count(x.u.shape), AxisType.REDUCE)            # over sequences
+  rows = spec.layout(g, x.u.shape, n)
+
+  def arrive(j:UOp, off:int, c:Pair=(None, None)) -> tuple[Pair, list[UOp]]:
+    "e, and the stores of dq"
+    rows_of = rows.load(j, off, dy), c, rows.load(j, off, x.q)
+    e = each_row(finish_dc, *rows_of)
+    return e, [] if x.q is None else rows.store(j, off, d.q, each_row(finish_dq, *rows_of))
+  buf.forward(lambda j, off: rows.load(j, off, x.u, x.v), n)                       # W = F w
+  if x.q is None:
+    buf.spectrum(lambda at, X: (None, W.put(at, X, n)))
+    W.done = buf.done
+    buf.free()
+    buf.forward(lambda j, off: arrive(j, off)[0])                                  # E = F e
+  else:
+    buf.spectrum(lambda at, X: (times(kf.get(at), X), W.put(at, X, n)))            # C = kf · W
+    W.done = buf.done
+    buf.inverse_and_forward(arrive)                                                # c = F* C, E = F e
+
+  def add(at:tuple, E:list[Pair]) -> tuple[list[Pair], list[UOp]]:
+    terms = times(map(conj, W.get(at)), E)
+    sums = [tuple(map(operator.add, s, t)) for s, t in zip(dkf.get(at, n), terms)]
+    return times(map(conj, kf.get(at)), E), dkf.put(at, sums, n)       # kf* · E;  Σ_n W* · E
+  buf.spectrum(add)
+  def store(j:UOp, off:int, dw:Pair) -> Stores:
+    if x.v is None: return rows.store(j, off, d.u, dw)
+    both = (d.u, x.v), (d.v, x.u)
+    return [s for out, factor in both
+            for s in rows.store(j, off, out, tuple(map(operator.mul, dw, rows.load(j, off, factor))))]
+  buf.inverse(store)                                                               # dw = F* (kf* · E)
+  buf.free()
+  buf.done = dkf.done = buf.done[0].end(n),                            # here the loop over n ends
+  filters = spec.layout(g, x.k.shape, 0)                               # a single row: re alone is stored
+  buf.spectrum(lambda at, _: ([scaled(a, 1/g.N) for a in dkf.get(at)], []), back_only=True)
+  buf.inverse(lambda j, off, dk: filters.store(j, off, d.k, dk))                   # dk = F* (dkf/N)
+  return g.finish(buf.done[0], f"{spec.layout.name}_grad")
+
+def filter_spectrum(x:ConvArgs, roots:UOp, spec:ConvSpec) -> tuple[FFTBuffer, Spectrum]:
+  "kf = F(k + D δ)/N, which stays in private memory, and the buffer that has made it, free again."
+  g = Group(spec.machine, x.u.shape[1], RADIX*roots.shape[2])
+  buf, kf, filters = FFTBuffer(g, roots), Spectrum(g, 1), spec.layout(g, x.k.shape, 0)
+  def load(j:UOp, off:int) -> Pair:
+    re, im = filters.load(j, off, x.k)
+    if x.D is None or off > 0: return re, im
+    return re + Real(j.eq(0).where(x.D[g.h], 0.0)), im                 # D is a tap more at lag 0
+  buf.forward(load)
+  buf.spectrum(lambda at, X: (None, kf.put(at, [scaled(a, 1/g.N) for a in X])))
+  kf.done = buf.done
+  buf.free()
+  return buf, kf
+
+def times(a:Sequence[Pair], b:Sequence[Pair]) -> list[Pair]: return list(map(cmul, a, b))
+def scaled(z:Pair, c:float) -> Pair: return z[0]*c, z[1]*c
+
+def each_row(f:Callable, *pairs:Pair) -> Pair:
+  "f, of UOps or None, for each of two packed rows; where the first argument is ZERO, so is the result."
+  def row(x:Real, *others:Real|None) -> Real:
+    if not x.sign: return ZERO
+    return Real(f(x.uop, *(None if o is None else o.uop for o in others)))
+  return tuple(map(row, *pairs))
+
+# ---------------------------------------------------------------- how sequences lie in memory
+class RowPairs:
+  """Rows 2n and 2n+1 of a batch as one complex sequence, `shape` being (B,H,L).
+
+  The filter is real, so that the two results come out as re and im. So the rounding of the two is
+  that of the larger, and an infinity in one reaches the other. Past the end of a row, and for the
+  row that an odd batch lacks, reads give 0.
+  """
+  name = "fftconv"
+  def __init__(self, group:Group, shape:Shape, n:UOp|int):
+    (B, _, self.L), self.group = shape, group
+    second = 2*n + 1
+    self.rows = [(2*n, None), (second, second < B if B % 2 else None)][:B]  # row, condition that it is there
+  @staticmethod
+  def count(shape:Shape) -> int: return -(-shape[0]//2)
+  @staticmethod
+  def buffer_shape(shape:Shape, M:int) -> Shape:
+    """What is written to: whole pairs of rows, and whole columns of the first pass. tinygrad 0.14.0
+    can lose the condition of a store, where it leaves a single place."""
+    B, H, L = shape
+    return B + (B % 2 if B > 1 else 0), H, -(-L//M)*M
+  @staticmethod
+  def trimmed(y:Tensor, shape:Shape) -> Tensor: return y[:shape[0], :, :shape[2]]
+  def load(self, j:UOp, off:int, *factors:UOp|None) -> Pair:
+    """The product of the factors at j + off, j < M, in both rows; of no factor (None, None).
+
+    off is known when the kernel is made: blocks past the end are no loads at all, and the butterflies
+    drop what they would have to do with such zeros.
+    """
+    factors = [f for f in factors if f is not None]
+    if not factors: return None, None
+    if off >= self.L: return ZERO, ZERO
+    inside = j + off < self.L if off + self.group.M > self.L else None
+    pair = [self.load_row(b, j + off, [c for c in (inside, there) if c is not None], factors)
+            for b, there in self.rows]
+    return *pair, *[ZERO]*(2 - len(pair))
+  def load_row(self, b:UOp, at:UOp, conditions:list[UOp], factors:list[UOp]) -> Real:
+    channels = [0 if f.shape[1] == 1 else self.group.h for f in factors]
+    if not conditions: return Real(product([f[b, h, at] for f, h in zip(factors, channels)]))
+    ok = functools.reduce(operator.and_, conditions)
+    at = at.valid(ok)
+    return Real(product([ok.where(f[b, h, at], 0.0) for f, h in zip(factors, channels)]))
+  def store(self, j:UOp, off:int, out:UOp, z:Pair) -> Stores:
+    if off >= self.L: return []
+    places = [out[b, self.group.h, j + off] for b, _ in self.rows]
+    return [place.store(x.uop) for place, x in zip(places, z)]
+
+class ComplexRows:
+  "Sequence n of complex numbers, (P,H,2,N), between the launches of a two-level transform."
+  name = "fftconv_complex"
+  def __init__(self, group:Group, shape:Shape, n:UOp|int): self.group, self.n = group, n
+  @staticmethod
+  def count(shape:Shape) -> int: return shape[0]
+  @staticmethod
+  def buffer_shape(shape:Shape, M:int) -> Shape: return shape
+  @staticmethod
+  def trimmed(y:Tensor, shape:Shape) -> Tensor: return y
+  def load(self, j:UOp, off:int, x:UOp|None, gate:None=None) -> Pair:
+    if x is None: return None, None
+    return tuple(Real(x[self.n, self.group.h, c, j + off]) for c in range(2))
+  def store(self, j:UOp, off:int, out:UOp, z:Pair) -> Stores:
+    return [out[self.n, self.group.h, c, j + off].store(z[c].uop) for c in range(2)]
+
+def product(factors:Sequence[UOp]) -> UOp: return functools.reduce(operator.mul, factors)
+
+# ---------------------------------------------------------------- the block FFT
+class FFTBuffer:
+  """N complex numbers in a GPU's shared memory, or a core's stack, and the passes over them, in place.
+
+  Forward by decimation in frequency (natural order in, digit-reversed out), back by decimation in
+  time (the reverse): with spectra kept digit-reversed nothing is ever reordered. A butterfly writes
+  where it has read and nowhere else, so that one barrier a pass is enough. `done` is what has to be
+  finished before the next reader.
+  """
+  def __init__(self, group:Group, roots:UOp):
+    self.group, self.roots, self.done = group, roots, group.outer
+    gpu, M = group.m.gpu, group.M
+    # LOCAL on a CPU puts a fence at every loop's end, and nothing is vectorised: 6x slower
+    space = AddrSpace.LOCAL if gpu else AddrSpace.REG
+    # a row left free on a CPU, so that the stores to 8 sub-transforms come out in order: clang makes
+    # one shuffled store of them, not 8 scattered ones; a twentieth faster
+    self.first = 0 if gpu else 1
+    # on a GPU a ninth column, where it fits: with 8, a column's stores meet on 4 of 32 banks
+    fits = 2*4*M*(RADIX+1) <= group.m.shared
+    columns = RADIX + 1 if gpu and fits else RADIX
+    self.mem = UOp.placeholder((2, M + self.first, columns), dtypes.float, slot=0, addrspace=space)
+  def get(self, mem:UOp, i:UOp, sub:UOp|int) -> Pair:
+    return tuple(Real(mem[c, i + self.first, sub]) for c in range(2))
+  def put(self, mem:UOp, i:UOp, sub:UOp|int, z:Pair) -> Stores:
+    return [mem[c, i + self.first, sub].store(z[c].uop) for c in range(2)]
+  def free(self):
+    "Lets others write next where somebody may still read: that takes a barrier of its own on a GPU."
+    if self.group.m.gpu: self.done = UOp.group(*self.done).barrier(),
+
+  def forward(self, load:Callable[[UOp, int], Pair], *after:UOp):
+    "All passes but the last of X = F x, with x at j + off from load(j, off)."
+    g, mem = self.group, self.mem.after(*self.done, *after)
+    def first(j:UOp) -> Stores: return self.split(mem, j, [load(j, r*g.M) for r in range(RADIX)])
+    self.done = g.columns(first),
+    self.inner_forward()
+  def inverse(self, store:Body):
+    "All passes but the first of y = F* Y; y at j + off goes to store(j, off, y)."
+    self.inner_inverse()
+    g, mem = self.group, self.mem.after(*self.done)
+    def last(j:UOp) -> Stores:
+      return [s for r, y in enumerate(self.join(mem, j)) for s in store(j, r*g.M, y)]
+    self.done = g.columns(last),
+  def inverse_and_forward(self, body:Callable):
+    "`inverse`, then `forward`: of the y that one gives, body(j, off, y) -> (the next x, stores)."
+    self.inner_inverse()
+    g, mem = self.group, self.mem.after(*self.done)
+    def turn(j:UOp) -> Stores:
+      x, stores = zip(*(body(j, r*g.M, y) for r, y in enumerate(self.join(mem, j))))
+      return [*itertools.chain(*stores), *self.split(mem, j, x)]
+    self.done = g.columns(turn),
+    self.inner_forward()
+  def spectrum(self, body:Callable, back_only:bool=False):
+    """The last pass of X = F x, body(at, X) -> (Y, stores), and the first pass of y = F* Y.
+
+    `at` is where a `Spectrum` keeps this butterfly. Without a Y nothing goes back; with back_only
+    there is no X.
+    """
+    g, R, mem = self.group, self.group.R, self.mem.after(*self.done)
+    def last(slot:int|UOp, t:UOp, sub:UOp) -> Stores:
+      X = None if back_only else dft([self.get(mem, t*R + r, sub) for r in range(R)], -1)
+      Y, stores = body((slot, sub), X)
+      y = dft(Y, +1) if Y else []
+      return stores + [s for r in range(len(y)) for s in self.put(mem, t*R + r, sub, y[r])]
+    self.done = g.subtransforms(g.M//R, last),
+
+  def split(self, mem:UOp, j:UOp, x:Sequence[Pair]) -> Stores:
+    "The first pass forward, which makes 8 sub-transforms of one transform."
+    x = twiddle(self.roots, dft(x, -1), j, -1)                                     # x = T · (F₈ x)
+    return [s for r in range(RADIX) for s in self.put(mem, j, r, x[r])]
+  def join(self, mem:UOp, j:UOp) -> list[Pair]:
+    "The last pass back."
+    x = [self.get(mem, j, r) for r in range(RADIX)]
+    return dft(twiddle(self.roots, x, j, +1), +1)                                  # x = F₈* (T* · x)
+  def inner_forward(self):
+    for M in self.group.passes:
+      self.inner(M, lambda x, j: twiddle(self.roots, dft(x, -1), j, -1))           # x = T · (F₈ x)
+  def inner_inverse(self):
+    for M in reversed(self.group.passes):
+      self.inner(M, lambda x, j: dft(twiddle(self.roots, x, j, +1), +1))           # x = F₈* (T* · x)
+  def inner(self, M:int, butterfly:Callable):
+    """A radix-8 pass over pieces of length M in each sub-transform.
+
+    Its roots exp(-2πi rj/M) are those of the first pass, exp(-2πi rj'/N), at j' = j N/M: one table,
+    strided, serves all passes.
+    """
+    g, S, mem = self.group, M//RADIX, self.mem.after(*self.done)
+    def body(slot:int|UOp, t:UOp, sub:UOp) -> Stores:
+      j, first = t % S, t//S*M + t % S
+      x = butterfly([self.get(mem, first + r*S, sub) for r in range(RADIX)], j*(g.M//M*RADIX))
+      return [s for r in range(RADIX) for s in self.put(mem, first + r*S, sub, x[r])]
+    self.done = g.subtransforms(g.M//RADIX, body),
+
+class Spectrum:
+  """A spectrum in private memory: each worker keeps the butterflies of the last pass that it does.
+
+  `at`: (slot, sub), the number of the butterfly among the worker's own, and its sub-transform.
+  """
+  def __init__(self, group:Group, slot:int):
+    self.group, self.done = group, group.outer
+    shape = (2, group.N//group.threads, 1) if group.m.gpu else (2, group.M, RADIX)
+    self.mem = UOp.placeholder(shape, dtypes.float, slot=slot, addrspace=AddrSpace.REG)
+  def places(self, at:tuple, *after:UOp) -> list[tuple[UOp, UOp]]:
+    (slot, sub), R, mem = at, self.group.R, self.mem.after(*self.done, *after)
+    if self.group.m.gpu: sub = 0
+    return [(mem[0, slot*R + r, sub], mem[1, slot*R + r, sub]) for r in range(R)]
+  def get(self, at:tuple, *after:UOp) -> list[Pair]:
+    return [(Real(re), Real(im)) for re, im in self.places(at, *after)]
+  def put(self, at:tuple, X:list[Pair], *after:UOp) -> Stores:
+    return [place.store(x.uop) for z, places in zip(X, self.places(at, *after))
+            for place, x in zip(places, z)]
+  def clear(self):
+    g, zeros = self.group, [(ZERO, ZERO)]*self.group.R
+    self.done = g.subtransforms(g.M//g.R, lambda slot, t, sub: self.put((slot, sub), zeros)),
+
+class Workers:
+  """One channel and who works on it: the threads of a work group (GPU), or one turn of the outermost
+  loop (CPU), which the cores share. h is the channel."""
+  def __init__(self, m:Machine, H:int):
+    self.m, self.ids, self.outer = m, itertools.count(), ()
+    if m.gpu: self.h = UOp.special(H, "gidx0")
+    else:
+      cores = next(c for c in range(m.cores, 0, -1) if H % c == 0)
+      core, me = _cores(cores, next(self.ids))
+      i = self.loop(H//cores)
+      self.h, self.outer = me*(H//cores) + i, (i, core)
+  def loop(self, n:int, axis:AxisType=AxisType.LOOP) -> UOp: return UOp.range(n, next(self.ids), axis)
+  def finish(self, done:UOp, name:str) -> UOp:
+    "The sink: here the loops over channels and cores end."
+    sink = done.end(*self.outer).sink(arg=KernelInfo(name=name, opts_to_apply=()))
+    return sink if self.m.has_sub else graph_rewrite(sink, without_sub)
+
+without_sub = PatternMatcher([
+  (UPat(Ops.SUB, src=(UPat.var("a"), UPat.var("b"))), lambda a, b: a + b*-1)])
+
+class Group(Workers):
+  """The workers on the transforms of one channel.
+
+  N = 8 M: the first pass splits a transform into 8 sub-transforms of length M, which go on side by
+  side, as the entries of a vector register (CPU) or in neighbouring threads (GPU).
+  """
+  def __init__(self, m:Machine, H:int, N:int):
+    super().__init__(m, H)
+    self.N, self.M = N, N//RADIX
+    self.threads = min(self.M, 256)
+    self.passes, R = [], self.M      # lengths of the pieces in the radix-8 passes over sub-transforms
+    while R > RADIX:
+      self.passes.append(R)
+      R //= RADIX
+    self.R = R                       # radix of the last pass
+    if m.gpu:
+      # two dimensions: neighbours in the first one read neighbours, with no division to hide it
+      self.sub, self.row = UOp.special(RADIX, "lidx0"), UOp.special(self.threads//RADIX, "lidx1")
+      self.thread = self.row*RADIX + self.sub
+  def columns(self, body:Body) -> UOp:
+    "body(j) for j < M, whose column j has a number of each sub-transform; clang makes vectors along j."
+    if not self.m.gpu:
+      j = self.loop(self.M)
+      return UOp.group(*body(j)).end(j)
+    return UOp.group(*[s for t in range(0, self.M, self.threads) for s in body(self.thread + t)])
+  def subtransforms(self, n:int, body:Body) -> UOp:
+    "body(slot, t, sub) for t < n in each sub-transform; slot counts a worker's own."
+    if not self.m.gpu:
+      t, sub = self.loop(n), self.loop(RADIX)
+      return UOp.group(*body(t, t, sub)).end(sub, t)
+    turns = range(0, n, self.threads//RADIX)
+    return UOp.group(*[s for slot, t in enumerate(turns) for s in body(slot, self.row + t, self.sub)])
+  def everywhere(self, P:int, body:Body) -> UOp:
+    "body(n, j) for n < P, j < M: columns that don't meet in shared memory."
+    if not self.m.gpu:
+      n, j = self.loop(P), self.loop(self.M)
+      return UOp.group(*body(n, j)).end(j, n)
+    n, t = UOp.special(P, "gidx1"), UOp.special(self.M//self.threads, "gidx2")
+    return UOp.group(*body(n, t*self.threads + self.thread))
+  def finish(self, done:UOp, name:str) -> UOp: return super().finish(done, f"{name}_{self.N}")
+
+class Real:
+  """±x or 0, a float in a register; `uop` is its value.
+
+  The sign is carried here and zeros are dropped here: tinygrad writes a - b as a + (-1)·b and
+  multiplies sums out, which made the butterflies a third longer. What is carried is hidden, as it
+  lacks its sign.
+  """
+  def __init__(self, x:UOp|None, sign:int=1): self.__x, self.sign = x, sign
+  def __neg__(a) -> Real: return Real(a.__x, -a.sign)
+  def __add__(a, b:Real) -> Real:
+    if not a.sign or not b.sign: return a if a.sign else b
+    if a.sign == b.sign: return Real(a.__x + b.__x, a.sign)
+    plus, minus = (a, b) if a.sign > 0 else (b, a)
+    return Real(plus.__x.alu(Ops.SUB, minus.__x))
+  def __sub__(a, b:Real) -> Real: return a + -b
+  def __mul__(a, b:Real|float) -> Real:
+    if not isinstance(b, Real): b = Real(abs(b), 1 if b > 0 else -1)
+    sign = a.sign*b.sign
+    return Real(a.__x*b.__x, sign) if sign else ZERO
+  @property
+  def uop(a) -> UOp:
+    return a.__x if a.sign > 0 else a.__x*-1 if a.sign < 0 else UOp.const(0.0, dtypes.float)
+
+ZERO = Real(None, 0)
+
+def rotate(x:Pair, w:complex) -> Pair:
+  "x·w for a constant w of modulus 1, with the fewest products."
+  (a, b), c, s = x, round(w.real, 15), round(w.imag, 15)
+  if s == 0: return x if c == 1 else (-a, -b)
+  if c == 0: return (-b, a) if s > 0 else (b, -a)
+  if c == s: return (a-b)*c, (a+b)*c
+  if c == -s: return (a+b)*c, (b-a)*c
+  return cmul(x, (c, s))
+
+def dft(x:Sequence[Pair], sign:int) -> list[Pair]:
+  "X[k] = Σ_n x[n] exp(sign 2πi nk/R) of R = 2^m values in registers: a radix-2 tree, written out."
+  if (R := len(x)) == 1: return list(x)
+  even, odd = dft(x[0::2], sign), dft(x[1::2], sign)
+  odd = [rotate(o, cmath.exp(sign*2j*cmath.pi*i/R)) for i, o in enumerate(odd)]
+  return [tuple(f(a, b) for a, b in zip(e, o))
+          for f in (operator.add, operator.sub) for e, o in zip(even, odd)]
+
+def twiddle(roots:UOp, x:list[Pair], j:UOp, sign:int) -> list[Pair]:
+  "T · x: x[r] exp(sign 2πi jr/N), for the roots (2,R,N/R) of `roots_of_unity`."
+  def root(r:int) -> Pair: return Real(roots[0, r, j]), Real(roots[1, r, j], -sign)
+  return [z if r == 0 else cmul(z, root(r)) for r, z in enumerate(x)]
+
+@functools.cache
+def roots_of_unity(R:int, S:int, device:str) -> Tensor:
+  "exp(-2πi rj/(R S)), r < R, j < S: (2,R,S)"
+  w = np.exp(-2j*np.pi/(R*S) * np.outer(np.arange(R), np.arange(S)))
+  return constant(np.stack([w.real, w.imag]), device)
+
+# The radix, measured: forward / with gradients, ms, and seconds until both are compiled and captured,
+# the three in turns on a busy machine (only ratios count); B=8, H=256 (CPU: two cores of a Xeon,
+# clang 14), H=64 (PoCL, the same machine):
+#   radix   CPU L=256        L=1024          L=4096          OpenCL L=256     L=1024
+#     4     1.1 /  3.9  5s   6.5 / 33   5s   31 / 131   8s   1.3 / 4.4   6s   8.5 / 21  14s
+#     8     0.8 /  2.3  4s   5.2 / 23   5s   29 / 132   7s   0.9 / 2.8   8s   5.3 / 18  12s
+#    16     1.1 /  3.4  8s   6.5 / 26   9s   38 / 149  15s   1.0 / 3.7  17s   5.9 / 22  22s
+# What goes into a CPU's vectors, one core, forward, L=1024 and 8192: 16 channels of tensors (B,L,H)
+# 15 and 449 ms, the 8 sub-transforms of one channel 12 and 113 ms: their memory stays in the L1
+# cache. Then `Real` took a third off the arithmetic: 8 ms at L=1024.
+RADIX = 8
+
+class Machine(NamedTuple):
+  "What the kernels ask of a device's renderer; its name is never asked."
+  gpu: bool                          # threads, shared memory and barriers; else loops
+  cores: int                         # threads of a CPU that share the outermost loop
+  shared: int                        # bytes of shared memory
+  has_sub: bool                      # renders a - b
+  lanes: int = 1                     # floats in a CPU's vector register,
+  registers: int = 16                # and how many of those it has
+
+@functools.cache
+def machine(device:str|tuple[str, ...]) -> Machine:
+  r = Device[device if isinstance(device, str) else device[0]].renderer
+  cores = r.global_max[0] if r.has_threads else 1
+  vectors = () if r.has_local else _vectors(r)
+  return Machine(r.has_local, cores, r.shared_max, Ops.SUB in r.code_for_op, *vectors)
+
+def _cores(n:int, axis:int) -> tuple[UOp, UOp]:
+  """A range that the cores of a CPU share, and its index; axis: the range's number.
+
+  The mask tells clang the index's range: without it indices may wrap, and loops were left scalar.
+  """
+  core = UOp.range(n, axis, AxisType.THREAD if n > 1 else AxisType.LOOP)
+  return core, core & ((1 << (n-1).bit_length()) - 1)
+
+# ---------------------------------------------------------------- longer sequences: two levels, and pieces
+# A transform of length N = R M that does not fit into shared memory: a first pass of radix R, a
+# launch of its own, leaves R transforms of length M, of which each convolves as a sequence by itself
+# (`ComplexRows`), as a channel of its own; a last pass joins them. The two passes are each other's
+# adjoint, hence each other's gradient.
+def conv_two_levels(w:Tensor, k:Tensor, D:Tensor|None, N:int, R:int) -> Tensor:
+  "c = k ∗ w + D w, by R transforms of length N/R."
+  k = k.expand(w.shape[1], k.shape[1])
+  if D is not None: k = k + D.unsqueeze(-1).pad((None, (0, k.shape[1]-1)))
+  W, K = (to_subtransforms(x, R, N//R) for x in (w, k.unsqueeze(0)))
+  return from_subtransforms(conv_one_launch(ConvArgs(K, W), N//R, ComplexRows), w.shape, R, N//R)/R
+
+def to_subtransforms(x:Tensor, R:int, M:int) -> Tensor:
+  "The first pass: rows (B,H,L) -> R sub-transforms (⌈B/2⌉,H R,2,M)."
+  shape = RowPairs.count(x.shape), x.shape[1]*R, 2, M
+  return launch(bound(split_kernel, m=machine(x.device)), [shape],
+                [roots_of_unity(R, M, x.device), x], split_backward)[0]
+
+def from_subtransforms(X:Tensor, shape:Shape, R:int, M:int) -> Tensor:
+  "The last pass, without its 1/R, to rows (B,H,L) of this shape."
+  y, = launch(bound(join_kernel, m=machine(X.device), shape=shape), [RowPairs.buffer_shape(shape, M)],
+              [roots_of_unity(R, M, X.device), X], bound(join_backward, shape=shape))
+  return RowPairs.trimmed(y, shape)
+
+def split_backward(dX:Tensor, X:Tensor, roots:Tensor, x:Tensor) -> tuple[Tensor|None, ...]:
+  return None, from_subtransforms(dX, x.shape, *roots.shape[1:])
+
+def join_backward(dy:Tensor, y:Tensor, roots:Tensor, X:Tensor, shape:Shape) -> tuple[Tensor|None, ...]:
+  return None, to_subtransforms(RowPairs.trimmed(dy, shape), *roots.shape[1:])
+
+@functools.cache
+def split_kernel(X:UOp, roots:UOp, x:UOp, m:Machine) -> UOp:
+  _, R, M = roots.shape
+  g = Group(m, x.shape[1], RADIX*M)
+  def body(n:UOp, j:UOp) -> Stores:
+    rows = RowPairs(g, x.shape, n)
+    z = twiddle(roots, dft([rows.load(j, r*M, x) for r in range(R)], -1), j, -1)    # T · (F_R x)
+    return [X[n, g.h*R + r, c, j].store(x.uop) for r in range(R) for c, x in enumerate(z[r])]
+  return g.finish(g.everywhere(X.shape[0], body), "fft_split")
+
+@functools.cache
+def join_kernel(y:UOp, roots:UOp, X:UOp, m:Machine, shape:Shape) -> UOp:
+  _, R, M = roots.shape
+  g = Group(m, y.shape[1], RADIX*M)
+  def body(n:UOp, j:UOp) -> Stores:
+    rows = RowPairs(g, shape, n)
+    z = [tuple(Real(X[n, g.h*R + r, c, j]) for c in range(2)) for r in range(R)]
+    z = dft(twiddle(roots, z, j, +1), +1)                                           # F_R* (T* · x)
+    return [s for r in range(R) for s in rows.store(j, r*M, y, z[r])]
+  return g.finish(g.everywhere(X.shape[0], body), "fft_join")
+
+def conv_overlap_save(w:Tensor, k:Tensor, D:Tensor|None, N:int) -> Tensor:
+  """c = k ∗ w + D w of a short filter and a long sequence, by transforms of length N.
+
+  Pieces of N - K + 1 steps each have the K-1 steps before them in front: what wraps around in the
+  transform falls into those, which are dropped.
+  """
+  B, H, L = w.shape
+  n = N - k.shape[1] + 1
+  P = -(-L//n)
+  w = w.pad((None, None, (0, P*n-L))).reshape(B, H, P, n)
+  before = w[..., 2*n-N:].pad((None, None, (1, 0), None))[:, :, :P]                 # (B,H,P,N-n)
+  w = before.cat(w, dim=-1).transpose(1, 2).reshape(B*P, H, N)
+  c = conv_one_launch(ConvArgs(k.unsqueeze(0), w, D), N)[..., N-n:]                 # (B P,H,n)
+  return c.reshape(B, P, H, n).transpose(1, 2).reshape(B, H, P*n)[..., :L]
+
+# ---------------------------------------------------------------- state passing: an SSM's convolution at any length
+# A sequence is walked in chunks of c steps, R of them at a time. With w = u v and the state x, of S = 2M
+# reals, of a chunk n, and k[l] = 2 Re C A^l B:
+#   y_n = P x_n + T w_n        P: 2 Re C A^(l+1), the zero-input response;  T: k[l-j], a Toeplitz matrix
+#   x_(n+1) = a x_n + Q w_n    a: A^c;  Q: A^(c-1-j) B, the chunk's share of the state
+# and backward, with e = q dy:
+#   dx_n = a* dx_(n+1) + Pᵀ e_n     dw_n = Tᵀ e_n + Qᵀ dx_(n+1)
+#   dP, dT = Σ_n x_n e_nᵀ, w_n e_nᵀ   dQ = Σ_n w_n dx_(n+1)ᵀ   da = Σ_n x_n* dx_(n+1)
+# All but what `a` does are products of small matrices, done for R chunks at once.
+def ssm_conv_ref(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None=None,
+                 q:Tensor|None=None, state:Pair|None=None, chunk:int|None=None) -> tuple[Tensor, Pair]:
+  "The definition of `ssm_conv`, same arguments: a convolution for each chunk (default: 4096 steps)."
+  w = u if v is None else u*v
+  L, c, ys = u.shape[2], chunk or 4096, []
+  x = state or tuple(Tensor.zeros(u.shape[0], *A[0].shape, device=u.device) for _ in range(2))
+  for i in range(0, L, c):
+    piece = w[..., i:i+c]
+    n = piece.shape[2]
+    van = Vandermonde(A, n)
+    zero_input = van.sum(cmul(cmul(C, A), x))                                       # 2 Re C A^(l+1) x
+    ys.append(conv_ref(piece, van.sum(cmul(C, B)), D) + zero_input)                 # k ∗ w + …
+    zero_state = cmul(B, van.final_state(piece))                                    # Σ_j A^(n-1-j) B w_j
+    x = tuple(map(operator.add, cmul(power(A, n), x), zero_state))                  # A^n x + …
+  return finish(Tensor.cat(*ys, dim=-1), q), x
+
+def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None=None,
+             q:Tensor|None=None, state:Pair|None=None, chunk:int|None=None) -> tuple[Tensor, Pair]:
+  """`fftconv` with the filter of a diagonal SSM, k[l] = 2 Re Σ C B A^l, and the state after the last step.
+
+  u, v, q, y (B,H,L); A, B, C discretised modes, pairs (re, im) of (H,M); D (H,); state a pair of
+  (B,H,M), None: zeros. Exact for any L, in memory that does not grow with L beyond inputs and
+  outputs, one launch forward and one back. Pieces of a sequence, with the state carried from one to
+  the next, give what one call gives. chunk: steps of a chunk, for measurements. Differentiable once
+  in every argument. Raises ValueError when shapes don't fit.
+  Source: paper section 4 (state passing); not in the official code.
+  """
+  u, D, v, q, *pairs = on_one_device(u, D, v, q, *A, *B, *C, *(state or ()))
+  A, B, C, *states = zip(pairs[0::2], pairs[1::2])
+  state = states[0] if states else None
+  check_ssm_shapes(u, A, B, C, D, v, q, state, chunk)
+  names = tuple(k for k, x in zip("uvq", (u, v, q)) if x is not None)
+  M = A[0].shape[-1]
+  spec = walk_spec(names, u, 2*M, chunk)
+  if spec is None or not kernels_serve(u, v, q, D, *pairs):
+    return ssm_conv_ref(u, A, B, C, D, v, q, state, chunk)
+  states = spec.B, spec.H, spec.S
+  if state is None: x0 = Tensor.zeros(*states, device=u.device).contiguous()
+  else: x0 = Tensor.cat(*state, dim=-1)
+  Q, P, a = walk_tables(A, B, C, D, spec.c)
+  inputs = [x.flatten() for x in (u, v, q) if x is not None]
+  out, = launch(bound(walk_kernel, spec=spec), [(spec.state_at + prod(states),)],
+                [x0.flatten(), Q, P, a, *inputs], bound(walk_backward, spec=spec))
+  y, x = out[:u.numel()].reshape(u.shape), out[spec.state_at:].reshape(states)
+  x = x[..., :M], x[..., M:]
+  if rest := spec.L % spec.c:          # after the last whole chunk: A^rest x + Σ_j A^(rest-1-j) B w_j
+    w = u[..., -rest:] if v is None else u[..., -rest:]*v[..., -rest:]
+    new = (w.unsqueeze(-1)*Q[:, spec.c-rest:]).sum(2)                               # (B,H,S)
+    re, im = cmul(power(A, rest), x)
+    x = re + new[..., :M], im + new[..., M:]
+  return y, x
+
+def check_ssm_shapes(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None, v:Tensor|None, q:Tensor|None,
+                     state:Pair|None, chunk:int|None) -> None:
+  n, H, L = u.shape if u.ndim == 3 else (0, 0, 0)
+  modes, states, M = (*A, *B, *C), state or (), A[0].shape[-1]
+  wanted = [(x, u.shape) for x in (v, q)] + [(D, (H,))]
+  wanted += [(x, (H, M)) for x in modes] + [(x, (n, H, M)) for x in states]
+  fits = all(x is None or x.shape == shape for x, shape in wanted)
+  if fits and 0 not in (n, H, L) and (chunk is None or chunk >= 1): return
+  got = [f"{k} {x.shape}" for k, x in zip("uvqD", (u, v, q, D)) if x is not None]
+  raise ValueError("ssm_conv: u, v, q are (B,H,L), A, B, C pairs of (H,M), D (H,), state a pair of "
+                   f"(B,H,M), chunk at least 1; got {', '.join(got)}, A, B, C {[x.shape for x in modes]}, "
+                   f"state {[x.shape for x in states]}, chunk {chunk}")
+
+class WalkSpec(NamedTuple):
+  "What a kernel of the walk is made for."
+  names: tuple[str, ...]             # which of u, v, q there are
+  machine: Machine
+  B: int
+  H: int
+  L: int
+  S: int                             # real numbers of a state: re, then im
+  c: int                             # steps of a chunk
+  R: int                             # chunks of a group, which are worked on at once
+  @property
+  def groups(self) -> int: return -(-self.L//(self.R*self.c))
+  @property
+  def last(self) -> int:
+    "The chunk of the last group, or R, that would begin with the state after the last whole chunk."
+    return self.L//self.c - (self.groups - 1)*self.R
+  @property
+  def state_at(self) -> int:
+    "Where the final states stand in the output, behind y: at a place fit for vector loads."
+    return -(-self.B*self.H*self.L//64)*64
+
+def walk_spec(names:tuple[str, ...], u:Tensor, S:int, chunk:int|None) -> WalkSpec|None:
+  "Chunks as large as shared memory allows; None where no kernel serves."
+  if not FLASH: return None
+  (B, H, L), m = u.shape, machine(u.device)
+  c, R = min(chunk or CHUNK, 128, L), 8 if m.gpu else 32
+  def fits(c:int) -> bool:
+    rows, sums = (R+1)*(S+c), (S+c)*c + c*S + S
+    return not m.gpu or 4*(2*rows + sums) <= m.shared
+  while c > 1 and not fits(c): c //= 2
+  if B*H*L*4 < ONE_CORE: m = m._replace(cores=1)
+  return WalkSpec(names, m, B, H, L, S, c, min(R, -(-L//c))) if fits(c) else None
+
+def walk_tables(A:Pair, B:Pair, C:Pair, D:Tensor|None, c:int) -> tuple[Tensor, Tensor, Tensor]:
+  "Q (H,c,S), P above T (H,S+c,c), with D on T's diagonal, and a (H,S)."
+  pw = [stored(p) for p in powers(A, c + 1)]                                        # (H,M,c+1)
+  from0, from1 = (tuple(p[..., i:i+c] for p in pw) for i in range(2))
+  def column(z:Pair) -> Pair: return z[0].unsqueeze(-1), z[1].unsqueeze(-1)
+  k = 2*cmul(column(cmul(C, B)), from0)[0].sum(-2)                                  # (H,c)
+  if D is not None: k = k + D.unsqueeze(-1).pad((None, (0, c-1)))
+  T = k.pad((None, (c-1, 0))).unfold(-1, c, 1).flip(1)                              # T[j,l] = k[l-j]
+  P, Q = cmul(column(C), from1), cmul(column(B), from0)
+  Q = Tensor.cat(*Q, dim=1).flip(-1).transpose(1, 2)
+  P = Tensor.cat(2*P[0], -2*P[1], T, dim=1)
+  return stored(Q), stored(P), stored(Tensor.cat(*(p[..., c] for p in pw), dim=1))
+
+def walk_backward(dout:Tensor, out:Tensor, *inputs:Tensor, spec:WalkSpec) -> list[Tensor]:
+  "The gradients of the walk's inputs, in their order."
+  (x0, Q, P, a, *args), S = inputs, spec.S
+  PT = P[:, :S].transpose(1, 2)
+  TQ = Tensor.cat(P[:, S:].transpose(1, 2), Q.transpose(1, 2), dim=1)
+  sizes = [(x.numel(),) for x in inputs]
+  kept = (spec.H*spec.groups*S,)               # states at the beginning of each group, of one row
+  # tinygrad's OpenCL counts an argument that a kernel does not use wrongly: only dq needs P
+  dx0, dQ, dP, da, _, *d = launch(
+    bound(walk_gradient_kernel, spec=spec), [*sizes[:4], kept, *sizes[4:]],
+    [dout, x0, Q, a, PT, TQ, *args, *([P] if "q" in spec.names else [])], no_second_gradient("ssm_conv"))
+  return [d.reshape(x.shape) for d, x in zip((dx0, dQ, dP, da, *d), inputs)]
+
+@functools.cache
+def walk_kernel(out:UOp, x0:UOp, Q:UOp, P:UOp, a:UOp, *args:UOp, spec:WalkSpec) -> UOp:
+  "y and, behind it, the state after the last whole chunk."
+  w, x, S, c, R = Walk(spec), named(spec.names, args), spec.S, spec.c, spec.R
+  X = Matrix(w, R+1, S+c)                                              # rows [x_n | w_n]
+  w.b = w.begin(spec.B)
+  w.copy(X.row(R), w.state(x0))
+  w.g = w.begin(spec.groups)
+  w.advance(X, Q, a, x)
+  def put(r:UOp, l:UOp, y:UOp) -> Stores:
+    return w.store(r, l, out, finish(y, w.load(r, l, x.q)))
+  w.product(R, c, S+c, X, w.table(P), put)                                          # y_n = P x_n + T w_n
+  w.end(w.g)
+  w.copy(w.state(out, spec.state_at), X.row(spec.last))
+  w.end(w.b)
+  return w.finish("ssm_walk")
+
+@functools.cache
+def walk_gradient_kernel(dx0:UOp, dQ:UOp, dP:UOp, da:UOp, kept:UOp, *buffers:UOp, spec:WalkSpec) -> UOp:
+  """The gradients of `walk_kernel`'s inputs. States are made anew: on a walk forward, which keeps those
+  at the beginning of each group, then group by group on the way back."""
+  n = len(spec.names)
+  d, x = named(spec.names, buffers), named(spec.names, buffers[n+6:])
+  dout, x0, Q, a, PT, TQ = buffers[n:n+6]
+  w, S, c, R = Walk(spec), spec.S, spec.c, spec.R
+  X, E = Matrix(w, R+1, S+c), Matrix(w, R+1, S+c)                  # rows [x_n | w_n], [e_(n-1) | dx_n]
+  e, dx, next_dx = E.part(1, 0), E.part(0, c), E.part(1, c)        # row n: e_n, dx_n, dx_(n+1)
+  sP, sQ, sa = Matrix(w, S+c, c), Matrix(w, c, S), Matrix(w, 1, S) # sums over all chunks
+  for total in (sP, sQ, sa): w.fill(total, total.rows, total.cols, lambda r, j: ZERO.uop)
+  w.b = w.begin(spec.B)
+
+  w.copy(X.row(R), w.state(x0))
+  def kept_state(i:UOp) -> UOp: return kept.after(*w.done)[(w.h*spec.groups + w.g)*S + i]
+  w.g = w.begin(spec.groups)
+  w.copy(kept_state, X.row(R))
+  w.advance(X, Q, a, x)
+  w.end(w.g)
+
+  back = w.begin(spec.groups)                                      # from the last group to the first
+  w.g = spec.groups - 1 - back
+  w.copy(X.row(R), kept_state)
+  w.advance(X, Q, a, x)
+  final = w.state(dout, spec.state_at)
+  def own(r:UOp, i:UOp) -> UOp:
+    "The gradient of the final state, which enters where that state is read."
+    return (back.eq(0) & r.eq(spec.last)).where(final(i), 0.0)
+  def from_next(i:UOp) -> UOp:
+    "dx_R, which is dx_0 of the group after this one."
+    return back.eq(0).where(own(UOp.const(R, dtypes.weakint), i), dx(0, i))
+  w.copy(dx.row(R), from_next)
+  w.fill(e, R, c, lambda r, j: w.load(r, j, dout, x.q))                            # e = q dy
+  w.product(R, S, c, e, w.table(PT), dx.put, own)                                  # Pᵀ e_n
+  w.scan(dx, a, back=True)                                                         # += a* dx_(n+1)
+  def put_dq(r:UOp, l:UOp, y:UOp) -> Stores: return w.store(r, l, d.q, y*w.load(r, l, dout))
+  if x.q is not None: w.product(R, c, S+c, X, w.table(buffers[-1]), put_dq)        # dq = y dy
+  def put_dw(r:UOp, j:UOp, dw:UOp) -> Stores:
+    if x.v is None: return w.store(r, j, d.u, dw)
+    du, dv = dw*w.load(r, j, x.v), dw*w.load(r, j, x.u)
+    return [*w.store(r, j, d.u, du), *w.store(r, j, d.v, dv)]
+  w.product(R, c, S+c, e, w.table(TQ), put_dw)                                     # Tᵀ e_n + Qᵀ dx_(n+1)
+  w.product(S+c, c, R, X.transposed, e, sP.put, sP)                                # dP, dT
+  w.product(c, S, R, X.part(0, S).transposed, next_dx, sQ.put, sQ)                 # dQ
+  r = w.begin(R)
+  w.each(1, S//2, lambda _, i: sa.add(0, i, cmul(conj(X.pair(r, i)), next_dx.pair(r, i))))  # da
+  w.end(r, barrier=False)
+  w.end(back)
+
+  w.copy(w.state(dx0), dx.row(0))
+  w.end(w.b)
+  for total, out in ((sP, dP), (sQ, dQ), (sa, da)):
+    def place(r:UOp, j:UOp) -> UOp: return out[(w.h*total.rows + r)*total.cols + j]
+    w.fill(place, total.rows, total.cols, total)
+  return w.finish("ssm_walk_grad")
+
+class Matrix:
+  """A matrix, or a part of one, in shared memory (GPU) or on a core's stack, that workers use after all
+  that is done. It is flat: of two indices tinygrad would lose the condition of a store."""
+  def __init__(self, walk:Walk, rows:int, cols:int, mem:UOp|None=None, first:int=0):
+    self.walk, self.rows, self.cols, self.first = walk, rows, cols, first
+    self.mem = walk.memory(rows*cols) if mem is None else mem
+  def __call__(self, r:UOp|int, j:UOp) -> UOp:
+    return self.mem.after(*self.walk.done)[r*self.cols + self.first + j]
+  def row(self, r:int) -> Callable[[UOp], UOp]: return lambda i: self(r, i)
+  def transposed(self, r:UOp, j:UOp) -> UOp: return self(j, r)
+  def put(self, r:UOp, j:UOp, x:UOp) -> Stores: return [self(r, j).store(x)]
+  def pair(self, r:UOp, i:UOp) -> Pair:
+    "Complex number i of the state in row r."
+    return self(r, i), self(r, self.walk.spec.S//2 + i)
+  def add(self, r:UOp, i:UOp, z:Pair) -> Stores:
+    return [place.store(place + x) for place, x in zip(self.pair(r, i), z)]
+  def part(self, r:int, j:int) -> Matrix:
+    "What begins at row r and column j."
+    return Matrix(self.walk, self.rows, self.cols, self.mem, self.first + r*self.cols + j)
+
+class Walk(Workers):
+  """The workers on one channel, walking along its sequences: b is the row of the batch, g the group of
+  R chunks. `done` is what has to be finished before the next stage."""
+  b: UOp
+  g: UOp
+  def __init__(self, spec:WalkSpec):
+    super().__init__(spec.machine, spec.H)
+    self.spec, self.done, self.slots = spec, self.outer, itertools.count()
+    if self.m.gpu: self.t = UOp.special(WALK_THREADS, "lidx0")
+  def memory(self, size:int, shared:bool=True) -> UOp:
+    space = AddrSpace.LOCAL if self.m.gpu and shared else AddrSpace.REG
+    return UOp.placeholder((size,), dtypes.float, slot=next(self.slots), addrspace=space)
+  def begin(self, n:int) -> UOp:
+    "A loop in which everything up to its `end` takes place."
+    i = self.loop(n, AxisType.REDUCE)
+    self.done = *self.done, i
+    return i
+  def end(self, i:UOp, barrier:bool=True):
+    """The loop over i ends here. What one turn has read the next one may overwrite: that takes a barrier
+    of its own on a GPU, unless each worker has places of its own."""
+    done = UOp.group(*self.done)
+    self.done = (done.barrier() if self.m.gpu and barrier else done).end(i),
+  def finish(self, name:str) -> UOp:
+    s = self.spec
+    return super().finish(UOp.group(*self.done), f"{name}_{s.B}x{s.H}x{s.L}")
+
+  def state(self, x:UOp, first:int=0) -> Callable[[UOp], UOp]:
+    "This row's and channel's numbers of x, which from `first` on is a flat (B,H,S)."
+    return lambda i: x[first + (self.b*self.spec.H + self.h)*self.spec.S + i]
+  def table(self, x:UOp) -> Callable[[UOp, UOp], UOp]: return lambda r, j: x[self.h, r, j]
+  def place(self, r:UOp, j:UOp) -> tuple[UOp, UOp|None]:
+    "Index into a flat (B,H,L) of step j of chunk r, and whether it is there."
+    s = self.spec
+    i = (self.g*s.R + r)*s.c + j
+    ok = None if s.L % (s.R*s.c) == 0 else i < s.L
+    return (self.b*s.H + self.h)*s.L + i, ok
+  def load(self, r:UOp, j:UOp, *factors:UOp|None) -> UOp|None:
+    "The product of the factors at step j of chunk r, 0 past the end; of no factor None."
+    (i, ok), factors = self.place(r, j), [f for f in factors if f is not None]
+    if not factors: return None
+    return product([f[i] if ok is None else ok.where(f[i.valid(ok)], 0.0) for f in factors])
+  def store(self, r:UOp, j:UOp, out:UOp, x:UOp) -> Stores:
+    i, ok = self.place(r, j)
+    return [only_if(ok, out[i].store(x))]
+
+  def fill(self, to:Callable, rows:int, cols:int, value:Callable[[UOp, UOp], UOp]):
+    self.each(rows, cols, lambda r, j: [to(r, j).store(value(r, j))])
+  def copy(self, to:Callable[[UOp], UOp], source:Callable[[UOp], UOp]):
+    self.each(1, self.spec.S, lambda _, i: [to(i).store(source(i))])
+  def each(self, rows:int, cols:int, body:Body):
+    "The stores of body(row, col), for all."
+    if not self.m.gpu:
+      r, j = self.loop(rows), self.loop(cols)
+      self.done = UOp.group(*body(r, j)).end(j, r),
+      return
+    stores, n = [], rows*cols
+    for first in range(0, n, WALK_THREADS):
+      i = self.t + first
+      ok = i < n if first + WALK_THREADS > n else None
+      stores += [only_if(ok, s) for s in body(i//cols, i % cols)]
+    self.done = UOp.group(*stores),
+
+  def product(self, rows:int, cols:int, K:int, a:Callable, b:Callable, put:Body,
+              start:Callable[[UOp, UOp], UOp]=lambda r, j: ZERO.uop):
+    """The stores put(row, col, sum) of a matrix product: sum = start(row, col) + Σ_k a(row, k) b(k, col).
+    A tile of sums stays in private memory."""
+    tile = self.gpu_tile(rows, cols) if self.m.gpu else self.cpu_tile(rows, cols)
+    rows, width = list(enumerate(tile.rows)), tile.width
+    sums = self.memory(len(rows)*width, shared=False)
+    new = sums.after(*self.done, *tile.loops)
+    def begin(j:UOp, z:UOp|int) -> Stores:
+      return [new[i*width + z].store(start(r, j)) for i, r in rows]
+    sums = sums.after(tile.columns(begin))
+    k = self.loop(K, AxisType.REDUCE)
+    s = sums.after(k)
+    def add(j:UOp, z:UOp|int) -> Stores:
+      y = b(k, j)
+      return [s[i*width + z].store(s[i*width + z] + a(r, k)*y) for i, r in rows]
+    sums = sums.after(tile.columns(add).end(k))
+    stores = []
+    for (i, r), ok in zip(rows, tile.conditions):
+      def finished(j:UOp, z:UOp|int) -> Stores:
+        return [only_if(ok, s) for s in put(r, j, sums[i*width + z])]
+      stores.append(tile.columns(finished))
+    self.done = UOp.group(*stores).end(*reversed(tile.loops)),
+  def gpu_tile(self, rows:int, cols:int) -> Tile:
+    "Some rows of one column for each thread."
+    workers = max(1, WALK_THREADS//cols)                               # threads that share a column
+    places = [self.t//cols + i*workers for i in range(-(-rows//workers))]
+    uneven = WALK_THREADS % cols > 0
+    conditions = [(r < rows) & (self.t < workers*cols) if uneven or (i+1)*workers > rows else None
+                  for i, r in enumerate(places)]
+    def columns(body:Callable) -> UOp: return UOp.group(*body(self.t % cols, 0))
+    return Tile([r.minimum(rows-1) for r in places], conditions, 1, (), columns)
+  def cpu_tile(self, rows:int, cols:int) -> Tile:
+    "A tile in three quarters of the registers, of a size that divides the product, with the fewest loads."
+    def vectors(n:int) -> int: return -(-n//self.m.lanes)
+    def divisors(n:int) -> list[int]: return [d for d in range(1, n+1) if n % d == 0]
+    n, width = min(((r, c) for r in divisors(rows) for c in divisors(cols)
+                    if r*vectors(c) <= self.m.registers*3//4),
+                   key=lambda t: ((t[0] + vectors(t[1]))/(t[0]*t[1]), -t[1]))
+    loops = self.loop(rows//n), self.loop(cols//width)
+    def columns(body:Callable) -> UOp:
+      z = self.loop(width)
+      return UOp.group(*body(loops[1]*width + z, z)).end(z)
+    return Tile([loops[0]*n + i for i in range(n)], [None]*n, width, loops, columns)
+
+  def advance(self, X:Matrix, Q:UOp, a:UOp, x:ConvArgs):
+    "Rows [x_n | w_n] of group g, the state after the group before being in row R."
+    s = self.spec
+    S, c, R = s.S, s.c, s.R
+    self.copy(X.row(0), X.row(R))
+    w = X.part(0, S)
+    self.fill(w, R, c, lambda r, j: self.load(r, j, x.u, x.v))
+    self.product(R, S, c, w, self.table(Q), X.part(1, 0).put)                      # Q w_n
+    self.scan(X, a, back=False)                                                    # += a x_n
+  def scan(self, X:Matrix, a:UOp, back:bool):
+    "x_(r+1) += a x_r from r = 0 on, or back: x_r += a* x_(r+1), with the states x the rows of X."
+    M, r = self.spec.S//2, self.begin(self.spec.R)
+    before, now = (self.spec.R - r, self.spec.R - 1 - r) if back else (r, r + 1)
+    def body(_:UOp, m:UOp) -> Stores:
+      factor = a[self.h, m], a[self.h, M+m]
+      return X.add(now, m, cmul(conj(factor) if back else factor, X.pair(before, m)))
+    self.each(1, M, body)
+    self.end(r, barrier=False)
+
+class Tile(NamedTuple):
+  "What one worker does of a matrix product at a time: rows, and `width` columns."
+  rows: list[UOp]
+  conditions: list[UOp|None]         # whether a row is the worker's
+  width: int
+  loops: tuple[UOp, ...]             # over tiles
+  columns: Callable                  # the stores of body(column, its number in the tile)
+
+def only_if(ok:UOp|None, store:UOp) -> UOp:
+  "The store, made where ok."
+  if ok is None: return store
+  (mem, i), x = store.src[0].src, store.src[1]
+  return mem[i.valid(ok)].store(x)
+
+# So short a chunk needs no FFT: at 32 steps T is a quarter of the work, and an FFT of 2,048 steps alone
+# takes 1.8 ns a step and channel where all of this takes 1.4 to 2.1 (README). H=256, L=16384, chunks of
+# 8, 16, 32, 64, 128, two cores: 9.0, 7.2, 6.3, 9.3, 15.3 ms forward, with gradients 39, 32, 39, 51, 76.
+CHUNK = 32
+WALK_THREADS = 128                   # of a GPU's work group
+
+# ---------------------------------------------------------------- powers of complex numbers, and sums over them
+def power(a:Pair, n:int) -> Pair: return tuple(p[..., 1] for p in powers(a, 2, n))
+
+def powers(a:Pair, n:int, step:int=1) -> Pair:
+  """a^l for l = 0, step, …, (n-1)*step on a new last axis: a (…) -> (…,n).
+
+  The bits of l choose among a, a^2, a^4, …: no exp, sin or cos, and in float32 more exact than
+  exp(l log a). Many powers are products of few: a^(iJ + j) = (a^J)^i a^j.
+  """
+  if n > 16:
+    J = 1 << n.bit_length() // 2
+    I = -(-n//J)
+    lo, hi = (map(stored, powers(a, *sizes)) for sizes in ((J, step), (I, J*step)))
+    both = cmul([t.unsqueeze(-1) for t in hi], [t.unsqueeze(-2) for t in lo])       # (…,I,J)
+    return tuple(t.flatten(-2)[..., :n] for t in both)
+  const = tuple(p.detach().unsqueeze(-1) for p in a)
+  def by_bits(l:Tensor) -> Pair:
+    out, square = (const[0].const_like(1), const[0].const_like(0)), const
+    for b in range(((n-1)*step).bit_length()):
+      bit = (l // 2**b) % 2 == 1
+      out = tuple(bit.where(p, o) for p, o in zip(cmul(out, square), out))
+      square = cmul(square, square)
+    return out
+  # Adding 0 = l a^(l-1) (a - const) changes no value and has the whole gradient,
+  # d a^l = l a^(l-1) da: one sum over l in the backward pass instead of one for each bit.
+  l = Tensor.arange(n) * step
+  slope = tuple(l*p for p in by_bits((l - 1).maximum(0)))
+  da = tuple(p.unsqueeze(-1) - c for p, c in zip(a, const))
+  return tuple(map(operator.add, by_bits(l), cmul(slope, da)))
+
+class Vandermonde:
+  """Sums over powers A^l, l < L, in two levels: l = i*J + j, J ~ sqrt(L), A^l = (A^J)^i A^j.
+
+  The (H,M,L) table never exists: what remains are matrix products over tables of about sqrt(L)
+  columns. The official sum has one level, src/ops/vandermonde.py:47-58.
+  """
+  def __init__(self, A:Pair, L:int):
+    self.L, self.J = L, 1 << ((L-1).bit_length() + 1) // 2
+    self.I, self.M = -(-L // self.J), A[0].shape[-1]
+    self.hi = powers(A, self.I, self.J)                             # (H,M,I) each
+    self.lo = stored(Tensor.cat(*powers(A, self.J), dim=-2))        # (H,2M,J), re above im
+
+  def sum(self, c:Pair) -> Tensor:
+    "2 Re Σ_n c[n] A[n]^l, l < L: c (…,H,M) -> (…,H,L)."
+    re, im = cmul([p.unsqueeze(-1) for p in c], self.hi)
+    left = Tensor.cat(2*re, -2*im, dim=-2).transpose(-1, -2)        # (…,H,I,2M)
+    y = matmul(left, self.lo.expand(*left.shape[:-2], -1, -1))      # (…,H,I,J)
+    return y.flatten(-2)[..., :self.L]
+
+  def final_state(self, w:Tensor) -> Pair:
+    "The transpose: Σ_j A^(L-1-j) w[j], w (…,H,L) -> (…,H,M)."
+    missing = self.I*self.J - self.L
+    x = w.flip(-1).pad((None,)*(w.ndim-1) + ((0, missing),))
+    x = x.reshape(*w.shape[:-1], self.I, self.J)
+    x = (x @ self.lo.transpose(-1, -2)).transpose(-1, -2)           # (…,H,2M,I)
+    re, im = cmul((x[..., :self.M, :], x[..., self.M:, :]), self.hi)
+    return re.sum(-1), im.sum(-1)
 
 # ---------------------------------------------------------------- launching a kernel
 # With Tensor.custom_kernel alone, all gradients are zero once the loss has been read. The cause: to
@@ -65,6 +1170,60 @@ def constant(x:np.ndarray, device:str, dtype:type=np.float32) -> Tensor:
 # FUNCTION is not replaced. So `launch` puts the call of a kernel into one, and `stored` the
 # CONTIGUOUS. `precompile` lets the kernel write straight into the buffer that the caller realises;
 # without it there would be a copy.
+def launch(kernel:Callable, outputs:Sequence[Shape|Tensor], inputs:Sequence[Tensor],
+           gradient:Callable|str) -> list[Tensor]:
+  """Runs one kernel and returns its outputs, differentiable, whatever is read before the gradient.
+
+  kernel(*outputs, *inputs) gets UOps to index, `x[i, j]`, and returns
+  `stores.end(*ranges).sink(arg=KernelInfo(name=..., opts_to_apply=()))`.
+  outputs: shapes, as tuples, of new float32 Tensors; or Tensors, which are overwritten.
+  inputs: of any type; views and expressions are written to memory first, in each realisation.
+  gradient(dy, y, *inputs) returns a Tensor for each input, usually by another `launch`, or None where
+  there is no gradient; y is the output and dy its gradient. A str is the message of the RuntimeError
+  that is raised instead: with `no_second_gradient`, and for several outputs, which can't have one.
+  kernel and gradient are the same objects at each call: functions of a module, or `bound` ones.
+  """
+  if callable(gradient) and len(outputs) > 1:
+    raise ValueError("launch: with several outputs there is no gradient.")
+  gradient = tinygrad_gradient(gradient)
+  if any(isinstance(x, Tensor) for x in outputs):
+    outputs = [x if isinstance(x, Tensor) else Tensor.empty(*x, dtype=dtypes.float, device=inputs[0].device)
+               for x in outputs]
+    # contiguous() of a part of a buffer is a view, without it there would be a copy
+    inputs = [x.contiguous() if x.uop.base.op is Ops.BUFFER else x for x in inputs]
+    return Tensor.custom_kernel(*outputs, *inputs, fxn=kernel, grad_fxn=gradient)[:len(outputs)]
+  params = tuple(x.uop.param_like(i) for i, x in enumerate(inputs))
+  body = function_body(kernel, tuple(outputs), params)
+  call = body.call(*(x.uop for x in inputs), grad_fxn=gradient, precompile=True)
+  # tinygrad 0.14.0 replaces no GETTUPLE by the buffer it was realised in, and would compute it again
+  # at each use. It replaces an op that stands on it, and contiguous_backward costs nothing.
+  return [Tensor(call.gettuple(i)).contiguous_backward() for i in range(len(outputs))]
+
+@functools.cache
+def function_body(kernel:Callable, shapes:tuple[Shape, ...], params:tuple[UOp, ...]) -> UOp:
+  "The body of a FUNCTION: float32 buffers of these shapes, after the kernel has written them."
+  device = params[0].device
+  # tinygrad puts the buffers of a caller in their place; slots below 0 are those of no other
+  buffers = [UOp(Ops.BUFFER, src=(shape_to_shape_arg(s),), arg=ParamArg(-1-i, dtypes.float, device=device))
+             for i, s in enumerate(shapes)]
+  written = UOp.custom_kernel(*buffers, *params, fxn=kernel)[:len(shapes)]
+  if not isinstance(written[0].src[1].src[0].arg, KernelInfo):
+    raise ValueError("launch: the sink of a kernel needs a KernelInfo, or nothing would run.")
+  return UOp.maketuple(*written)
+
+@functools.cache
+def tinygrad_gradient(gradient:Callable|str) -> Callable:
+  "Turns gradient(dy, y, *inputs) over Tensors, see `launch`, into tinygrad's grad_fxn(dy, call) over UOps."
+  def grad_fxn(dy:UOp, *rest:UOp, call:UOp|None=None) -> tuple[UOp|None, ...]:
+    if call is None: call = rest[0]                  # by name, if several outputs have gradients
+    if isinstance(gradient, str): raise RuntimeError(gradient)
+    # the CONTIGUOUS that `contiguous_backward` puts here would be replaced, see above
+    dy = Tensor(dy.src[0] if dy.op is Ops.CONTIGUOUS else dy)
+    # a kernel takes whole what several devices have in parts
+    if dy.uop.axis is not None: dy = dy.to(dy.device[0]).shard(dy.device)
+    grads = gradient(dy, Tensor(call.gettuple(0)), *(Tensor(x) for x in call.src[1:]))
+    return tuple(None if g is None else g.uop for g in grads)
+  return grad_fxn
 
 @functools.cache
 def bound(f:Callable, **options) -> Callable:
@@ -81,60 +1240,6 @@ def no_second_gradient(name:str) -> str:
   return (f"{name} can be differentiated once: the kernel of its gradient has none of its own. "
           "For second derivatives use plain ops, Context(FLASH=0).")
 
-@functools.cache
-def _as_grad_fxn(gradient:Callable|str) -> Callable:
-  "Turns gradient(dy, y, *inputs) over Tensors, see `launch`, into tinygrad's grad_fxn(dy, call) over UOps."
-  def grad_fxn(dy:UOp, *rest:UOp, call:UOp|None=None) -> tuple[UOp|None, ...]:
-    if call is None: call = rest[0]                  # by name, if several outputs have gradients
-    if isinstance(gradient, str): raise RuntimeError(gradient)
-    # the CONTIGUOUS that `contiguous_backward` puts here would be replaced, see above
-    dy = Tensor(dy.src[0] if dy.op is Ops.CONTIGUOUS else dy)
-    if dy.uop.axis is not None: dy = dy.to(dy.device[0]).shard(dy.device)    # a kernel takes it whole
-    grads = gradient(dy, Tensor(call.gettuple(0)), *(Tensor(x) for x in call.src[1:]))
-    return tuple(None if g is None else g.uop for g in grads)
-  return grad_fxn
-
-Shape = tuple[int, ...]
-
-@functools.cache
-def _call_of(kernel:Callable, shapes:tuple[Shape, ...], params:tuple[UOp, ...]) -> UOp:
-  "The body of a FUNCTION: float32 buffers of these shapes, after the kernel has written them."
-  device = params[0].device
-  # tinygrad puts the buffers of a caller in their place; slots below 0 are those of no other
-  buffers = [UOp(Ops.BUFFER, src=(shape_to_shape_arg(s),), arg=ParamArg(-1-i, dtypes.float, device=device))
-             for i, s in enumerate(shapes)]
-  written = UOp.custom_kernel(*buffers, *params, fxn=kernel)[:len(shapes)]
-  if not isinstance(written[0].src[1].src[0].arg, KernelInfo):
-    raise ValueError("launch: the sink of a kernel needs a KernelInfo, or nothing would run.")
-  return UOp.maketuple(*written)
-
-def launch(kernel:Callable, outputs:Sequence[Shape|Tensor], inputs:Sequence[Tensor],
-           gradient:Callable|str) -> list[Tensor]:
-  """Runs one kernel and returns its outputs, differentiable, whatever is read before the gradient.
-
-  kernel(*outputs, *inputs) gets UOps to index, `x[i, j]`, and returns
-  `stores.end(*ranges).sink(arg=KernelInfo(name=..., opts_to_apply=()))`; `_norm` is a short one.
-  outputs: shapes, as tuples, of new float32 Tensors; or Tensors, which are overwritten.
-  inputs: of any type; views and expressions are written to memory first, in each realisation.
-  gradient(dy, y, *inputs) returns a Tensor, or None, for each input, usually by another `launch`;
-  y is the output and dy its gradient. A str is the message of the RuntimeError that is raised
-  instead: with `no_second_gradient`, and for several outputs, which can't have a gradient.
-  kernel and gradient are the same objects at each call: functions of a module, or `bound` ones.
-  """
-  if callable(gradient) and len(outputs) > 1: raise ValueError("launch: with several outputs there is no gradient.")
-  if any(isinstance(x, Tensor) for x in outputs):
-    new = [x if isinstance(x, Tensor) else Tensor.empty(*x, dtype=dtypes.float, device=inputs[0].device)
-           for x in outputs]
-    # contiguous() of a part of a buffer is a view, without it there would be a copy
-    inputs = [x.contiguous() if x.uop.base.op is Ops.BUFFER else x for x in inputs]
-    return Tensor.custom_kernel(*new, *inputs, fxn=kernel, grad_fxn=_as_grad_fxn(gradient))[:len(new)]
-  params = tuple(x.uop.param_like(i) for i, x in enumerate(inputs))
-  call = _call_of(kernel, tuple(outputs), params).call(
-    *(x.uop for x in inputs), grad_fxn=_as_grad_fxn(gradient), precompile=True)
-  # tinygrad 0.14.0 replaces no GETTUPLE by the buffer it was realised in, and would compute it again
-  # at each use. It replaces an op that stands on it, and contiguous_backward costs nothing.
-  return [Tensor(call.gettuple(i)).contiguous_backward() for i in range(len(outputs))]
-
 # tinygrad stores the inputs of such a FUNCTION, and would copy one that is stored but reshaped
 tensor.pm_early_transform_tensor_graph = PatternMatcher([
   (UPat(Ops.CONTIGUOUS, src=(UPat(Ops.RESHAPE, name="x"),), name="c"),
@@ -148,18 +1253,15 @@ def stored(x:Tensor) -> Tensor:
   """
   if x.uop.has_buffer_identity() or x.device is None: return x
   body = UOp.maketuple(x.uop.param_like(0).contiguous())
-  return Tensor(body.call(x.uop, grad_fxn=_as_grad_fxn(_same_backward)).gettuple(0))
+  return Tensor(body.call(x.uop, grad_fxn=tinygrad_gradient(same_gradient)).gettuple(0))
 
 def stored_backward(x:Tensor) -> Tensor:
   "Returns x. The gradient that arrives is written to memory before it is used."
   body = UOp.maketuple(x.uop.param_like(0))
-  return Tensor(body.call(x.uop, grad_fxn=_as_grad_fxn(_stored_backward)).gettuple(0))
+  return Tensor(body.call(x.uop, grad_fxn=tinygrad_gradient(stored_gradient)).gettuple(0))
 
-def _same_backward(dy:Tensor, y:Tensor, x:Tensor) -> tuple[Tensor]: return dy,
-def _stored_backward(dy:Tensor, y:Tensor, x:Tensor) -> tuple[Tensor]: return stored(dy),
-
-@functools.cache
-def _zero(device:str|tuple[str, ...]) -> Tensor: return constant(np.zeros(1), device).reshape(())
+def same_gradient(dy:Tensor, y:Tensor, x:Tensor) -> tuple[Tensor]: return dy,
+def stored_gradient(dy:Tensor, y:Tensor, x:Tensor) -> tuple[Tensor]: return stored(dy),
 
 def on_one_device(*tensors:Tensor|None) -> list[Tensor|None]:
   """Returns the Tensors, those without a device on that of the others.
@@ -167,13 +1269,33 @@ def on_one_device(*tensors:Tensor|None) -> list[Tensor|None]:
   tinygrad gives constants (`Tensor.eye`, `arange`, `linspace`, `Tensor(3)`) no device and no
   storage; a kernel needs both. Adding a zero that has them keeps the value and the gradient.
   """
-  device = next((t.device for t in tensors if t is not None and t.device is not None),
-                Device.DEFAULT)
-  return [t if t is None or t.device is not None else t + _zero(device).cast(strong_dtype(t.dtype))
+  device = next((t.device for t in tensors if t is not None and t.device is not None), Device.DEFAULT)
+  return [t if t is None or t.device is not None else t + device_zero(device).cast(strong_dtype(t.dtype))
           for t in tensors]
 
+@functools.cache
+def device_zero(device:str|tuple[str, ...]) -> Tensor: return constant(np.zeros(1), device).reshape(())
+
+def constant(x:np.ndarray, device:str, dtype:type=np.float32) -> Tensor:
+  "A Tensor realised at once, even while a TinyJit captures, so that replays do not make it again."
+  with LOCK:
+    held, capturing[:] = capturing[:], []
+    try: return Tensor(np.asarray(x, dtype), device=device).realize()
+    finally: capturing[:] = held
+
+LOCK = threading.RLock()        # held by the thread that realises Tensors or calls a TinyJit
+
+def capture(f:Callable, **options) -> TinyJit:
+  """A TinyJit that captures at its first call, not its second: f is scheduled and compiled once, and the
+  buffers of a run without memory planning never exist (1.4 GB at the peak of a training step where 0.5
+  do). Where f draws random numbers, draw one before: a counter made while capturing would start anew at
+  every call."""
+  jit = TinyJit(f, **options)
+  jit.cnt = 1
+  return jit
+
 # ---------------------------------------------------------------- the seam for faster versions
-FAST: dict[str, Callable] = {}   # by name, faster versions of `replaceable` definitions: support/cpu.py fills it
+FAST: dict[str, Callable] = {}   # by name, faster versions of `replaceable` functions: support/cpu.py fills it
 
 def replaceable(f:Callable) -> Callable:
   """Marks a definition in plain ops that may have a faster version in FAST, which takes the same arguments.
@@ -191,80 +1313,114 @@ def matmul(x:Tensor, w:Tensor) -> Tensor:
   "Returns x @ w, for x (…,M,K) and w (K,N) or (…,K,N). Differentiable in both."
   return x @ w
 
+@replaceable
+def lookup(table:Tensor, ids:Tensor) -> Tensor:
+  """Returns table[ids] as float32: table (V,D), of any type of WEIGHTS, ids (…) int from 0 to V-1 -> (…,D).
+
+  Differentiable in the table.
+  """
+  ids, table = on_one_device(ids, table)
+  onehot = ids.unsqueeze(-1) == Tensor.arange(table.shape[0])
+  if table.shape[0] <= 1024: return matmul(onehot.float(), widened(table))         # for the sake of its gradient
+  return widened(onehot.unsqueeze(-1).where(table, 0).sum(-2, dtype=table.dtype))  # tinygrad makes this a look-up
+
 def overwrite(old:Sequence[Tensor], new:Sequence[Tensor]) -> None:
   "Writes each new Tensor, which has been realised, into the old one; nothing where a kernel has done so already."
   moved = [o.assign(n.detach()) for o, n in zip(old, new) if n.uop.base is not o.uop.base]
   if moved: Tensor.realize(*moved)
 
-# ---------------------------------------------------------------- complex numbers: pairs (re, im) of Tensors or of UOps
-Pair = tuple
+# What a matrix of weights may be kept in; all else is float32. A bfloat16 is the upper half of a float32
+# and kept as a uint16, as clang 14, for one, knows no such type on a PC.
+WEIGHTS = {"float32": dtypes.float, "float16": dtypes.half, "bfloat16": dtypes.ushort}
 
-def cmul(a:Pair, b:Pair) -> Pair: return a[0]*b[0] - a[1]*b[1], a[0]*b[1] + a[1]*b[0]
-def conj(a:Pair) -> Pair: return a[0], -a[1]
+def widened(x:Tensor|UOp) -> Tensor|UOp:
+  "Returns weights as float32."
+  if x.dtype == dtypes.ushort: return (x.cast(dtypes.uint) << 16).bitcast(dtypes.float)
+  return x.cast(dtypes.float) if x.dtype == dtypes.half else x
 
-# ---------------------------------------------------------------- the definition, in plain ops
-@functools.cache
-def _roots(rows:int, cols:int, n:int, device:str, dtype:type) -> Pair:
-  "exp(-2πi jk/n), j < rows, k < cols, computed in float64."
-  w = np.exp(-2j*np.pi/n * (np.outer(np.arange(rows), np.arange(cols)) % n))
-  return tuple(constant(p, device, dtype) for p in (w.real, w.imag))
+# ---------------------------------------------------------------- selfcheck, and the kernels' sources
+def selfcheck(device:str|None=None) -> float:
+  """Runs what is in CHECKS, forward and backward, against plain ops on the device, at small sizes.
 
-def fft(x:Pair, inverse:bool=False) -> Pair:
-  """X[k] = Σ_n x[n] exp(∓2πi nk/N) over the last axis, N a power of two, by matrix products.
-  The inverse comes without its 1/N."""
-  N, sign = x[0].shape[-1], conj if inverse else lambda w: w
-  where = x[0].device, np.float64 if x[0].dtype == dtypes.double else np.float32
-  if N <= 32:
-    (re, im), (c, s) = x, sign(_roots(N, N, N, *where))
-    return re@c - im@s, re@s + im@c
-  N1 = 32 if N >= 1024 else 16 if N >= 256 else 8         # n = n1 N2 + n2, k = k1 + N1 k2
-  a = tuple(p.reshape(*p.shape[:-1], N1, N//N1).transpose(-1, -2) for p in x)  # (…, n2, n1)
-  a = cmul(fft(a, inverse), sign(_roots(N//N1, N1, N, *where)))                 # (…, n2, k1)
-  a = fft(tuple(p.transpose(-1, -2) for p in a), inverse)                      # (…, k1, k2)
-  return tuple(p.transpose(-1, -2).reshape(x[0].shape) for p in a)
+  Returns the worst relative error; RuntimeError, which names the kernel, past 1e-4.
+  """
+  device, rng, worst = device or Device.DEFAULT, np.random.default_rng(0), 0.0
+  def draw(shape:Shape) -> Tensor:
+    return Tensor(rng.standard_normal(shape).astype(np.float32), device=device).realize()
+  for name, (f, plain, output, *shapes) in CHECKS.items():
+    x, dy = [draw(s) for s in shapes], draw(output)
+    def results(f:Callable) -> list[Tensor]:
+      y = f(*x)
+      return [y, *y.gradient(*x, gradient=dy)]
+    with Context(FLASH=0): want = results(plain or f)
+    try:
+      got = results(f)
+      Tensor.realize(*got, *want)                     # at once: the compiler's workers share them
+      pairs = [(a.numpy(), b.numpy()) for a, b in zip(got, want)]
+    except Exception as e:
+      raise RuntimeError(f"kernel {name} fails on {device}: {type(e).__name__}") from e
+    error = max(float(np.abs(a - b).max()/np.abs(b).max()) for a, b in pairs)
+    if not error <= 1e-4:
+      raise RuntimeError(f"kernel {name} is wrong on {device}, relative error {error:.1e}")
+    worst = max(worst, error)
+  return worst
 
-def _length(L:int, K:int) -> int: return max(64, 1 << (L + K - 2).bit_length())
+def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, int]]:
+  """Returns {name: (source, bytes of shared memory)} of the convolution's kernels for "cuda", "metal" or
+  "opencl", on any machine: rows of length L in one launch, and a two-level transform of four times that."""
+  language = {"cuda": cstyle.CUDARenderer, "metal": cstyle.MetalRenderer, "opencl": cstyle.OpenCLRenderer}[backend]
+  r = object.__new__(language)       # without its compiler, which another machine may have
+  cstyle.CStyleLanguage.__init__(r, Target(backend.upper(), arch="sm_86" if backend == "cuda" else ""))
+  r.tensor_cores = []
+  m, N = Machine(True, 1, r.shared_max, True), fft_length(L, L)
+  def source(kernel:Callable, *shapes:Shape, **options) -> tuple[str, tuple[str, int]]:
+    buffers = [UOp.placeholder(s, dtypes.float, slot=i) for i, s in enumerate(shapes)]
+    program = to_program(kernel(*buffers, **options), r)
+    shared = sum(4*u.max_numel() for u in program.src[1].src
+                 if u.op is Ops.BUFFER and u.addrspace is AddrSpace.LOCAL)
+    return program.arg.name, (program.src[2].arg, shared)
+  rows, D, filters, roots = (B, H, L), (H,), (1, H, L), (2, RADIX, N//RADIX)
+  args = filters, rows, D, rows, rows
+  X, K = (B//2, 4*H, 2, N), (1, 4*H, 2, N)
+  far, long = (2, 4, N), (B, H, 2*N)
+  gated = ConvSpec(("k", "u", "D", "v", "q"), m, RowPairs)
+  parts = ConvSpec(("k", "u"), m, ComplexRows)
+  return dict([source(conv_kernel, rows, roots, *args, spec=gated),
+               source(conv_gradient_kernel, filters, rows, rows, rows, roots, rows, *args, spec=gated),
+               source(split_kernel, X, far, long, m=m), source(join_kernel, long, far, X, m=m, shape=long),
+               source(conv_kernel, X, roots, K, X, spec=parts),
+               source(conv_gradient_kernel, K, X, roots, X, K, X, spec=parts)])
 
-def fftconv_ref(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None,
-                q:Tensor|None=None) -> Tensor:
-  "The definition of `fftconv`, same arguments, in plain tinygrad ops."
-  w, L, k = u if v is None else u*v, u.shape[-1], k[:, :u.shape[-1]]
-  N = _length(L, k.shape[-1])
-  pad = lambda x: (p := x.pad((None,)*(x.ndim-1) + ((0, N-x.shape[-1]),)), p.const_like(0))
-  y = fft(cmul(fft(pad(w)), fft(pad(k))), inverse=True)[0][..., :L] / N        # F⁻¹(F w · F k)
-  if D is not None: y = y + D.reshape(-1, 1)*w
-  return y if q is None else q*y
+def main(argv:list[str]|None=None) -> int:
+  ap = argparse.ArgumentParser(prog="flashconv.py", description="Checks the kernels against plain ops on this "
+                               "device. `python support/bench.py conv` times them.")
+  def fail(message:str):
+    print(f"error: {message} (--help; timings: python support/bench.py conv)", file=sys.stderr)
+    sys.exit(2)
+  ap.error = fail
+  ap.add_argument("--render", choices=["cuda", "metal", "opencl"],
+                  help="print the kernels' source for it, on any machine, and stop")
+  ap.add_argument("--lengths", type=int, nargs="+", metavar="L", help="of --render, default 2048")
+  a = ap.parse_args(argv)
+  if a.lengths and not a.render: ap.error("--lengths goes with --render")
+  if a.render:
+    lengths = a.lengths or [2048]
+    if max(lengths) > 2048 or min(lengths) < 64:
+      ap.error("--render takes lengths from 64 to 2048, what one launch takes at 32 KB")
+    for L in lengths:
+      for source, shared in render(a.render, L).values(): print(f"// {shared} bytes of shared memory\n{source}\n")
+    return 0
+  sys.modules.setdefault("flashconv", sys.modules[__name__])    # support.cpu imports this very module
+  from support.cpu import setup_device
+  setup_device()
+  try: print(f"selfcheck on {Device.DEFAULT}: worst relative error {selfcheck():.1e}")
+  except RuntimeError as e:
+    print(f"error: {e}", file=sys.stderr)
+    return 1
+  return 0
 
-# ---------------------------------------------------------------- the block FFT, as a kernel's author sees it
-# Forward / with gradients, ms, and seconds until both are compiled and captured, the three in turns on a busy
-# machine (only ratios count); B=8, H=256 (CPU: two cores of a Xeon, clang 14), H=64 (PoCL, the same machine):
-#   radix      CPU L=256        L=1024           L=4096            OpenCL L=256     L=1024
-#     4        1.1 /  3.9  5s   6.5 / 33   5s    31 / 131   8s     1.3 / 4.4   6s   8.5 / 21  14s
-#     8        0.8 /  2.3  4s   5.2 / 23   5s    29 / 132   7s     0.9 / 2.8   8s   5.3 / 18  12s
-#    16        1.1 /  3.4  8s   6.5 / 26   9s    38 / 149  15s     1.0 / 3.7  17s   5.9 / 22  22s
-# What goes into the lanes of a CPU's vectors, one core, forward, L=1024 and 8192: 16 channels of tensors
-# (B,L,H) 15 and 449 ms, the 8 sub-transforms of one channel 12 and 113 ms: their scratch stays in the L1
-# cache. Then `Real` took a third off the arithmetic: 8 ms at L=1024.
-RADIX = 8
-MAX_N = 1 << 16                      # FFT length on a CPU: 2 MB of stack in the backward pass
-SHORT = 1 << 12                      # length of a short filter's transform on a long sequence
-ONE_CORE = 1 << 20                   # B H N up to which one core is as fast as two
-
-class Machine(NamedTuple):
-  "What the kernels ask of a device's renderer; its name is never asked."
-  gpu: bool                          # threads, local memory and barriers; else loops
-  cores: int                         # threads of a CPU that share the outermost loop
-  scratch: int                       # bytes of local memory
-  has_sub: bool                      # renders a - b
-  lanes: int = 1                     # floats in a CPU's vector register,
-  registers: int = 16                # and how many of those it has
-
-@functools.cache
-def machine(device:str|tuple[str, ...]) -> Machine:
-  r = Device[device if isinstance(device, str) else device[0]].renderer
-  cores, vectors = r.global_max[0] if r.has_threads else 1, () if r.has_local else _vectors(r)
-  return Machine(r.has_local, cores, r.shared_max, Ops.SUB in r.code_for_op, *vectors)
-
+# ---------------------------------------------------------------- what support/cpu.py uses alone
+HALF = ContextVar("HALF", 0)    # what products with weights take in. 1: float16, 2: bfloat16; their sums are float32
 WIDE = "prefer-vector-width=512"       # clang leaves half of an AVX-512 register empty unless told so
 
 @functools.cache
@@ -282,340 +1438,6 @@ def _vectors(r:Renderer) -> tuple[int, int]:
   return (16 if WIDE in r.target.arch else 8 if _compiler_says("__AVX__") else 4,
           32 if _compiler_says("__AVX512VL__") or _compiler_says("__ARM_NEON") else 16)
 
-def _cores(n:int, axis:int) -> tuple[UOp, UOp]:
-  """A range that the cores of a CPU share, and its index; axis: the range's number. The mask tells clang the
-  index's range: without it indices may wrap, and loops were left scalar."""
-  core = UOp.range(n, axis, AxisType.THREAD if n > 1 else AxisType.LOOP)
-  return core, core & ((1 << (n-1).bit_length()) - 1)
-
-class Real:
-  """±x or 0, a float in a register.
-
-  The sign is carried here and zeros are dropped here: tinygrad writes a - b as a + (-1)·b and
-  multiplies sums out, which made the butterflies a third longer.
-  """
-  def __init__(self, x:UOp|None, sign:int=1): self.x, self.sign = x, sign
-  def __neg__(a) -> Real: return Real(a.x, -a.sign)
-  def __add__(a, b:Real) -> Real:
-    if not a.sign or not b.sign: return a if a.sign else b
-    if a.sign == b.sign: return Real(a.x + b.x, a.sign)
-    return Real(a.x.alu(Ops.SUB, b.x)) if a.sign > 0 else Real(b.x.alu(Ops.SUB, a.x))
-  def __sub__(a, b:Real) -> Real: return a + -b
-  def __mul__(a, b:Real|float) -> Real:
-    sign = a.sign*(b.sign if isinstance(b, Real) else 1 if b > 0 else -1)
-    return Real(a.x*(b.x if isinstance(b, Real) else abs(b)), sign) if sign else ZERO
-  @property
-  def uop(a) -> UOp: return a.x if a.sign > 0 else a.x*-1 if a.sign < 0 else UOp.const(0.0, dtypes.float)
-
-ZERO = Real(None, 0)
-
-def rotate(x:Pair, w:complex) -> Pair:
-  "x·w for a constant w of modulus 1, with the fewest products"
-  (a, b), c, s = x, round(w.real, 15), round(w.imag, 15)
-  if s == 0: return x if c == 1 else (-a, -b)
-  if c == 0: return (-b, a) if s > 0 else (b, -a)
-  if abs(c) == abs(s): return ((a-b)*c, (a+b)*c) if c == s else ((a+b)*c, (b-a)*c)
-  return cmul(x, (c, s))
-
-def dft(x:list[Pair], sign:int) -> list[Pair]:
-  "X[k] = Σ_n x[n] exp(sign 2πi nk/R) of R = 2^m values in registers: a radix-2 tree, written out."
-  if (R := len(x)) == 1: return x
-  even, odd = dft(x[0::2], sign), dft(x[1::2], sign)
-  odd = [rotate(o, cmath.exp(sign*2j*cmath.pi*i/R)) for i, o in enumerate(odd)]
-  return [tuple(f(a, b) for a, b in zip(e, o))
-          for f in (operator.add, operator.sub) for e, o in zip(even, odd)]
-
-def reals(re:UOp, im:UOp) -> Pair: return Real(re), Real(im)
-def scaled(z:Pair, c:float) -> Pair: return z[0]*c, z[1]*c
-
-def twiddle(tw:UOp, x:list[Pair], j:UOp, sign:int) -> list[Pair]:
-  "x[r] · exp(sign 2πi jr/N), for the roots tw (2,R,N/R) of `_twiddles`"
-  return [z if r == 0 else cmul(z, (Real(tw[0, r, j]), Real(tw[1, r, j], -sign))) for r, z in enumerate(x)]
-
-class Group:
-  """One channel and the hands that work on it: the threads of a work group (GPU), or one turn of the
-  outermost loop (CPU), which the cores share.
-
-  N = 8 M: the first pass of the transform splits it into 8 transforms of length M, which go on side
-  by side, as the lanes of a vector register (CPU) or in neighbouring threads (GPU).
-  """
-  def __init__(self, m:Machine, H:int, N:int):
-    self.m, self.N, self.M, self.ids = m, N, N//RADIX, itertools.count()
-    self.threads = min(self.M, 256)
-    self.passes, M = [], self.M      # sub-lengths of the passes over the lanes; the last has radix R
-    while M > RADIX: self.passes.append(M); M //= RADIX
-    self.R = M
-    if m.gpu:
-      self.h, self.outer = UOp.special(H, "gidx0"), ()
-      # two dimensions: neighbours in the first one read neighbours, with no division to hide it
-      self.lane, self.row = UOp.special(RADIX, "lidx0"), UOp.special(self.threads//RADIX, "lidx1")
-      self.thread = self.row*RADIX + self.lane
-    else:
-      cores = next(c for c in range(m.cores, 0, -1) if H % c == 0)
-      core, me = _cores(cores, next(self.ids))
-      i = self.loop(H//cores)
-      self.h, self.outer = me*(H//cores) + i, (i, core)
-  def loop(self, n:int, axis:AxisType=AxisType.LOOP) -> UOp: return UOp.range(n, next(self.ids), axis)
-  def columns(self, body:Callable[[UOp], list[UOp]]) -> UOp:
-    "body(j) for j < M; clang makes vectors of the loop over j."
-    if self.m.gpu: return UOp.group(*[s for t in range(0, self.M, self.threads) for s in body(self.thread + t)])
-    return UOp.group(*body(j := self.loop(self.M))).end(j)
-  def everywhere(self, P:int, body:Callable[[UOp, UOp], list[UOp]]) -> UOp:
-    "body(p, j) for p < P, j < M: columns that don't meet in scratch memory."
-    if not self.m.gpu: return UOp.group(*body(p := self.loop(P), j := self.loop(self.M))).end(j, p)
-    p, t = UOp.special(P, "gidx1"), UOp.special(self.M//self.threads, "gidx2")
-    return UOp.group(*body(p, t*self.threads + self.thread))
-  def lanes(self, n:int, body:Callable[[int|UOp, UOp, UOp], list[UOp]]) -> UOp:
-    "body(turn, t, lane) for t < n in each lane; turn counts a thread's own."
-    if self.m.gpu:
-      places = [self.row + t for t in range(0, n, self.threads//RADIX)]
-      return UOp.group(*[s for turn, t in enumerate(places) for s in body(turn, t, self.lane)])
-    t, lane = self.loop(n), self.loop(RADIX)
-    return UOp.group(*body(t, t, lane)).end(lane, t)
-  def finish(self, done:UOp, name:str) -> UOp:
-    sink = done.end(*self.outer).sink(arg=KernelInfo(name=f"{name}_{self.N}", opts_to_apply=()))
-    return sink if self.m.has_sub else graph_rewrite(sink, without_sub)
-
-without_sub = PatternMatcher([(UPat(Ops.SUB, src=(UPat.var("a"), UPat.var("b"))), lambda a, b: a + b*-1)])
-
-class Kept:
-  "A spectrum in registers: of each butterfly of the last pass, with the hands that work on it."
-  def __init__(self, group:Group, slot:int):
-    self.group, self.done = group, group.outer
-    shape = (2, group.N//group.threads, 1) if group.m.gpu else (2, group.M, RADIX)
-    self.mem = UOp.placeholder(shape, dtypes.float, slot=slot, addrspace=AddrSpace.REG)
-  def at(self, turn:int|UOp, lane:UOp, *after:UOp) -> Callable[[int], tuple[UOp, UOp]]:
-    mem, lane = self.mem.after(*self.done, *after), 0 if self.group.m.gpu else lane
-    return lambda r: tuple(mem[c, turn*self.group.R + r, lane] for c in range(2))
-  def get(self, turn:int|UOp, lane:UOp, *after:UOp) -> list[Pair]:
-    place = self.at(turn, lane, *after)
-    return [reals(*place(r)) for r in range(self.group.R)]
-  def put(self, turn:int|UOp, lane:UOp, X:list[Pair], *after:UOp) -> list[UOp]:
-    place = self.at(turn, lane, *after)
-    return [x.store(v.uop) for r, z in enumerate(X) for x, v in zip(place(r), z)]
-
-class Block:
-  """N complex numbers in scratch memory, and the passes of their transform, in place.
-
-  Forward by decimation in frequency (natural order in, digit-reversed out), back by decimation in
-  time (the reverse): with spectra kept digit-reversed nothing is ever reordered. A butterfly writes
-  the places it has read and no others, so one barrier a pass is enough. `done` is what has to be
-  finished before the next reader.
-  """
-  def __init__(self, group:Group, tw:UOp):
-    self.group, self.tw, self.done = group, tw, group.outer
-    # LOCAL on a CPU puts a fence at every loop's end, nothing is vectorised: 6x slower
-    space = AddrSpace.LOCAL if group.m.gpu else AddrSpace.REG
-    # a row left free on a CPU, so that the stores to 8 lanes come out in order: clang makes one shuffled
-    # store of them, not 8 scattered ones; a twentieth faster
-    self.first = int(not group.m.gpu)
-    # on a GPU a ninth, where it fits: with 8, a column's stores meet on 4 of 32 banks
-    wide = RADIX + int(group.m.gpu and 2*4*group.M*(RADIX+1) <= group.m.scratch)
-    self.mem = UOp.placeholder((2, group.M + self.first, wide), dtypes.float, slot=0, addrspace=space)
-  def get(self, mem:UOp, i:UOp, lane:UOp|int) -> Pair:
-    return reals(*(mem[c, i + self.first, lane] for c in range(2)))
-  def put(self, mem:UOp, i:UOp, lane:UOp|int, z:Pair) -> list[UOp]:
-    return [mem[c, i + self.first, lane].store(z[c].uop) for c in range(2)]
-  def free(self):
-    "Others may write next where somebody still reads: that takes a barrier of its own on a GPU."
-    if self.group.m.gpu: self.done = (UOp.group(*self.done).barrier(),)
-  def forward(self, load:Callable[[UOp, int], Pair], *after:UOp):
-    "All passes but the last of X = F x, with x at j + off from load(j, off)."
-    g, mem = self.group, self.mem.after(*self.done, *after)
-    def split(j:UOp) -> list[UOp]:
-      x = twiddle(self.tw, dft([load(j, r*g.M) for r in range(RADIX)], -1), j, -1)          # x = T · (F₈ x)
-      return [s for r in range(RADIX) for s in self.put(mem, j, r, x[r])]
-    self.done = (g.columns(split),)
-    for M in g.passes: self.inner(M, lambda x, j: twiddle(self.tw, dft(x, -1), j, -1))      # x = T · (F₈ x)
-  def inner(self, M:int, butterfly:Callable[[list[Pair], UOp], list[Pair]]):
-    "A radix-8 pass over sub-transforms of length M, in each lane."
-    g, S, mem = self.group, M//RADIX, self.mem.after(*self.done)
-    def body(_:int|UOp, t:UOp, lane:UOp) -> list[UOp]:
-      j, i = t%S, t//S*M + t%S
-      x = butterfly([self.get(mem, i + r*S, lane) for r in range(RADIX)], j*(g.M//M*RADIX))
-      return [s for r in range(RADIX) for s in self.put(mem, i + r*S, lane, x[r])]
-    self.done = (g.lanes(g.M//RADIX, body),)
-  def spectrum(self, body:Callable[[int|UOp, UOp, list[Pair]|None], tuple[list[Pair]|None, list[UOp]]],
-               back_only:bool=False):
-    """The last pass of X = F x, body(turn, lane, X) -> (Y, stores), and the first pass of y = N F⁻¹ Y.
-    Without a Y nothing goes back; with back_only there is no X."""
-    g, R, mem = self.group, self.group.R, self.mem.after(*self.done)
-    def last(turn:int|UOp, t:UOp, lane:UOp) -> list[UOp]:
-      X = None if back_only else dft([self.get(mem, t*R + r, lane) for r in range(R)], -1)
-      Y, stores = body(turn, lane, X)
-      return stores + ([s for r, y in enumerate(dft(Y, +1)) for s in self.put(mem, t*R + r, lane, y)] if Y else [])
-    self.done = (g.lanes(g.M//R, last),)
-  def inverse(self, store:Callable[[UOp, int, Pair], list[UOp]]):
-    "All passes but the first of y = N F⁻¹ Y; y at j + off goes to store(j, off, y)."
-    g = self.group
-    for M in g.passes[::-1]: self.inner(M, lambda x, j: dft(twiddle(self.tw, x, j, +1), +1))  # x = F₈* (T* · x)
-    mem = self.mem.after(*self.done)
-    def join(j:UOp) -> list[UOp]:
-      x = dft(twiddle(self.tw, [self.get(mem, j, r) for r in range(RADIX)], j, +1), +1)
-      return [s for r in range(RADIX) for s in store(j, r*g.M, x[r])]
-    self.done = (g.columns(join),)
-
-class Rows:
-  """Rows 2p and 2p+1 of a batch as one complex sequence: the filter is real, so the two results come
-  out as re and im. So the rounding of the two is that of the larger, and an infinity in one reaches the other.
-  Past the end of a row, and for the row that an odd batch lacks, reads give 0. Writes go to buffers
-  of whole pairs and whole columns (`_padded`), of which views cut the rest off.
-  """
-  name = "fftconv"
-  def __init__(self, group:Group, shape:tuple[int, ...], p:UOp|int):
-    (B, _, self.L), self.group, b = shape, group, 2*p + 1
-    self.rows = [(2*p, None)] if B == 1 else [(2*p, None), (b, b < B if B % 2 else None)]
-  @staticmethod
-  def count(shape:tuple[int, ...]) -> int: return -(-shape[0]//2)
-  def load(self, j:UOp, off:int, *factors:UOp) -> Pair:
-    "Π factors at j + off"
-    if off >= self.L: return ZERO, ZERO
-    inside = j + off < self.L if off + self.group.M > self.L else None
-    def read(b:UOp, there:UOp|None) -> Real:
-      gates = [c for c in (inside, there) if c is not None]
-      at = (j + off).valid(gate := functools.reduce(operator.and_, gates)) if gates else j + off
-      x = [f[b, 0 if f.shape[1] == 1 else self.group.h, at] for f in factors]
-      return Real(functools.reduce(operator.mul, [gate.where(c, 0.0) for c in x] if gates else x))
-    return *(read(*row) for row in self.rows), *[ZERO]*(2 - len(self.rows))
-  def store(self, j:UOp, off:int, out:UOp, z:Pair) -> list[UOp]:
-    if off >= self.L: return []
-    return [out[b, self.group.h, j + off].store(c.uop) for (b, _), c in zip(self.rows, z)]
-
-def _padded(B:int, L:int, M:int) -> tuple[int, int]:
-  """Whole pairs of rows, and whole columns of the first pass: tinygrad 0.14.0 can lose the condition
-  of a store, where it leaves a single place."""
-  return B + (B % 2 if B > 1 else 0), -(-L//M)*M
-
-class Parts:
-  "Sub-transform h of sequence p, complex numbers between the launches of a two-level transform: (P,H,2,N)."
-  name = "fftconv_parts"
-  def __init__(self, group:Group, shape:tuple[int, ...], p:UOp|int): self.group, self.p = group, p
-  @staticmethod
-  def count(shape:tuple[int, ...]) -> int: return shape[0]
-  def load(self, j:UOp, off:int, x:UOp) -> Pair:
-    return reals(*(x[self.p, self.group.h, c, j + off] for c in range(2)))
-  def store(self, j:UOp, off:int, out:UOp, z:Pair) -> list[UOp]:
-    return [out[self.p, self.group.h, c, j + off].store(z[c].uop) for c in range(2)]
-
-# ---------------------------------------------------------------- the kernels
-def _times(a:Pair, b:Pair) -> Pair: return a[0]*b[0], a[1]*b[1]  # two real rows, two real gates
-
-def _start(m:Machine, kind:type, x:dict[str, UOp], tw:UOp, k:UOp) -> tuple[Group, Block, Kept]:
-  "kf = F(k + D δ)/N, which stays in registers"
-  g = Group(m, x["u"].shape[1], RADIX*tw.shape[2])
-  z, kf, rows = Block(g, tw), Kept(g, 1), kind(g, k.shape, 0)
-  def load(j:UOp, off:int) -> Pair:
-    re, im = rows.load(j, off, k)
-    return re + Real(j.eq(0).where(x["D"][g.h], 0.0)) if "D" in x and off == 0 else re, im
-  z.forward(load)
-  z.spectrum(lambda turn, lane, X: (None, kf.put(turn, lane, [scaled(a, 1/g.N) for a in X])))
-  kf.done = z.done
-  z.free()
-  return g, z, kf
-
-@functools.cache
-def _conv(names:tuple[str, ...], m:Machine, kind:type) -> Callable:
-  "y = q · F⁻¹(kf · F(u v))"
-  @functools.cache
-  def kernel(y:UOp, tw:UOp, k:UOp, *inputs:UOp) -> UOp:
-    x = dict(zip(names, inputs))
-    g, z, kf = _start(m, kind, x, tw, k)
-    p = g.loop(kind.count(x["u"].shape), AxisType.REDUCE)
-    rows, w = kind(g, x["u"].shape, p), [x[n] for n in "uv" if n in x]
-    z.forward(lambda j, off: rows.load(j, off, *w), p)                                    # Z = F (u v)
-    z.spectrum(lambda turn, lane, Z: (list(map(cmul, Z, kf.get(turn, lane))), []))        # Y = kf · Z
-    gate = (lambda j, off, c: _times(c, rows.load(j, off, x["q"]))) if "q" in x else lambda j, off, c: c
-    z.inverse(lambda j, off, c: rows.store(j, off, y, gate(j, off, c)))                   # y = q · F⁻¹ Y
-    return g.finish(z.done[0].end(p), kind.name)
-  return kernel
-
-@functools.cache
-def _conv_grad(names:tuple[str, ...], m:Machine, kind:type) -> Callable:
-  """The gradients of `_conv`: dk, and du, dv, dq for those of u, v, q that are there. Nothing is
-  kept from the forward pass but its inputs: kf, w = u v and c = k ∗ w are computed anew."""
-  outs = [n for n in names if n != "D"]
-  @functools.cache
-  def kernel(dk:UOp, *bufs:UOp) -> UOp:
-    d, (tw, k, dy), x = dict(zip(outs, bufs)), bufs[len(outs):len(outs)+3], dict(zip(names, bufs[len(outs)+3:]))
-    g, z, kf = _start(m, kind, x, tw, k)
-    Z, dkf = Kept(g, 2), Kept(g, 3)
-    dkf.done = (g.lanes(g.M//g.R, lambda turn, t, lane: dkf.put(turn, lane, [(ZERO, ZERO)]*g.R)),)
-    p = g.loop(kind.count(x["u"].shape), AxisType.REDUCE)     # pairs of rows in turn, each adds to dkf
-    rows, w, e = kind(g, x["u"].shape, p), [x[n] for n in "uv" if n in x], [dy, *(x[n] for n in "q" if n in x)]
-    z.forward(lambda j, off: rows.load(j, off, *w), p)
-    z.spectrum(lambda turn, lane, X: (None, Z.put(turn, lane, X, p)))                     # Z = F w
-    Z.done = z.done
-    z.free()
-    z.forward(lambda j, off: rows.load(j, off, *e))                                       # E = F (q dy)
-    def meet(turn:int|UOp, lane:UOp, E:list[Pair]) -> tuple[list[Pair], list[UOp]]:
-      terms = [cmul(conj(a), b) for a, b in zip(Z.get(turn, lane), E)]
-      sums = [(s[0] + t[0], s[1] + t[1]) for s, t in zip(dkf.get(turn, lane, p), terms)]  # dkf = Σ_p Z* · E
-      return [cmul(conj(a), b) for a, b in zip(kf.get(turn, lane), E)], dkf.put(turn, lane, sums, p)
-    z.spectrum(meet)                                                                      # F dw = kf* · E
-    def out(j:UOp, off:int, dw:Pair) -> list[UOp]:                                        # du = v dw, dv = u dw
-      if "v" not in x: return rows.store(j, off, d["u"], dw)
-      return [s for a, b in ("uv", "vu") for s in rows.store(j, off, d[a], _times(dw, rows.load(j, off, x[b])))]
-    z.inverse(out)
-    if "q" in x:
-      z.free()
-      z.spectrum(lambda turn, lane, _: (list(map(cmul, kf.get(turn, lane), Z.get(turn, lane))), []), back_only=True)
-      # dq = dy · F⁻¹(kf · Z)
-      z.inverse(lambda j, off, c: rows.store(j, off, d["q"], _times(c, rows.load(j, off, dy))))
-    z.free()
-    z.done = dkf.done = (z.done[0].end(p),)
-    z.spectrum(lambda turn, lane, _: ([scaled(a, 1/g.N) for a in dkf.get(turn, lane)], []), back_only=True)
-    z.inverse(lambda j, off, c: kind(g, k.shape, 0).store(j, off, dk, c))                       # dk = F⁻¹ dkf
-    return g.finish(z.done[0], f"{kind.name}_grad")
-  return kernel
-
-@functools.cache
-def _split(m:Machine) -> Callable:
-  "The first pass, of radix R, of a transform of length R S: rows x (B,H,L) -> parts X (P,H R,2,S)."
-  @functools.cache
-  def kernel(X:UOp, tw:UOp, x:UOp) -> UOp:
-    P, R, S = X.shape[0], tw.shape[1], tw.shape[2]
-    g = Group(m, x.shape[1], RADIX*S)
-    def body(p:UOp, j:UOp) -> list[UOp]:
-      rows = Rows(g, x.shape, p)
-      z = twiddle(tw, dft([rows.load(j, r*S, x) for r in range(R)], -1), j, -1)
-      return [X[p, g.h*R + r, c, j].store(v.uop) for r in range(R) for c, v in enumerate(z[r])]
-    return g.finish(g.everywhere(P, body), "fft_split")
-  return kernel
-
-@functools.cache
-def _join(m:Machine, B:int, L:int) -> Callable:
-  "The last pass back, and the adjoint of `_split`: parts X (P,H R,2,S) -> rows y (B,H,L)."
-  @functools.cache
-  def kernel(y:UOp, tw:UOp, X:UOp) -> UOp:
-    P, R, S = X.shape[0], tw.shape[1], tw.shape[2]
-    g = Group(m, y.shape[1], RADIX*S)
-    def body(p:UOp, j:UOp) -> list[UOp]:
-      rows, z = Rows(g, (B, y.shape[1], L), p), [reals(*(X[p, g.h*R + r, c, j] for c in range(2))) for r in range(R)]
-      z = dft(twiddle(tw, z, j, +1), +1)
-      return [s for r in range(R) for s in rows.store(j, r*S, y, z[r])]
-    return g.finish(g.everywhere(P, body), "fft_join")
-  return kernel
-
-# ---------------------------------------------------------------- the public function
-@functools.cache
-def _twiddles(R:int, S:int, device:str) -> Tensor:
-  "exp(-2πi rj/(R S)), r < R, j < S: (2,R,S)"
-  w = np.exp(-2j*np.pi/(R*S) * np.outer(np.arange(R), np.arange(S)))
-  return constant(np.stack([w.real, w.imag]), device)
-
-# What a matrix of weights may be kept in; all else is float32. A bfloat16 is the upper half of a float32 and kept as a
-# uint16, as clang 14, for one, knows no such type on a PC.
-WEIGHTS = {"float32": dtypes.float, "float16": dtypes.half, "bfloat16": dtypes.ushort}
-
-def widened(x:Tensor|UOp) -> Tensor|UOp:
-  "Weights as float32."
-  return x if x.dtype == dtypes.float else x.cast(dtypes.float) if x.dtype == dtypes.half else \
-    (x.cast(dtypes.uint) << 16).bitcast(dtypes.float)
-
-def whole(*tensors:Tensor|None) -> bool:
-  "Whether none is in parts on several devices: a kernel takes what one device holds. (Whole on each is fine.)"
-  return all(t is None or isinstance(t.device, str) or (t.device is not None and t.uop.axis is None) for t in tensors)
-
 def _float_on_cpu(*tensors:Tensor|None, small:tuple[Tensor, ...]=()) -> bool:
   """Whether the CPU's matrix product and layer norm serve: float32, or what WEIGHTS has, not empty, on a device without
   local memory."""
@@ -623,563 +1445,5 @@ def _float_on_cpu(*tensors:Tensor|None, small:tuple[Tensor, ...]=()) -> bool:
     and all(t.dtype in WEIGHTS.values() for t in small) \
     and all(t is None or 0 not in t.shape for t in tensors + small) \
     and whole(*tensors, *small) and not machine((small + tensors)[0].device).gpu
-
-def levels(device:str|tuple, N:int) -> int:
-  """How a transform of length N runs: 1 in one launch, R > 1 in two levels, R of them of length N/R;
-  0 where plain ops have to do it. Asked of the device's limits, never of its name."""
-  if not FLASH: return 0
-  m = machine(device)
-  if not m.gpu: return int(N <= MAX_N)
-  return next((R for R in (1, 2, 4, 8, 16) if 8*N <= R*m.scratch), 0)   # a complex number is 8 bytes
-
-def _written(shape:tuple[int, ...], H:int, S:int, kind:type) -> tuple[int, ...]:
-  "The shape of the buffer into which a kernel writes rows, or parts, of this shape."
-  if kind is not Rows: return shape
-  rows, columns = _padded(shape[0], shape[2], S)
-  return rows, H, columns
-
-def _trimmed(y:Tensor, shape:tuple[int, ...], kind:type) -> Tensor:
-  "The part of such a buffer that is of this shape."
-  return y[:shape[0], :, :shape[2]] if kind is Rows else y
-
-def _one(x:dict[str, Tensor], k:Tensor, N:int, kind:type) -> Tensor:
-  "The convolution in one launch, of rows (B,H,L) or of parts (P,H,2,N); k (1,H,K), (1,1,K) or (1,H,2,N)."
-  u, m, names, S = x["u"], machine(k.device), tuple(x), N//RADIX
-  if u.shape[0]*u.shape[1]*N < ONE_CORE: m = m._replace(cores=1)
-  y, = launch(_conv(names, m, kind), [_written(u.shape, u.shape[1], S, kind)],
-              [_twiddles(RADIX, S, k.device), k, *x.values()],
-              bound(_one_backward, names=names, m=m, kind=kind))
-  return _trimmed(y, u.shape, kind)
-
-def _one_backward(dy:Tensor, y:Tensor, tw:Tensor, k:Tensor, *inputs:Tensor, names:tuple[str, ...],
-                  m:Machine, kind:type) -> tuple[Tensor|None, ...]:
-  "The gradient of `_one`: None for the roots, dk, and one for each of `names`."
-  shape = inputs[names.index("u")].shape
-  shapes = {"k": k.shape} | {n: shape for n in names if n != "D"}
-  outputs = launch(_conv_grad(names, m, kind),
-                   [_written(s, shape[1], tw.shape[2], kind) for s in shapes.values()],
-                   [tw, k, _trimmed(dy, shape, kind), *inputs], no_second_gradient("fftconv"))
-  d = {n: _trimmed(o, s, kind) for o, (n, s) in zip(outputs, shapes.items())}
-  dk = d["k"]
-  d["D"] = dk[0, :, 0]                                                                     # dD = dk at lag 0
-  if k.shape[1] == 1: dk = dk.sum(1, keepdim=True)
-  return None, dk, *(d[n] for n in names)
-
-def _parts(x:Tensor, R:int, S:int) -> Tensor:
-  "Rows (B,H,L) -> the R sub-transforms of a transform of length R S: (⌈B/2⌉,H R,2,S)."
-  return launch(_split(machine(x.device)), [(Rows.count(x.shape), x.shape[1]*R, 2, S)],
-                [_twiddles(R, S, x.device), x], _parts_backward)[0]
-
-def _parts_backward(dX:Tensor, X:Tensor, tw:Tensor, x:Tensor) -> tuple[Tensor|None, ...]:
-  "`_rows` is the adjoint of `_parts`; the roots get no gradient."
-  return None, _rows(dX, x.shape, *tw.shape[1:])
-
-def _rows(X:Tensor, shape:tuple[int, ...], R:int, S:int) -> Tensor:
-  "The way back, without its 1/R, and the adjoint of `_parts`."
-  B, H, L = shape
-  y, = launch(_join(machine(X.device), B, L), [_written(shape, H, S, Rows)],
-              [_twiddles(R, S, X.device), X], bound(_rows_backward, shape=shape))
-  return _trimmed(y, shape, Rows)
-
-def _rows_backward(dy:Tensor, y:Tensor, tw:Tensor, X:Tensor, shape:Shape) -> tuple[Tensor|None, ...]:
-  "`_parts` is the adjoint of `_rows`; the roots get no gradient."
-  return None, _parts(_trimmed(dy, shape, Rows), *tw.shape[1:])
-
-def _overlapped(w:Tensor, k:Tensor, D:Tensor|None, N:int) -> Tensor:
-  """A short filter along a long sequence, in pieces of N - K + 1 steps, each with the K-1 before it (overlap-save):
-  what wraps around in a transform of length N falls into those, which are dropped."""
-  (B, H, L), n = w.shape, N - k.shape[1] + 1
-  P = -(-L//n)
-  w = w.pad((None, None, (0, P*n-L))).reshape(B, H, P, n)
-  before = w[..., 2*n-N:].pad((None, None, (1, 0), None))[:, :, :P]                               # (B,H,P,N-n)
-  w = before.cat(w, dim=-1).transpose(1, 2).reshape(B*P, H, N)                                    # (B P,H,N)
-  y = _one({n: x for n, x in zip("uD", (w, D)) if x is not None}, k.unsqueeze(0), N, Rows)[..., N-n:]
-  return y.reshape(B, P, H, n).transpose(1, 2).reshape(B, H, P*n)[..., :L]
-
-def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor|None=None,
-            channels_last:bool=False) -> Tensor:
-  """y = q * (k ∗ (u*v) + D*(u*v)): the causal convolution along the last axis, gated before, after.
-
-  u, v, q, y (B,H,L) float32, or (B,L,H) with channels_last; k (H,K), or (1,K), one filter for all
-  channels; taps past L do nothing; D (H,). Left out, v and q are 1 and D is 0. Any B, H, L, K ≥ 1.
-  Differentiable in every argument, works in TinyJit; plain ops (`fftconv_ref`) where no kernel
-  serves. Raises ValueError when shapes don't fit.
-  Sources: paper section 4; HazyResearch/H3 src/ops/fftconv.py:53-103.
-  """
-  gates = [x for x in (v, q) if x is not None]
-  H = u.shape[2 if channels_last else 1] if u.ndim == 3 else 0
-  if u.ndim != 3 or k.ndim != 2 or k.shape[0] not in (1, H) or any(x.shape != u.shape for x in gates) \
-     or (D is not None and D.shape != (H,)):
-    got = (f"{n} {x.shape}" for n, x in zip("uvqkD", (u, v, q, k, D)) if x is not None)
-    raise ValueError("fftconv: u, v, q are (B,H,L), or (B,L,H) with channels_last, k (H,K) or (1,K), "
-                     f"D (H,); got {', '.join(got)}")
-  if channels_last:
-    u, v, q = (None if x is None else x.transpose(1, 2) for x in (u, v, q))
-    return fftconv(u, k, D, v, q).transpose(1, 2)
-  u, k, D, v, q = on_one_device(u, k, D, v, q)
-  L = u.shape[2]
-  k = k[:, :L]
-  N, short = _length(L, k.shape[1]), max(SHORT, _length(8*k.shape[1], 1))
-  R, cut = levels(u.device, N), N > 2*short and levels(u.device, short) == 1
-  inputs = [x for x in (u, k, D, v, q) if x is not None]
-  if not (R or cut) or not whole(*inputs) or any(x.dtype != dtypes.float for x in inputs):
-    return fftconv_ref(u, k, D, v, q)
-  if cut:
-    y = _overlapped(u if v is None else u*v, k, D, short)
-    return y if q is None else q*y
-  if R == 1: return _one({n: x for n, x in zip("uDvq", (u, D, v, q)) if x is not None}, k.unsqueeze(0), N, Rows)
-  w = u if v is None else u*v
-  X, K = (_parts(x, R, N//R) for x in (w, k.expand(H, k.shape[1]).unsqueeze(0)))
-  y = _rows(_one({"u": X}, K, N//R, Parts), u.shape, R, N//R) * (1/R)
-  if D is not None: y = y + D.reshape(-1, 1)*w
-  return y if q is None else q*y
-
-# ---------------------------------------------------------------- state passing: an SSM's convolution at any length
-# A sequence is walked in chunks of c steps, R of them at a time. With w = u v and the state x, 2 Re C A^l B = k[l]:
-#   y_n = P x_n + T w_n        P: 2 Re C A^(l+1), the state's answer;   T: k[l-j], a Toeplitz matrix, D on its diagonal
-#   x_(n+1) = a x_n + Q w_n    a: A^c;   Q: A^(c-1-j) B, the chunk's share of the state
-# All but `a x_n` are products of small matrices, done for R chunks at once. So short a chunk needs no FFT: at 32 steps
-# T is a quarter of the work, and an FFT of 2,048 steps alone takes 1.8 ns a step and channel where all of this takes
-# 1.4 to 2.1 (README). H=256, L=16384, chunks of 8, 16, 32, 64, 128, two cores: 9.0, 7.2, 6.3, 9.3, 15.3 ms forward,
-# with gradients 39, 32, 39, 51, 76.
-WALK_THREADS = 128                   # of a GPU's work group
-
-def powers(a:Pair, n:int, step:int=1) -> Pair:
-  """a^l for l = 0, step, …, (n-1)*step on a new last axis: a (…) -> (…,n).
-
-  The bits of l choose among a, a^2, a^4, …: no exp, sin or cos, and in float32 more exact than
-  exp(l log a). Many powers are products of few: a^(iJ + j) = (a^J)^i a^j.
-  """
-  if n > 16:
-    I = -(-n // (J := 1 << n.bit_length() // 2))
-    lo, hi = ([stored(t) for t in powers(a, m, s)] for m, s in ((J, step), (I, J*step)))
-    both = cmul([t.unsqueeze(-1) for t in hi], [t.unsqueeze(-2) for t in lo])                    # (…,I,J)
-    return tuple(t.flatten(-2)[..., :n] for t in both)
-  const = (a[0].detach().unsqueeze(-1), a[1].detach().unsqueeze(-1))
-  def power(l:Tensor) -> Pair:
-    out, sq = (const[0].const_like(1), const[0].const_like(0)), const
-    for b in range(((n-1)*step).bit_length()):
-      bit, prod = (l // 2**b) % 2 == 1, cmul(out, sq)
-      out, sq = (bit.where(prod[0], out[0]), bit.where(prod[1], out[1])), cmul(sq, sq)
-    return out
-  # Adding 0 = l a^(l-1) (a - const) changes no value and has the whole gradient,
-  # d a^l = l a^(l-1) da: one sum over l in the backward pass instead of one for each bit.
-  l = Tensor.arange(n) * step
-  prev = power((l - 1).maximum(0))
-  da = (a[0].unsqueeze(-1) - const[0], a[1].unsqueeze(-1) - const[1])
-  slope = cmul((l*prev[0], l*prev[1]), da)
-  return tuple(x + y for x, y in zip(power(l), slope))
-
-class Vandermonde:
-  """Sums over powers A^l, l < L, in two levels: l = i*J + j, J ~ sqrt(L), A^l = (A^J)^i A^j.
-
-  The (H,M,L) table never exists: what remains are matrix products over tables of about sqrt(L)
-  columns. The official sum has one level, src/ops/vandermonde.py:47-58.
-  """
-  def __init__(self, A:Pair, L:int):
-    self.L, self.J = L, 1 << ((L-1).bit_length() + 1) // 2
-    self.I, self.M = -(-L // self.J), A[0].shape[-1]
-    self.hi = powers(A, self.I, self.J)                             # (H,M,I) each
-    self.lo = stored(Tensor.cat(*powers(A, self.J), dim=-2))        # (H,2M,J), re above im
-
-  def sum(self, c:Pair) -> Tensor:
-    "2 Re sum_n c[n] A[n]^l, l < L: c (…,H,M) -> (…,H,L)."
-    re, im = cmul((c[0].unsqueeze(-1), c[1].unsqueeze(-1)), self.hi)
-    left = Tensor.cat(2*re, -2*im, dim=-2).transpose(-1, -2)        # (…,H,I,2M)
-    y = matmul(left, self.lo.expand(*left.shape[:-2], -1, -1))      # (…,H,I,J)
-    return y.reshape(*y.shape[:-2], self.I*self.J)[..., :self.L]
-
-  def after(self, w:Tensor) -> Pair:
-    "The transpose: sum_j A^(L-1-j) w[j], w (…,H,L) -> (…,H,M)."
-    x = w.flip(-1).pad((None,)*(w.ndim-1) + ((0, self.I*self.J - self.L),))
-    x = x.reshape(*w.shape[:-1], self.I, self.J)
-    x = (x @ self.lo.transpose(-1, -2)).transpose(-1, -2)           # (…,H,2M,I)
-    re, im = cmul((x[..., :self.M, :], x[..., self.M:, :]), self.hi)
-    return re.sum(-1), im.sum(-1)
-
-class Walk:
-  """One channel and the hands that walk along its sequences: the threads of a work group (GPU), or one turn
-  of the outermost loop (CPU), which the cores share. `done` is what has to be finished before the next reader.
-
-  Scratch memory is flat, R+1 rows of S + c numbers: of two indices tinygrad would lose the gate of a store.
-  """
-  def __init__(self, m:Machine, shape:tuple[int, int, int], S:int, c:int, R:int):
-    (self.B, self.H, self.L), self.m, self.S, self.c, self.R, self.W = shape, m, S, c, R, S + c
-    self.groups, self.ids, self.slots = -(-self.L//(R*c)), itertools.count(), itertools.count()
-    self.last = self.L//c - (self.groups - 1)*R       # row of the last group where the last whole chunk has ended
-    if m.gpu: self.h, self.t, self.outer = UOp.special(self.H, "gidx0"), UOp.special(WALK_THREADS, "lidx0"), ()
-    else:
-      cores = next(n for n in range(m.cores, 0, -1) if self.H % n == 0)
-      core, me = _cores(cores, next(self.ids))
-      i = self.loop(self.H//cores, AxisType.LOOP)
-      self.h, self.outer = me*(self.H//cores) + i, (i, core)
-    self.done = self.outer
-  def loop(self, n:int, axis:AxisType=AxisType.REDUCE) -> UOp: return UOp.range(n, next(self.ids), axis)
-  def memory(self, size:int, shared:bool=True) -> UOp:
-    space = AddrSpace.LOCAL if self.m.gpu and shared else AddrSpace.REG
-    return UOp.placeholder((size,), dtypes.float, slot=next(self.slots), addrspace=space)
-  def begin(self, n:int) -> UOp:
-    "A loop in which everything up to its `end` takes place."
-    self.done = (*self.done, i := self.loop(n))
-    return i
-  def end(self, i:UOp):
-    "What this turn has read the next one may overwrite: that takes a barrier of its own on a GPU."
-    done = UOp.group(*self.done)
-    self.done = ((done.barrier() if self.m.gpu else done).end(i),)
-  def finish(self, name:str) -> UOp:
-    done = UOp.group(*self.done).end(self.outer[0]).end(self.outer[1]) if self.outer else self.done[0]
-    return done.sink(arg=KernelInfo(name=f"{name}_{self.B}x{self.H}x{self.L}", opts_to_apply=()))
-
-  def each(self, rows:int, cols:int, body:Callable[[UOp, UOp], list[tuple[UOp, UOp, UOp]]]):
-    "Stores (memory, place, value) of body(row, col), for all."
-    def store(gate:Callable[[UOp], UOp], r:UOp, j:UOp) -> list[UOp]:
-      return [mem[gate(at)].store(x) for mem, at, x in body(r, j)]
-    if not self.m.gpu:
-      r, j = self.loop(rows, AxisType.LOOP), self.loop(cols, AxisType.LOOP)
-      self.done = UOp.group(*store(lambda at: at, r, j)).end(j).end(r),
-      return
-    turns = [self.t + s for s in range(0, rows*cols, WALK_THREADS)]
-    self.done = UOp.group(*[s for i in turns for s in
-      store((lambda at, i=i: at.valid(i < rows*cols)) if i.vmax >= rows*cols else lambda at: at, i//cols, i % cols)]),
-
-  def product(self, rows:int, cols:int, K:int, a:Callable[[UOp, UOp], UOp], b:Callable[[UOp, UOp], UOp],
-              put:Callable[[UOp, UOp, UOp], list[tuple[UOp, UOp, UOp]]], start:Callable[[UOp, UOp], UOp]|None=None):
-    "put(row, col, start(row, col) + Σ_k a(row, k) b(k, col)), stores as in `each`. A tile of sums stays in registers."
-    start = start or (lambda r, j: UOp.const(0.0, dtypes.float))
-    if self.m.gpu:
-      hands = max(1, WALK_THREADS//cols)              # threads that share a column
-      n, nt, outer = -(-rows//hands), 1, ()
-      places = [self.t//cols + i*hands for i in range(n)]
-      inside = [(r < rows) & (self.t < hands*cols) if (i+1)*hands > rows or WALK_THREADS % cols else None
-                for i, r in enumerate(places)]
-      at = [r.minimum(rows-1) for r in places]
-      def lanes(body:Callable[[UOp, UOp|int], list[UOp]]) -> UOp: return UOp.group(*body(self.t % cols, 0))
-    else:
-      n, nt = _walk_tile(self.m, rows, cols)
-      outer = self.loop(rows//n, AxisType.LOOP), self.loop(cols//nt, AxisType.LOOP)
-      at, inside = [outer[0]*n + i for i in range(n)], [None]*n
-      def lanes(body:Callable[[UOp, UOp|int], list[UOp]]) -> UOp:
-        z = self.loop(nt, AxisType.LOOP)
-        return UOp.group(*body(outer[1]*nt + z, z)).end(z)
-    acc = self.memory(n*nt, shared=False)
-    first = acc.after(*self.done, *outer)
-    acc = acc.after(lanes(lambda j, z: [first[i*nt + z].store(start(r, j)) for i, r in enumerate(at)]))
-    k = self.loop(K)
-    s = acc.after(k)
-    def add(j:UOp, z:UOp|int) -> list[UOp]:
-      y = b(k, j)
-      return [s[i*nt + z].store(s[i*nt + z] + a(r, k)*y) for i, r in enumerate(at)]
-    acc = acc.after(lanes(add).end(k))
-    done = UOp.group(*[lanes(lambda j, z: [mem[place if ok is None else place.valid(ok)].store(x)
-                                           for mem, place, x in put(r, j, acc[i*nt + z])])
-                       for i, (r, ok) in enumerate(zip(at, inside))])
-    for o in outer[::-1]: done = done.end(o)
-    self.done = done,
-
-  # the walk's own steps; b: the row of the batch, g: the group of R chunks
-  def place(self, b:UOp, g:UOp, r:UOp, j:UOp) -> tuple[UOp, UOp|None]:
-    "Index into a flat (B,H,L) of step j of chunk r, and whether it is there."
-    i = (g*self.R + r)*self.c + j
-    return (b*self.H + self.h)*self.L + i, None if self.L % (self.R*self.c) == 0 else i < self.L
-  def read(self, at:tuple[UOp, UOp|None], *factors:UOp) -> UOp:
-    "Π factors there, 0 past the end"
-    i, ok = at
-    if ok is None: return functools.reduce(operator.mul, [f[i] for f in factors])
-    return functools.reduce(operator.mul, [ok.where(f[i.valid(ok)], 0.0) for f in factors])
-  def write(self, at:tuple[UOp, UOp|None], out:UOp, x:UOp) -> tuple[UOp, UOp, UOp]:
-    return out, at[0] if at[1] is None else at[0].valid(at[1]), x
-  def state(self, b:UOp, i:UOp) -> UOp: return (b*self.H + self.h)*self.S + i     # index into a flat (B,H,S)
-
-  def scan(self, mem:UOp, offset:int, a:UOp, back:bool):
-    "x_(r+1) += a x_r for r = 0 to R-1, or back: x_r += a* x_(r+1). Row r of x is at r W + offset, re and then im."
-    M, r = self.S//2, self.loop(self.R)
-    row = (self.R - 1 - r if back else r + 1)*self.W + offset
-    prev, now = row + (self.W if back else -self.W), mem.after(*self.done, r)
-    def body(_:UOp, m:UOp) -> list[tuple[UOp, UOp, UOp]]:
-      x, (re, im) = (a[self.h, m], a[self.h, M + m]), (now[prev + m], now[prev + M + m])
-      re, im = cmul(conj(x) if back else x, (re, im))
-      return [(now, row + m, now[row + m] + re), (now, row + M + m, now[row + M + m] + im)]
-    self.each(1, M, body)
-    self.done = self.done[0].end(r),
-
-  def forward(self, X:UOp, b:UOp, g:UOp, Q:UOp, a:UOp, factors:list[UOp]):
-    "Rows [x_n | w_n] of group g, the state after the group before being in row R."
-    S, W, R, now = self.S, self.W, self.R, lambda: X.after(*self.done)
-    self.each(1, S, lambda _, i: [(now(), i, now()[R*W + i])])
-    self.each(R, self.c, lambda r, j: [(now(), r*W + S + j, self.read(self.place(b, g, r, j), *factors))])
-    w = now()
-    self.product(R, S, self.c, lambda r, k: w[r*W + S + k], lambda k, i: Q[self.h, k, i],          # Q w_n
-                 lambda r, i, s: [(w, (r+1)*W + i, s)])
-    self.scan(X, 0, a, back=False)                                                               # x_(n+1) += a x_n
-
-def _state_at(shape:tuple[int, ...]) -> int:
-  "Where in its output `_walk` puts the state, behind y: at a place fit for vector loads."
-  return -(-prod(shape)//64)*64
-
-@functools.cache
-def _walk_tile(m:Machine, rows:int, cols:int) -> tuple[int, int]:
-  "Rows and columns of a tile of sums in three quarters of the registers: divisors, with the fewest loads."
-  sizes = [(r, c) for r in range(1, rows+1) for c in range(1, cols+1) if rows % r == 0 and cols % c == 0
-           and r*-(-c//m.lanes) <= m.registers*3//4]
-  return min(sizes, key=lambda t: ((t[0] - (-t[1]//m.lanes))/(t[0]*t[1]), -t[1]))
-
-@functools.cache
-def _walk(names:tuple[str, ...], m:Machine, shape:tuple[int, int, int], S:int, c:int, R:int) -> Callable:
-  "y and, behind it, the state after the last whole chunk"
-  @functools.cache
-  def kernel(out:UOp, x0:UOp, Q:UOp, P:UOp, a:UOp, *inputs:UOp) -> UOp:
-    x, w = dict(zip(names, inputs)), Walk(m, shape, S, c, R)
-    X, W, h = w.memory((R+1)*(S+c)), S + c, w.h
-    b = w.begin(w.B)
-    w.each(1, S, lambda _, i: [(X.after(*w.done), R*W + i, x0[w.state(b, i)])])
-    g = w.begin(w.groups)
-    w.forward(X, b, g, Q, a, [x[n] for n in "uv" if n in x])
-    now = X.after(*w.done)
-    def put(r:UOp, l:UOp, y:UOp) -> list[tuple[UOp, UOp, UOp]]:
-      at = w.place(b, g, r, l)
-      return [w.write(at, out, y*w.read(at, x["q"]) if "q" in x else y)]
-    w.product(R, c, W, lambda r, k: now[r*W + k], lambda k, l: P[h, k, l], put)                  # y_n = P x_n + T w_n
-    w.end(g)
-    w.each(1, S, lambda _, i: [(out, _state_at(shape) + w.state(b, i), X.after(*w.done)[w.last*W + i])])
-    w.end(b)
-    return w.finish("ssm_walk")
-  return kernel
-
-@functools.cache
-def _walk_grad(names:tuple[str, ...], m:Machine, shape:tuple[int, int, int], S:int, c:int, R:int) -> Callable:
-  """The gradients of `_walk`: of the initial state, of Q, P and a, and of u, v, q. States are computed anew: on a walk
-  forward that keeps one in R, then group by group on the way back."""
-  @functools.cache
-  def kernel(dx0:UOp, dQ:UOp, dP:UOp, da:UOp, *bufs:UOp) -> UOp:
-    d, (kept, dout, x0, Q, a, PT, TQ) = dict(zip(names, bufs)), bufs[len(names):][:7]
-    x, w = dict(zip((*names, "P"), bufs[len(names)+7:])), Walk(m, shape, S, c, R)
-    W, M, h, us = S + c, S//2, w.h, [x[n] for n in "uv" if n in x]
-    X, E = w.memory((R+1)*W), w.memory((R+1)*W)               # rows [x_n | w_n] and [e_(n-1) | dx_n], e = q dy
-    sums = [(w.memory(W*c), W, c, dP), (w.memory(c*S), c, S, dQ), (w.memory(S), 1, S, da)]
-    for mem, rows, cols, _ in sums:
-      w.each(rows, cols, lambda r, j: [(mem.after(*w.done), r*cols + j, UOp.const(0.0, dtypes.float))])
-    sP, sQ, sa = (s[0] for s in sums)
-    b = w.begin(w.B)
-    w.each(1, S, lambda _, i: [(X.after(*w.done), R*W + i, x0[w.state(b, i)])])
-    g = w.begin(w.groups)
-    w.each(1, S, lambda _, i: [(kept, (h*w.groups + g)*S + i, X.after(*w.done)[R*W + i])])
-    w.forward(X, b, g, Q, a, us)
-    w.end(g)
-    n = w.begin(w.groups)
-    g = w.groups - 1 - n
-    w.each(1, S, lambda _, i: [(X.after(*w.done), R*W + i, kept.after(*w.done)[(h*w.groups + g)*S + i])])
-    w.forward(X, b, g, Q, a, us)
-    # dx_R of this group is dx_0 of the one after; the last state's own gradient enters where that state is read
-    own = lambda r, i: (n.eq(0) & r.eq(w.last)).where(dout[_state_at(shape) + w.state(b, i)], 0.0)
-    row = UOp.const(R, dtypes.weakint)
-    w.each(1, S, lambda _, i: [(E.after(*w.done), R*W + c + i, n.eq(0).where(own(row, i), E.after(*w.done)[c + i]))])
-    w.each(R, c, lambda r, j: [(E.after(*w.done), (r+1)*W + j,
-                                w.read(w.place(b, g, r, j), dout, *(x[k] for k in "q" if k in x)))])
-    e = E.after(*w.done)
-    w.product(R, S, c, lambda r, k: e[(r+1)*W + k], lambda k, i: PT[h, k, i],                     # P^T e_n
-              lambda r, i, s: [(e, r*W + c + i, s)], own)
-    w.scan(E, c, a, back=True)                                                                  # dx_n += a* dx_(n+1)
-    now, e = X.after(*w.done), E.after(*w.done)
-    if "q" in x:
-      def put(r:UOp, l:UOp, y:UOp) -> list[tuple[UOp, UOp, UOp]]:
-        return [w.write(at := w.place(b, g, r, l), d["q"], y*w.read(at, dout))]
-      w.product(R, c, W, lambda r, k: now[r*W + k], lambda k, l: x["P"][h, k, l], put)           # dq = y dy
-    def put(r:UOp, j:UOp, dw:UOp) -> list[tuple[UOp, UOp, UOp]]:
-      at = w.place(b, g, r, j)
-      if "v" not in x: return [w.write(at, d["u"], dw)]
-      return [w.write(at, d[k], dw*w.read(at, x[o])) for k, o in ("uv", "vu")]
-    w.product(R, c, W, lambda r, k: e[(r+1)*W + k], lambda k, j: TQ[h, k, j], put)                # dw = T^T e + Q^T dx
-    for mem, rows, cols, first, other in ((sP, W, c, 0, 0), (sQ, c, S, S, c)):                    # dP += [x|w]^T e, …
-      mem = mem.after(*w.done)
-      w.product(rows, cols, R, lambda i, k: now[k*W + first + i], lambda k, j: e[(k+1)*W + other + j],
-                lambda i, j, s: [(mem, i*cols + j, s)], lambda i, j: mem[i*cols + j])
-    r = w.loop(R)
-    def turn(_:UOp, i:UOp) -> list[tuple[UOp, UOp, UOp]]:                                        # da += x_n* dx_(n+1)
-      at, s = r*W + i, sa.after(*w.done, r)
-      re, im = cmul((now[at], -now[at + M]), (e[at + W + c], e[at + W + c + M]))
-      return [(s, i, s[i] + re), (s, M + i, s[M + i] + im)]
-    w.each(1, M, turn)
-    w.done = w.done[0].end(r),
-    w.end(n)
-    w.each(1, S, lambda _, i: [(dx0, w.state(b, i), E.after(*w.done)[c + i])])
-    w.end(b)
-    for mem, rows, cols, out in sums:
-      w.each(rows, cols, lambda i, j: [(out, (h*rows + i)*cols + j, mem.after(*w.done)[i*cols + j])])
-    return w.finish("ssm_walk_grad")
-  return kernel
-
-def _walk_sizes(device:str|tuple, S:int, L:int, chunk:int|None) -> tuple[Machine, int, int]|None:
-  "Steps of a chunk and chunks at a time, as scratch memory allows; None where plain ops have to do it."
-  if not FLASH: return None
-  m = machine(device)
-  fits = lambda c, R: not m.gpu or 4*(2*(R+1)*(S+c) + (S+c)*c + c*S + S) <= m.scratch
-  c, R = min(chunk or 32, 128, L), 8 if m.gpu else 32
-  while c > 1 and not fits(c, R): c //= 2
-  return (m, c, min(R, -(-L//c))) if fits(c, R) else None
-
-def _walk_tables(A:Pair, B:Pair, C:Pair, D:Tensor|None, c:int) -> tuple[Tensor, Tensor, Tensor]:
-  "Q (H,c,S), P above T (H,S+c,c), and a (H,S): see above. S = 2M, re and then im."
-  pw = [stored(p) for p in powers(A, c + 1)]                                                     # (H,M,c+1)
-  upto, after = (tuple(p[..., i:i+c] for p in pw) for i in (0, 1))
-  wide = lambda z: (z[0].unsqueeze(-1), z[1].unsqueeze(-1))
-  k = 2*cmul(wide(cmul(C, B)), upto)[0].sum(-2)                                                  # (H,c)
-  if D is not None: k = k + D.unsqueeze(-1).pad((None, (0, c-1)))
-  T = k.pad((None, (c-1, 0))).unfold(-1, c, 1).flip(1)                                           # T[j,l] = k[l-j]
-  P, Q = cmul(wide(C), after), cmul(wide(B), upto)
-  tables = Tensor.cat(*Q, dim=1).flip(-1).transpose(1, 2), Tensor.cat(2*P[0], -2*P[1], T, dim=1)
-  return *(stored(t) for t in tables), stored(Tensor.cat(*(p[..., c] for p in pw), dim=1))
-
-def _walk_backward(dout:Tensor, out:Tensor, x0:Tensor, Q:Tensor, P:Tensor, a:Tensor, *inputs:Tensor,
-                   names:tuple[str, ...], m:Machine, shape:tuple[int, int, int], S:int, c:int, R:int
-                   ) -> list[Tensor]:
-  "The gradients of `_walk`'s inputs, in their order."
-  PT, TQ = P[:, :S].transpose(1, 2), Tensor.cat(P[:, S:].transpose(1, 2), Q.transpose(1, 2), dim=1)
-  forward = (x0, Q, P, a, *inputs)
-  scratch = shape[1] * -(-shape[2]//(R*c)) * S                       # states kept on the walk forward
-  # tinygrad's OpenCL counts an argument that a kernel does not use wrongly: only dq needs P
-  outputs = launch(_walk_grad(names, m, shape, S, c, R), [*((x.numel(),) for x in forward), (scratch,)],
-                   [dout, x0, Q, a, PT, TQ, *inputs, *([P] if "q" in names else [])], no_second_gradient("ssm_conv"))
-  return [d.reshape(x.shape) for d, x in zip(outputs, forward)]
-
-def ssm_conv_ref(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None=None, q:Tensor|None=None,
-                 state:Pair|None=None, chunk:int|None=None) -> tuple[Tensor, Pair]:
-  "The definition of `ssm_conv`, same arguments: a convolution for each chunk (default: 4096 steps)."
-  w, L, c, ys = u if v is None else u*v, u.shape[2], chunk or 4096, []
-  x = state or tuple(Tensor.zeros(u.shape[0], *A[0].shape, device=u.device) for _ in range(2))
-  for i in range(0, L, c):
-    wi = w[..., i:i+c]
-    van, CA, last = Vandermonde(A, n := wi.shape[2]), cmul(C, A), tuple(p[..., 1] for p in powers(A, 2, n))
-    ys.append(fftconv_ref(wi, van.sum(cmul(C, B)), D) + van.sum(cmul(CA, x)))           # k ∗ w + 2 Re C A^(l+1) x
-    x = tuple(map(operator.add, cmul(last, x), cmul(B, van.after(wi))))                 # A^n x + Σ_j A^(n-1-j) B w_j
-  y = Tensor.cat(*ys, dim=-1)
-  return y if q is None else q*y, x
-
-def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None=None, q:Tensor|None=None,
-             state:Pair|None=None, chunk:int|None=None) -> tuple[Tensor, Pair]:
-  """`fftconv` with the filter of a diagonal SSM, k[l] = 2 Re Σ C B A^l, and the state after the last step.
-
-  u, v, q, y (B,H,L); A, B, C discretised modes, pairs (re, im) of (H,M); D (H,); state a pair of (B,H,M), None: zeros.
-  Exact for any L, in memory that does not grow with L beyond inputs and outputs, one launch forward and one back.
-  Pieces of a sequence, with the state handed on, give what one call gives. chunk: steps of a chunk, for
-  measurements. Differentiable once in every argument. Raises ValueError when shapes don't fit.
-  Source: paper section 4 (state passing); not in the official code.
-  """
-  u, D, v, q, *rest = on_one_device(u, D, v, q, *A, *B, *C, *(state or ()))
-  A, B, C = (tuple(rest[i:i+2]) for i in (0, 2, 4))
-  state = tuple(rest[6:]) or None
-  gates, xs, (n, H, L) = [x for x in (v, q) if x is not None], rest[6:], u.shape if u.ndim == 3 else (0, 0, 0)
-  pairs, M = [*A, *B, *C], A[0].shape[-1]
-  if 0 in (n, H, L, chunk) or any(x.shape != u.shape for x in gates) or any(x.shape != (H, M) for x in pairs) \
-     or any(x.shape != (n, H, M) for x in xs) or (D is not None and D.shape != (H,)) or (chunk or 1) < 1:
-    got = [f"{k} {x.shape}" for k, x in (("u", u), ("v", v), ("q", q), ("D", D)) if x is not None]
-    raise ValueError("ssm_conv: u, v, q are (B,H,L), A, B, C pairs of (H,M), D (H,), state a pair of (B,H,M), chunk "
-                     f"at least 1; got {', '.join(got)}, A, B, C {[x.shape for x in pairs]}, "
-                     f"state {[x.shape for x in xs]}, chunk {chunk}")
-  sizes = _walk_sizes(u.device, 2*M, L, chunk)
-  if not sizes or any(x.dtype != dtypes.float for x in (u, *gates, *pairs, *xs, *([] if D is None else [D]))):
-    return ssm_conv_ref(u, A, B, C, D, v, q, state, chunk)
-  (m, c, R), S, shape, names = sizes, 2*M, (n, H, L), tuple(k for k, x in zip("uvq", (u, v, q)) if x is not None)
-  if prod(shape)*4 < ONE_CORE: m = m._replace(cores=1)
-  Q, P, a = _walk_tables(A, B, C, D, c)
-  x0 = Tensor.zeros(n, H, S, device=u.device).contiguous() if state is None else Tensor.cat(*state, dim=-1)
-  inputs = [x0.flatten(), Q, P, a, *(x.flatten() for x in (u, *gates))]
-  out, = launch(_walk(names, m, shape, S, c, R), [(_state_at(shape) + n*H*S,)], inputs,
-                bound(_walk_backward, names=names, m=m, shape=shape, S=S, c=c, R=R))
-  y, x = out[:prod(shape)].reshape(shape), out[_state_at(shape):].reshape(n, H, S)
-  re, im = x[..., :M], x[..., M:]
-  if rest := L % c:                                  # after the last whole chunk: A^rest x + Σ_j A^(rest-1-j) B w_j
-    w = u[..., L-rest:] if v is None else u[..., L-rest:]*v[..., L-rest:]
-    new = (w.unsqueeze(-1)*Q[:, c-rest:]).sum(2)                                                 # (B,H,S)
-    re, im = cmul(tuple(p[..., 1] for p in powers(A, 2, rest)), (re, im))
-    re, im = re + new[..., :M], im + new[..., M:]
-  return y, (re, im)
-
-# ---------------------------------------------------------------- selfcheck, sources, benchmark
-# more kernels to check: a function of Tensors, its plain version (None: itself with FLASH=0), the shapes of its output and
-# of its inputs
-CHECKS: dict[str, tuple] = {}
-
-def selfcheck(device:str|None=None) -> float:
-  """The convolution in one launch, the matrix product and the layer norm, forward and backward, against
-  plain ops on the device, at small sizes, on one core.
-
-  Returns the worst relative error; RuntimeError, which names the kernel, past 1e-4.
-  """
-  device, rng, worst = device or Device.DEFAULT, np.random.default_rng(0), 0.0
-  def direct(u:Tensor, k:Tensor, D:Tensor, v:Tensor, q:Tensor) -> Tensor:
-    "fftconv as a sum over taps: fewer and smaller kernels than fftconv_ref, on a program's way to its start"
-    L, w = u.shape[2], u*v
-    taps = k.pad((None, (L-1, 0))).unfold(-1, L, 1).flip(-1)       # (H,L,L): k[t-s]
-    return q*((taps*w.unsqueeze(2)).sum(-1) + D.reshape(-1, 1)*w)
-  cases = {"fftconv": (fftconv, direct, (3, 4, 40), (3, 4, 40), (4, 40), (4,), (3, 4, 40), (3, 4, 40))} | CHECKS
-  for name, (f, plain, out, *shapes) in cases.items():
-    x = [Tensor(rng.standard_normal(s).astype(np.float32), device=device).realize() for s in shapes]
-    g = Tensor(rng.standard_normal(out).astype(np.float32), device=device).realize()
-    def results(f:Callable) -> list[Tensor]: return [y := f(*x), *y.gradient(*x, gradient=g)]
-    with Context(FLASH=0): want = results(plain or f)
-    try:
-      got = results(f)
-      Tensor.realize(*got, *want)                     # at once: the compiler's workers share them
-      pairs = [(a.numpy(), b.numpy()) for a, b in zip(got, want)]
-    except Exception as e: raise RuntimeError(f"kernel {name} fails on {device}: {type(e).__name__}") from e
-    error = max(float(np.abs(a - b).max()/np.abs(b).max()) for a, b in pairs)
-    if not error <= 1e-4: raise RuntimeError(f"kernel {name} is wrong on {device}, relative error {error:.1e}")
-    worst = max(worst, error)
-  return worst
-
-def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, int]]:
-  """{name: (source, bytes of local memory)} of the convolution's kernels for "cuda", "metal" or
-  "opencl", on any machine: rows of length L in one launch, and a two-level transform of four times that."""
-  language = {"cuda": cstyle.CUDARenderer, "metal": cstyle.MetalRenderer, "opencl": cstyle.OpenCLRenderer}[backend]
-  r = object.__new__(language)       # without its compiler, which another machine may have
-  cstyle.CStyleLanguage.__init__(r, Target(backend.upper(), arch="sm_86" if backend == "cuda" else ""))
-  r.tensor_cores = []
-  m, names, N = Machine(True, 1, r.shared_max, True), ("u", "D", "v", "q"), _length(L, L)
-  def source(fxn:Callable, *shapes:tuple[int, ...]) -> tuple[str, tuple[str, int]]:
-    program = to_program(fxn(*(UOp.placeholder(s, dtypes.float, slot=i) for i, s in enumerate(shapes))), r)
-    scratch = sum(4*u.max_numel() for u in program.src[1].src if u.op is Ops.BUFFER and u.addrspace is AddrSpace.LOCAL)
-    return program.arg.name, (program.src[2].arg, scratch)
-  x, X, tw, far = (B, H, L), (B//2, 4*H, 2, N), (2, RADIX, N//RADIX), (2, 4, N)
-  return dict([source(_conv(names, m, Rows), x, tw, (1, H, L), x, (H,), x, x),
-               source(_conv_grad(names, m, Rows), (1, H, L), x, x, x, tw, (1, H, L), x, x, (H,), x, x),
-               source(_split(m), X, far, (B, H, 2*N)), source(_join(m, B, 2*N), (B, H, 2*N), far, X),
-               source(_conv(("u",), m, Parts), X, tw, (1, 4*H, 2, N), X),
-               source(_conv_grad(("u",), m, Parts), (1, 4*H, 2, N), X, tw, (1, 4*H, 2, N), X, X)])
-
-def main(argv:list[str]|None=None) -> int:
-  ap = argparse.ArgumentParser(prog="flashconv.py", description="Checks the kernels against plain ops, then times "
-                               "the convolution against plain tinygrad and, where it is installed, PyTorch.")
-  def fail(message:str): sys.exit(print(f"error: {message} (--help)", file=sys.stderr) or 2)
-  ap.error = fail
-  ap.add_argument("--render", choices=["cuda", "metal", "opencl"],
-                  help="print the kernels' source for it, on any machine, and stop")
-  ap.add_argument("--lengths", type=int, nargs="+", metavar="L",
-                  help="default 256 512 1024 2048 4096 8192; of --render 2048")
-  ap.add_argument("--long", type=int, nargs="*", metavar="L",
-                  help="time state passing alone, at these lengths; default 16384 65536; at a quarter of the channels "
-                  "16384 1048576")
-  ap.add_argument("--batch", type=int, default=8)
-  ap.add_argument("--channels", type=int, default=256)
-  ap.add_argument("--plain", type=int, default=1024, metavar="L",
-                  help="time plain tinygrad up to this length, default 1024 (it is slow)")
-  a = ap.parse_args(argv)
-  lengths = a.lengths or ([2048] if a.render else [256, 512, 1024, 2048, 4096, 8192] if a.long is None else [])
-  quarter = max(1, a.channels//4)
-  if min(*lengths, *(a.long or ()), a.batch, a.channels) < 1:
-    ap.error("--lengths, --long, --batch and --channels must be at least 1")
-  if a.render:
-    if max(lengths) > 2048 or min(lengths) < 64:
-      ap.error("--render takes lengths from 64 to 2048, what one launch takes at 32 KB")
-    for L in lengths:
-      for source, scratch in render(a.render, L).values(): print(f"// {scratch} bytes of local memory\n{source}\n")
-    return 0
-  sys.modules.setdefault("flashconv", sys.modules[__name__])
-  from support.cpu import setup_device
-  setup_device()
-  try: print(f"selfcheck on {Device.DEFAULT}: worst relative error {selfcheck():.1e}")
-  except RuntimeError as e:
-    print(f"error: {e}", file=sys.stderr)
-    return 1
-  return 0
 
 if __name__ == "__main__": sys.exit(main())

@@ -149,8 +149,8 @@ def test_fftconv_refuses_shapes():
 def test_kernel_selfcheck(monkeypatch, capsys):
   "within rounding as things are; a kernel that computes something else is named, and then done without"
   assert flashconv.selfcheck() <= 1e-5
-  roots = flashconv._twiddles
-  monkeypatch.setattr(flashconv, "_twiddles", lambda *a: roots(*a)*1.001)
+  roots = flashconv.roots_of_unity
+  monkeypatch.setattr(flashconv, "roots_of_unity", lambda *a: roots(*a)*1.001)
   with pytest.raises(RuntimeError, match="kernel fftconv is wrong on"): flashconv.selfcheck()
   monkeypatch.setattr(cpu, "diskcache_get", lambda *a: None)
   with Context(FLASH=1, NOOPT=1):
@@ -218,7 +218,7 @@ def test_metal_sources_are_well_formed(tmp_path):
     subprocess.run(["clang++", "-std=c++17", "-fsyntax-only", "-w", f"-I{tmp_path}", tmp_path/"k.cpp"], check=True)
     assert scratch in (0, 4*2*64*9), name
   m, tw = flashconv.Machine(True, 1, 32768, True), UOp.placeholder((2, 8, 512), dtypes.float, slot=9)
-  assert flashconv.Block(flashconv.Group(m, 1, 4096), tw).mem.max_numel()*4 == 32768
+  assert flashconv.FFTBuffer(flashconv.Group(m, 1, 4096), tw).mem.max_numel()*4 == 32768
 
 @slow
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
