@@ -8,7 +8,7 @@ import math, mmap, multiprocessing, operator, os, pickle, queue, signal, sqlite3
 import time
 from typing import Callable, Sequence
 import numpy as np
-from tinygrad import Device, Tensor, UOp, codegen, dtypes, helpers, tensor
+from tinygrad import Device, Tensor, UOp, codegen, dtypes, helpers, nn, tensor
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
 from tinygrad.codegen.opt.postrange import Scheduler
 from tinygrad.dtype import AddrSpace, DType
@@ -19,10 +19,12 @@ from tinygrad.helpers import (NOOPT, all_int, cache_dir, diskcache_get, diskcach
 from tinygrad.renderer import Estimates, cstyle
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, graph_rewrite
 import flashconv
-from flashconv import (CHECKS, FAST, FLASH, HALF, LOCK, ONE_CORE, WIDE, Machine, _compiler_macros, _compiler_says,
+from flashconv import (CHECKS, FAST, FLASH, HALF, LOCK, ONE_CORE, WIDE, Machine, Pair, _compiler_macros, _compiler_says,
                        _cores, _float_on_cpu, bound, constant, launch, machine, no_second_gradient,
                        on_one_device, selfcheck, stored, stored_backward, whole, widened)
 
+PLAIN_DOT, PLAIN_LINEAR, PLAIN_SOFTMAX = Tensor.dot, Tensor.linear, Tensor.softmax     # tinygrad's own
+PLAIN_NORM = nn.LayerNorm.__call__
 SHARED = 1 << 17                     # size of the loops of tinygrad's own kernels from which cores share them
 
 # ---------------------------------------------------------------- the matrix product, where tinygrad's own is slow
@@ -185,35 +187,40 @@ def _plain_product(x:Tensor, w:Tensor, sums:DType|None) -> Tensor:
   products. PoCL, two cores, (4096,1024) x (1024,256): 42 ms, dw 48 ms and not 270; after GELU 42 ms and not 700."""
   M = prod(x.shape[:-1])
   G = next(g for g in range(max(1, M//256), 0, -1) if M % g == 0) if w.ndim == 2 else 1
-  if G == 1: return stored_backward(stored(x).dot(w, dtype=sums))
-  y = stored(x).reshape(G, M//G, -1).dot(stored_backward(w.expand(G, *w.shape)), dtype=sums)
+  if G == 1: return stored_backward(PLAIN_DOT(stored(x), w, dtype=sums))
+  y = PLAIN_DOT(stored(x).reshape(G, M//G, -1), stored_backward(w.expand(G, *w.shape)), dtype=sums)
   return stored_backward(y).reshape(*x.shape[:-1], -1)
 
-def matmul(x:Tensor, w:Tensor, transposed:bool=False, bias:Tensor|None=None) -> Tensor:
+def multiply(x:Tensor, w:Tensor, transposed:bool=False, bias:Tensor|None=None, sums:DType|None=None) -> Tensor:
   """x @ w + bias -> (…,M,N): x (…,M,K); w (K,N), or (…,K,N) with x's leading dimensions, or any
   if x is (M,K); bias (N,).
 
   transposed=True is x @ w^T, for w stored as (…,N,K), the way checkpoints keep it. Differentiable
-  in all three. w may be in half precision (WEIGHTS), which is widened as it is read: all sums are float32.
+  in all three. w may be in half precision (WEIGHTS), which is widened as it is read; so may x where `sums` is float32.
   A kernel of our own on the CPU, from SMALL multiplications on; else tinygrad's.
   """
   x, w, bias = on_one_device(x, w, bias)
   K, N = w.shape[-2:][::-1 if transposed else 1] if w.ndim > 1 else (0, 0)
-  sums = dtypes.float if HALF and w.ndim == 2 and x.dtype == w.dtype == dtypes.float else None
-  if sums: x, w = (t.cast((dtypes.half, dtypes.bfloat16)[HALF.value-1]) for t in (x, w))
-  fits = (sums or x.dtype == dtypes.float) and _float_on_cpu(bias, small=(x, w))
-  fits = fits and all_int(x.shape + w.shape) and x.shape[-1] == K
+  fits = sums == dtypes.float or (sums is None and x.dtype == dtypes.float)
+  fits = fits and _float_on_cpu(bias, small=(x, w)) and all_int(x.shape + w.shape) and x.ndim > 0 and x.shape[-1] == K
   fits = fits and (w.ndim == 2 or (x.shape[:-2] in ((), w.shape[:-2]) and bias is None))
   # a small product costs less where tinygrad can fuse it with what stands around it
-  if not fits or prod(x.shape)*N*(prod(w.shape[:-2]) if x.ndim == 2 else 1) < SMALL:
+  large = all_int(x.shape + w.shape) and prod(x.shape)*N*(prod(w.shape[:-2]) if x.ndim == 2 else 1) >= SMALL
+  if not fits or not large:
     w = w.transpose(-1, -2) if transposed else w
-    if x.dtype == dtypes.float: w = widened(w)
-    gpu = FLASH and whole(x) and machine(x.device).gpu and all_int(x.shape)
-    y = _plain_product(x, w, sums) if gpu else x.dot(w, dtype=sums)
+    if x.dtype == dtypes.float and w.dtype == dtypes.ushort: w = widened(w)
+    gpu = FLASH and large and whole(x) and machine(x.device).gpu
+    y = _plain_product(x, w, sums) if gpu else PLAIN_DOT(x, w, dtype=sums)
     return y if bias is None else y + bias
   a = x.reshape(1, -1, K) if w.ndim == 2 else x.reshape(-1, *x.shape[-2:])
   y = product(a, w.reshape(-1, *w.shape[-2:]), *([] if bias is None else [bias]), tb=transposed)
   return y.reshape(*(x.shape[:-2] or w.shape[:-2]), x.shape[-2], N) if x.ndim > 1 else y.reshape(N)
+
+def matmul(x:Tensor, w:Tensor, transposed:bool=False, bias:Tensor|None=None) -> Tensor:
+  "`multiply`, in half precision where HALF asks for it and w is a matrix of weights."
+  if not HALF or w.ndim != 2 or not x.dtype == w.dtype == dtypes.float: return multiply(x, w, transposed, bias)
+  x, w = (t.cast((dtypes.half, dtypes.bfloat16)[HALF.value-1]) for t in (x, w))
+  return multiply(x, w, transposed, bias, dtypes.float)
 
 # ---------------------------------------------------------------- layer norm: one launch forward, one back
 # (4096,128) with its gradients, one core: tinygrad 9 launches and 11.0 ms, these two 0.9 ms.
@@ -323,7 +330,7 @@ def causal_softmax(s:Tensor, pos:Tensor|None=None, start:Tensor|None=None) -> Te
     own = Tensor.arange(L).unsqueeze(-1) + (T - L if pos is None else pos)
     seen, t = Tensor.arange(T) <= own, Tensor.arange(T)
     if start is not None: seen = seen & ((t >= start.reshape(-1, *[1]*(s.ndim-1))) | (t == own))
-    return seen.where(s, -math.inf).softmax(-1)
+    return PLAIN_SOFTMAX(seen.where(s, -math.inf))
   m = machine(s.device)
   if s.numel() < ONE_CORE//8: m = m._replace(cores=1)
   p, = launch(bound(_softmax, m=m), [(prod(lead), L, T)], [s.reshape(-1, L, T), *place],
@@ -469,6 +476,64 @@ def h3_step(q:Tensor, k:Tensor, v:Tensor, state:tuple[Tensor, Tensor, Tensor], w
   y, *new = launch(bound(_step, m=machine(q.device)), [q.shape, *state], [q, k, v, *weights],
                    "h3_step, which overwrites a state, has no gradient.")
   return y, tuple(new)
+
+# ---------------------------------------------------------------- tinygrad's own words, answered by the kernels
+# Models are written with nn.Linear, nn.LayerNorm, nn.Embedding, `@` and softmax, and with the `replaceable` definitions.
+# After `answer_with_kernels` these run the kernels above wherever they serve, and else what they ran before.
+
+def _stored_transpose(w:Tensor) -> Tensor|None:
+  "The Tensor whose last two dimensions were swapped to make w, which is read as it is stored; None if w is no such view."
+  cast = w.uop.op is Ops.CAST
+  view = w.uop.src[0] if cast else w.uop
+  if w.ndim < 2 or view.op is not Ops.PERMUTE or view.arg != (*range(w.ndim - 2), w.ndim - 1, w.ndim - 2): return None
+  return Tensor(view.src[0]).cast(w.dtype) if cast else Tensor(view.src[0])
+
+def _dot(self:Tensor, w:Tensor, dtype:DType|None=None) -> Tensor:
+  if dtypes.ushort in (self.dtype, w.dtype) or dtype not in (None, dtypes.float): return PLAIN_DOT(self, w, dtype)
+  stored_w = _stored_transpose(w)
+  return multiply(self, w, sums=dtype) if stored_w is None else multiply(self, stored_w, True, sums=dtype)
+
+def _linear(self:Tensor, weight:Tensor, bias:Tensor|None=None, dtype:DType|None=None) -> Tensor:
+  "x weight + bias. A weight of uint16 holds bfloat16 (WEIGHTS)."
+  if dtype is not None or weight.ndim != 2: return PLAIN_LINEAR(self, weight, bias, dtype)
+  stored_w = _stored_transpose(weight)
+  return matmul(self, weight, False, bias) if stored_w is None else matmul(self, stored_w, True, bias)
+
+def _layernorm(self:nn.LayerNorm, x:Tensor) -> Tensor:
+  if self.weight is None or self.bias is None or self.axis != (-1,): return PLAIN_NORM(self, x)
+  return layernorm(x, self.weight, self.bias, self.eps)
+
+def _softmax_method(self:Tensor, axis:int=-1, dtype:DType|None=None) -> Tensor:
+  if dtype is not None or self.ndim == 0 or axis not in (-1, self.ndim - 1): return PLAIN_SOFTMAX(self, axis, dtype)
+  return softmax(self) if _float_on_cpu(self) and self.shape[-1] <= MAX_ROW else PLAIN_SOFTMAX(self, axis)
+
+def _embedding_call(self:nn.Embedding, ids:Tensor) -> Tensor: return embedding(ids, self.weight)
+
+def _lookup(table:Tensor, ids:Tensor) -> Tensor: return embedding(ids, table)
+
+def _attention(q:Tensor, k:Tensor, v:Tensor, pos:Tensor|None=None, start:Tensor|None=None, causal:bool=True
+               ) -> Tensor|None:
+  """softmax(q k^T / sqrt(hd)) v: q (B,heads,L,hd), k, v (B,heads,T,hd). Causal: row i sees columns up to pos + i and none
+  before start, but its own."""
+  if not _float_on_cpu(q, k, v) or k.shape[2] > MAX_ROW: return None
+  if causal and pos is not None and q.shape[2] == 1: return attend_step(q.squeeze(2), k, v, pos, start).unsqueeze(2)
+  s = matmul(q * q.shape[-1]**-0.5, k, transposed=True)
+  return matmul(causal_softmax(s, pos, start) if causal else softmax(s), v)
+
+def _overwriting_step(q:Tensor, k:Tensor, v:Tensor, state:tuple[Tensor, ...], weights:tuple[Tensor|Pair, ...]
+                      ) -> tuple[Tensor, tuple[Tensor, ...]]|None:
+  "h3_step with states (B,D,N) and twice (B,D,M), and named tuples."
+  flat = [t for w in weights for t in (w if isinstance(w, tuple) else (w,))]
+  if state[1].shape[:2] != q.shape or (done := h3_step(q, k, v, tuple(state), tuple(flat))) is None: return None
+  return done[0], type(state)(*done[1])
+
+def _written_cache(cache:Tensor, x:Tensor, pos:Tensor) -> Tensor|None: return write(cache, x, pos) if whole(x) else None
+
+def answer_with_kernels():
+  "Lets tinygrad's own words be answered by the kernels above."
+  Tensor.dot, Tensor.linear, Tensor.softmax = _dot, _linear, _softmax_method
+  nn.LayerNorm.__call__, nn.Embedding.__call__ = _layernorm, _embedding_call
+  FAST.update(lookup=_lookup, h3_step=_overwriting_step, attend=_attention, write_cache=_written_cache)
 
 # ---------------------------------------------------------------- the device
 def _is_clang(command:str) -> bool:
@@ -827,6 +892,7 @@ def setup_device():
     device = Device[Device.DEFAULT]
     if _compiler_says("__AVX512F__") and WIDE not in device.arch: device.arch += f",{WIDE}"
     use_all_cores()
+  answer_with_kernels()
   guard_tinygrad()
   keep_programs()
   # tinygrad's compile workers live on instead of starting anew: the first step 9.6 s, not 12.3
@@ -853,4 +919,3 @@ def check_kernels():
 
 CHECKS["matmul"] = lambda x, w, b: matmul(x, w, bias=b), None, (50, 35), (50, 40), (40, 35), (35,)
 CHECKS["layernorm"] = layernorm, None, (5, 24), (5, 24), (24,), (24,)
-FAST["matmul"] = matmul
