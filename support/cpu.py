@@ -1,4 +1,4 @@
-"""What tinygrad's CPU device lacks: kernels for a model's words, all cores, a start without compiling.
+"""What tinygrad's CPU device lacks: kernels for a model's words, all cores, a start from the disk.
 
 A program calls `setup_device()` before it touches a device. From then on, on a CPU,
   nn.Linear, `@`                       run the matrix product below, a bias in the same launch;
@@ -31,7 +31,6 @@ import os
 import pickle
 import queue
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -81,6 +80,10 @@ def finished(stores:UOp, name:str) -> UOp:
   "A kernel with these stores. Its loops run in the order in which they are written."
   return stores.sink(arg=KernelInfo(name=name, opts_to_apply=()))
 
+def plus(place:UOp, x:UOp) -> UOp:
+  "Adds x to what is in a place."
+  return place.store(place + x)
+
 def filled(array:UOp, i:UOp, value:UOp|float, *after:UOp) -> UOp:
   "The array after array[i] = value for all i, in the loops, or after the steps, that are given."
   return array.after(array.after(*after)[i].store(value).end(i))
@@ -106,7 +109,7 @@ class Body:
     return _cores(n, next(self.numbers))
 
   def rows(self, n:int) -> tuple[UOp, UOp, UOp, UOp]:
-    "n rows for all cores: a row, the loop over a core's rows, the core's number, the loop over them."
+    "n rows for all cores: a row, the loop over a core's rows, its number, the loop over cores."
     cores = divisor(n, self.m.cores)
     core, me = self.cores(cores)
     turn = self.loop(n//cores)
@@ -132,9 +135,9 @@ class Body:
 # Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (TOMS 2008):
 #
 #              ┌────┬────┬────┐
-#            K │    │ pb │    │ B    a panel of B, nt columns wide, and a tile of A, mt rows high, are
-#              └────┴────┴────┘      packed in the order in which they will be read, as many as the
-#        K                           L2 cache holds: nb panels, mb tiles, kb of the K products;
+#            K │    │ pb │    │ B    a panel of B, nt columns wide, and a tile of A, mt rows high,
+#              └────┴────┴────┘      are packed in the order in which they will be read, as many as
+#        K                           the L2 cache holds: nb panels, mb tiles, kb of the K products;
 #     ┌─────┐   ┌────┬────┬────┐
 #  mt │ pa  │   │    │sums│    │ C    where a panel meets a tile, mt x nt sums stay in registers
 #     ├─────┤   ├────┼────┼────┤      until all kb products have been added.
@@ -149,7 +152,7 @@ class Body:
 #   4096 x 256 x 264    271  256  245
 KB, MB, NB = 256, 96, 1024       # most rows of K, rows of A and panels of B that are packed at once
 SMALL = 1 << 16                  # multiplications below which tinygrad's own product is as fast
-LONG = 1 << 14                   # most entries of a row that is packed whole: packs are on the stack
+LONG = 1 << 14                   # entries of a row that is packed whole: packs are on the stack
 
 def tile_shape(m:Machine, M:int, N:int) -> tuple[int, int]:
   """Rows and columns of a tile of sums: three quarters of the registers.
@@ -175,7 +178,7 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
   G, M, N = C.shape
   K, groups = A.shape[1 if ta else 2], max(A.shape[0], B.shape[0])
   name = f"gemm_{'nt'[ta]}{'nt'[tb]}_{groups}x{M}x{K}x{N}"
-  # few rows of A and many of B, stored alike, as in decoding: C^T = B A^T, and only A has to be packed
+  # few rows of A and many of B, stored alike, as in decoding: C^T = B A^T, and only A is packed
   swapped = tb and not ta and 4*M <= N and M <= 4*m.lanes and K <= LONG
   if swapped: A, B, M, N = B, A, N, M
 
@@ -212,8 +215,8 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
   panel, tile = first_panel + panel_loop*nb, first_tile + tile_loop*mb
 
   # Sizes that the tile does not divide: the last panel starts early enough to end at column N, the
-  # last tile repeats the last row, the last block of K starts early. What was counted before must not
-  # be added again: such rows and columns of B are packed as zeros, such tiles are not stored.
+  # last tile repeats the last row, the last block of K starts early. What was counted before must
+  # not be added again: such rows and columns of B are packed as zeros, such tiles are not stored.
   k0 = (block*kb).minimum(K - kb)
   last = (first_tile*mt + (my_tiles*mt - 1)).minimum(M - 1) if of_tiles > 1 else M - 1
   even = M % mt == 0 and my_tiles % mb == 0 and tiles % of_tiles == 0
@@ -221,9 +224,9 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
   row = lambda r: r if even else r.minimum(last)
 
   ga, gb = (0 if x.shape[0] == 1 else round//blocks if G == 1 else g for x in (A, B))
-  load = lambda x, g, i, j, transposed: widened((x[g, j, i] if transposed else x[g, i, j]).load())
-  a = lambda r, k: load(A, ga, r, k, ta)
-  b = lambda k, c: load(B, gb, k, c, tb)
+  load = lambda x, at, transposed: widened(x[(at[0], at[2], at[1]) if transposed else at].load())
+  a = lambda r, k: load(A, (ga, r, k), ta)
+  b = lambda k, c: load(B, (gb, k, c), tb)
   c = lambda C, r, col: C[g, col, r] if swapped else C[g, r, col]
 
   def pack_panels() -> UOp:
@@ -270,7 +273,7 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
     s = sums.after(k)
     y = pb[j, k, v] if packed else b(k0 + k, j0 + v)
     x = [a(r, k0 + k) if pa is None else pa[i, k, n] for n, r in enumerate(at)]
-    fma = [s[r, v].store(s[r, v] + x[r]*y) for r in range(mt)]
+    fma = [plus(s[r, v], x[r]*y) for r in range(mt)]
     return sums.after(UOp.group(*fma).end(v).end(k))
 
   def store_sums(sums:UOp) -> UOp:
@@ -310,7 +313,7 @@ def dots(C:UOp, A:UOp, B:UOp, *bias:UOp, m:Machine) -> UOp:
   def add(i:int, r:int, u:int) -> UOp:
     at = (k*side + u)*width + lane
     y = widened(B[gb, first + r, at].load())
-    return s[i, r, u, lane].store(s[i, r, u, lane] + A[ga, i, at]*y)
+    return plus(s[i, r, u, lane], A[ga, i, at]*y)
   fma = [add(i, r, u) for i, r in each for u in range(side)]
   sums = sums.after(UOp.group(*fma).end(lane).end(k))
 
@@ -318,11 +321,9 @@ def dots(C:UOp, A:UOp, B:UOp, *bias:UOp, m:Machine) -> UOp:
   halves = [(n, 0, n) for n in (width >> i for i in range(1, width.bit_length()))]
   if side > 1: halves.insert(0, (width, 1, 0))
   for n, u, shift in halves:
-    o, new = body.loop(n), []
-    for i, r in each:
-      half = sums[i, r, 0, o]
-      new.append(half.store(half + sums[i, r, u, o + shift]))
-    sums = sums.after(UOp.group(*new).end(o))
+    o = body.loop(n)
+    halved = [plus(sums[i, r, 0, o], sums[i, r, u, o + shift]) for i, r in each]
+    sums = sums.after(UOp.group(*halved).end(o))
   out = []
   for i, r in each:
     total = sums[i, r, 0, 0]
@@ -410,8 +411,9 @@ def multiply(x:Tensor, w:Tensor, bias:Tensor|None=None, dtype:DType|None=None) -
   y = product_on_gpu(x, w, dtype) if on_gpu else PLAIN_DOT(x, w, dtype)
   return y if bias is None else y + bias
 
-# ================================================================ layer norm, a launch forward, one back
-# (4096,128) with its gradients, one core: tinygrad 9 launches and 11.0 ms, these two 0.9 ms.
+# ================================================================ layer norm
+# One launch forward, one back. (4096,128) with its gradients, one core: 0.9 ms; tinygrad takes 9
+# launches and 11.0 ms.
 
 def normalised(x:UOp, row:UOp, total:Callable, eps:float) -> tuple[Callable, UOp]:
   "i -> hat[i] = (x[row, i] - mean)/deviation, and 1/deviation"
@@ -431,7 +433,7 @@ def norm_kernel(y:UOp, x:UOp, w:UOp, b:UOp, eps:float, m:Machine) -> UOp:
   return finished(done, f"layernorm_{M}x{D}")
 
 def norm_grad_kernel(dx:UOp, dw:UOp, db:UOp, x:UOp, w:UOp, dy:UOp, eps:float, m:Machine) -> UOp:
-  """dx = (g - mean g - hat·mean(g hat))/deviation with g = w dy;  dw = Σ hat dy, db = Σ dy over rows.
+  """dx = (g - mean g - hat·mean(g hat))/deviation, g = w dy;  dw = Σ hat dy, db = Σ dy over rows.
 
   dw and db are (cores,D): each core adds up its own rows.
   """
@@ -448,8 +450,8 @@ def norm_grad_kernel(dx:UOp, dw:UOp, db:UOp, x:UOp, w:UOp, dy:UOp, eps:float, m:
   mean_gh = total(lambda i: g(i)*hat(i)) * (1/D)
   sw, sb = (s.after(zero, turn) for s in sums)
   stores = UOp.group(dx[row, i].store(scale*(g(i) - mean_g - hat(i)*mean_gh)),
-                     sw[i].store(sw[i] + dy[row, i]*hat(i)),
-                     sb[i].store(sb[i] + dy[row, i])).end(i, turn)
+                     plus(sw[i], dy[row, i]*hat(i)),
+                     plus(sb[i], dy[row, i])).end(i, turn)
   out = [d[me, o].store(s.after(stores)[o]) for d, s in zip((dw, db), sums)]
   return finished(UOp.group(*out).end(o, core), f"layernorm_grad_{M}x{D}")
 
@@ -458,7 +460,8 @@ def norm_backward(dy:Tensor, y:Tensor, x:Tensor, w:Tensor, b:Tensor, eps:float, 
   "dx, dw, db, the last two summed over the cores."
   of_cores = divisor(x.shape[0], m.cores), *w.shape
   kernel = bound(norm_grad_kernel, eps=eps, m=m)
-  dx, *sums = launch(kernel, [x.shape, of_cores, of_cores], [x, w, dy], no_second_gradient("layernorm"))
+  outputs = x.shape, of_cores, of_cores
+  dx, *sums = launch(kernel, outputs, [x, w, dy], no_second_gradient("layernorm"))
   return dx, *(s[0] if of_cores[0] == 1 else s.sum(0) for s in sums)
 
 def layernorm(x:Tensor, w:Tensor, b:Tensor, eps:float=1e-5) -> Tensor:
@@ -472,13 +475,14 @@ def layernorm(x:Tensor, w:Tensor, b:Tensor, eps:float=1e-5) -> Tensor:
   kernel, gradient = (bound(f, eps=eps, m=m) for f in (norm_kernel, norm_backward))
   return launch(kernel, [rows.shape], [rows, w, b], gradient)[0].reshape(x.shape)
 
-# ================================================================ softmax, a launch forward, one back
-# (32,2048,2048) with its gradient, two cores: tinygrad 5 launches and 1.7 s.
+# ================================================================ softmax
+# One launch forward, one back. tinygrad takes 5 launches and 1.7 s for (32,2048,2048) with its
+# gradient on two cores.
 LOWEST = float(np.finfo(np.float32).min)
 MAX_ROW = 1 << 18                    # scores of a row: 1 MB of the calling thread's stack
 
 def softmax_kernel(p:UOp, s:UOp, *place:UOp, m:Machine) -> UOp:
-  "p = softmax of s (G,L,T) over the columns that a row sees, see `causal_softmax`; place: its pos, start."
+  "p = softmax of s (G,L,T) over what a row sees, see `causal_softmax`; place: its pos, start."
   G, L, T = s.shape
   body = Body(m)
   row, turn, _, core = body.rows(G*L)
@@ -488,7 +492,8 @@ def softmax_kernel(p:UOp, s:UOp, *place:UOp, m:Machine) -> UOp:
   seen = lambda i: i <= own if begin is None else (i <= own) & ((i >= begin) | i.eq(own))
   total = body.totals(turn, T)
   largest = total(lambda i: seen(i).where(s[g, l, i], LOWEST), UOp.maximum, LOWEST)
-  e = filled(body.array(T), i, seen(i).where((s[g, l, i] - largest).exp(), 0.0), turn)
+  power = seen(i).where((s[g, l, i] - largest).exp(), 0.0)
+  e = filled(body.array(T), i, power, turn)
   scale = 1/total(lambda i: e[i])
   return finished(p[g, l, o].store(e[o]*scale).end(o, turn, core), f"softmax_{G}x{L}x{T}")
 
@@ -526,10 +531,10 @@ def softmax(s:Tensor) -> Tensor:
   "Over all of the last axis: a single row, the last one, sees every column. Differentiable once."
   return causal_softmax(s.unsqueeze(-2)).squeeze(-2)
 
-# ================================================================ embedding, whose gradient adds up rows
+# ================================================================ embedding
 # tinygrad's own gradient compares every token with every word: 22 s for 1024 tokens of 50264 words,
-# (768,) each. The table comes as one long row: of two indices, tinygrad would make sure by a division
-# that they are within bounds.
+# (768,) each. The table comes as one long row: of two indices, tinygrad would make sure by a
+# division that they are within bounds.
 
 def embedding_kernel(y:UOp, table:UOp, ids:UOp, m:Machine) -> UOp:
   n, D = y.shape
@@ -551,7 +556,7 @@ def embedding_grad_kernel(dtable:UOp, dy:UOp, ids:UOp, m:Machine) -> UOp:
   word, t, z, c = (body.loop(size) for size in (dtable.shape[0]//D, n, columns, columns))
   zero = dtable.after(core)[word*D + me*columns + z].store(0.0).end(z, word)
   sums = dtable.after(zero, t)[ids[t].load()*D + me*columns + c]
-  done = sums.store(sums + dy[t, me*columns + c]).end(c, t, core)
+  done = plus(sums, dy[t, me*columns + c]).end(c, t, core)
   return finished(done, f"embed_grad_{n}x{D}")
 
 def embedding_backward(dy:Tensor, y:Tensor, table:Tensor, ids:Tensor, m:Machine
@@ -610,8 +615,8 @@ def attend_kernel(y:UOp, q:UOp, k:UOp, v:UOp, pos:UOp, *start:UOp, m:Machine) ->
   chunk, lane = body.sum_loop(D//width), body.loop(width)
   lanes = filled(lanes, z, 0.0, t)
   now, d = lanes.after(chunk), chunk*width + lane
-  more = now[lane] + q[g, d]*k[at(t, d)]
-  lanes = lanes.after(now[lane].store(more).end(lane).end(chunk))
+  more = plus(now[lane], q[g, d]*k[at(t, d)])
+  lanes = lanes.after(more.end(lane).end(chunk))
   sums = [lanes[i] for i in range(width)]
   while len(sums) > 1: sums = [a + b for a, b in zip(sums[::2], sums[1::2])]
   dot, now = sums[0]*D**-0.5, largest.after(t)
@@ -621,14 +626,16 @@ def attend_kernel(y:UOp, q:UOp, k:UOp, v:UOp, pos:UOp, *start:UOp, m:Machine) ->
 
   # s = exp(s - largest)
   t = body.loop(rows)
-  s = s.after(s[t].store(seen(t, (s[t] - largest[0]).exp(), 0.0)).end(t))
+  power = seen(t, (s[t] - largest[0]).exp(), 0.0)
+  s = s.after(s[t].store(power).end(t))
 
   # y = s v / Σ s
   z, t, d, o = body.loop(D), body.sum_loop(rows), body.loop(D), body.loop(D)
-  zero = UOp.group(acc.after(turn, s)[z].store(0.0).end(z), total.after(turn, s)[0].store(0.0))
+  a, all = acc.after(turn, s), total.after(turn, s)
+  zero = UOp.group(a[z].store(0.0).end(z), all[0].store(0.0))
   a, all = acc.after(zero, t), total.after(zero, t)
-  weighted = a[d].store(a[d] + s[t]*v[at(t, d)]).end(d)
-  sums = UOp.group(weighted, all[0].store(all[0] + s[t])).end(t)
+  weighted = plus(a[d], s[t]*v[at(t, d)]).end(d)
+  sums = UOp.group(weighted, plus(all[0], s[t])).end(t)
   out = y[g*D + o].store(acc.after(sums)[o]/total.after(sums)[0])
   # loops whose length is known only to the device: tinygrad can't count or rearrange what they do
   work = Estimates(4*G*T*D, 8*G*T*D, 8*G*T*D)
@@ -747,11 +754,11 @@ CHECKS["softmax"] = softmax_method, None, (5, 24), (5, 24)
 
 # ================================================================ the cores
 # tinygrad 0.14.0 runs the threads of a CPU kernel one after the other, and each kernel of a TinyJit
-# from Python, 0.1 ms each. Here a pool of threads runs them at once, and a TinyJit is a list of kernels
-# that each core goes through in native code, waiting for the others after each of them.
+# from Python, 0.1 ms each. Here a pool of threads runs them at once, and a TinyJit is a list of
+# kernels that each core goes through in native code, waiting for the others after each of them.
 
 WORDS = 64             # of an entry in a list of kernels: a function and its arguments
-TO_SHARE = 1 << 17     # turns of the loops of a kernel of tinygrad's own from which cores share them
+TO_SHARE = 1 << 17     # size of the loops of tinygrad's own kernels from which cores share them
 
 def replay_kernel(cores:int, wait:bool=True) -> UOp:
   """A core's part of a list of kernels: n entries of WORDS words.
@@ -801,7 +808,8 @@ def pause() -> np.ndarray:
   The latter lets others have the core: there may be more threads than cores.
   """
   idle = give_way = nothing().addr
-  if os.name == "posix": give_way = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value
+  if os.name == "posix":
+    give_way = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value
   return np.array([idle, give_way], np.uint64)
 
 class Job:
@@ -911,7 +919,7 @@ class Replay(tinyjit.GraphRunner):
     cores = max(int(info.global_size[0]) for info in infos)
     self.entries = np.zeros((cores, len(infos), WORDS), np.uint64)
     self.entries[1:, :, 0] = nothing().addr
-    self.inputs = []     # kernel, word and UOp of each input of the TinyJit, or contiguous part of one
+    self.inputs = []     # kernel, word and UOp of each input of the TinyJit, or of a part of one
     for i, (info, program, call) in enumerate(zip(infos, self.runtimes, self.calls)):
       addresses = [call[2][b]._buf.va_addr for b in info.globals]
       write_entry(self.entries[:int(info.global_size[0]), i], program, addresses)
@@ -938,7 +946,7 @@ class Replay(tinyjit.GraphRunner):
 
 @functools.cache
 def threaded(kernel:UOp) -> UOp:
-  "A kernel of tinygrad's own with its outermost loop for all cores, if they divide it and it is long."
+  "A kernel of tinygrad's own, its outermost loop for all cores if they divide it and it is long."
   renderer = Device["CPU"].renderer
   cores = renderer.global_max[0]
   work = prod(r.vmax + 1 for r in kernel.toposort() if r.op is Ops.RANGE)
@@ -1008,7 +1016,7 @@ class Uninterrupted:
     if self.came: self.handler(*self.came)
 
 def overwrites(graph:UOp) -> bool:
-  "Whether the graph stores into memory that was there before: kernels inside a FUNCTION have their own."
+  "Whether the graph stores into memory that was there: kernels inside a FUNCTION have their own."
   seen, todo = set(), [graph]
   while todo:
     u = todo.pop()
@@ -1039,7 +1047,7 @@ class Realisation:
 OWN = threading.local()     # OWN.cache: a thread's connection to tinygrad's cache on disk
 
 def one_at_a_time(method:Callable) -> Callable:
-  "The method as a Realisation, one thread at a time, each with a connection of its own to the cache."
+  "The method as a Realisation, one thread at a time, each with its own connection to the cache."
   @functools.wraps(method)
   def call(*args, **options):
     with LOCK:
@@ -1098,8 +1106,8 @@ def guard_tinygrad():
                         after_in_child=begin_child)
 
 # ================================================================ lowered programs on disk
-# tinygrad keeps compiled sources on disk, but lowers each kernel anew in each process: 7 of the 12 s
-# to a first training step.
+# tinygrad keeps compiled sources on disk, but lowers each kernel anew in each process: 7 of the
+# 12 s to a first training step.
 
 # what tinygrad's lowering and rendering read of the environment, but for what is in its own key
 SWITCHES = ("ALIGNED", "ALLOW_HALF8", "DMC", "EXPAND_SSA", "MV", "MV_BLOCKSIZE",
@@ -1141,9 +1149,10 @@ class Programs(dict):
   def __setitem__(self, key:tuple, program:UOp):
     super().__setitem__(key, program)
     if row := self.row(key):
-      data = pickle.dumps(program)
-      try: diskcache_put(self.table, row, (sha256(data), data))
-      except sqlite3.Error: pass                        # no room, or nobody may write there
+      try:
+        data = pickle.dumps(program)
+        diskcache_put(self.table, row, (sha256(data), data))
+      except Exception: pass                            # no room, or nobody may write there
 
 def keep_programs():
   "Lets tinygrad find its lowered programs on disk."
@@ -1162,7 +1171,7 @@ def is_clang(command:str) -> bool:
   return "clang" in said.stdout
 
 def find_compiler() -> str|None:
-  "CC or clang where they are a clang, else a script that runs the one in PyPI's ziglang, if installed."
+  "CC or clang where they are a clang, else a script that runs PyPI's ziglang, if installed."
   found = next((c for c in (os.environ.get("CC"), "clang") if c and is_clang(c)), None)
   if found or not importlib.util.find_spec("ziglang"): return found
   script = Path(cache_dir)/"tinygrad"/"zig-clang"
@@ -1207,7 +1216,8 @@ def setup_device():
   try: device = Device[Device.DEFAULT]
   except Exception as e:
     why = f"{type(e).__name__}: {e}".split("\n")[0]
-    print(f"error: tinygrad can't open a device ({why})" if compiler else NO_COMPILER, file=sys.stderr)
+    failure = f"error: tinygrad can't open a device ({why})" if compiler else NO_COMPILER
+    print(failure, file=sys.stderr)
     sys.exit(2)
   if FLASH and not device.renderer.has_local:
     if "NOOPT" not in os.environ: NOOPT.value = 1
