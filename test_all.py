@@ -19,7 +19,7 @@ import numpy as np, pytest
 import flashconv
 from support import cpu
 cpu.setup_device()
-from tinygrad import Device, GlobalCounters, Tensor, TinyJit, UOp, dtypes
+from tinygrad import Device, GlobalCounters, Tensor, TinyJit, UOp, codegen, dtypes, helpers, nn
 from tinygrad.device import Buffer
 from tinygrad.helpers import Context
 from tinygrad.nn.optim import AdamW
@@ -29,7 +29,6 @@ import bigs_tiny, generate as gen, h3tiny, train
 from support import bench, checkpoints, text as texts, training
 from bigs_tiny import BLOCKS, BiGS, BiGSConfig
 from flashconv import capture, fftconv, ssm_conv
-from support.cpu import embedding, layernorm, matmul, product, softmax
 from h3tiny import H3Config, H3LM, H3Mixer
 from support.checkpoints import (CheckpointError, Stored, load_weights, read_checkpoint,
                                  save_checkpoint, save_official)
@@ -239,244 +238,264 @@ def test_flashconv_command_bad_input(argv, capsys):
   said = capsys.readouterr()
   assert stop.value.code == 2 and said.err.startswith("error: ") and said.err.count("\n") == 1 and not said.out
 
-# ================================================================ kernels: the matrix product
+# ================================================================ the CPU's kernels
 
 def close(got:Tensor, a:np.ndarray, b:np.ndarray) -> None:
   "got is the product a @ b: each entry's error is at most about eps sqrt(K) |a_row| |b_column|."
   a, b = a.astype(np.float64), b.astype(np.float64)
-  bound = EPS*(2 + a.shape[-1]**.5)*np.linalg.norm(a, axis=-1)[..., :, None]*np.linalg.norm(b, axis=-2)[..., None, :]
+  rows, columns = np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-2)
+  bound = EPS*(2 + a.shape[-1]**.5)*rows[..., :, None]*columns[..., None, :]
   got = got.numpy()
   assert got.shape == (a @ b).shape and (np.abs(got - a @ b) <= bound + 1e-30).all()
 
-def check(lead:tuple, M:int, K:int, N:int, batched:bool, transposed:bool) -> None:
-  "forward and both gradients of matmul"
-  x, g = normal(*lead, M, K), normal(*lead, M, N)
-  w = normal(*(lead if batched else ()), *((N, K) if transposed else (K, N)))
-  X, W = Tensor(x), Tensor(w)
-  y = matmul(X, W, transposed)
-  y.backward(Tensor(g))
-  T = lambda a: a.swapaxes(-1, -2)
-  b = T(w) if transposed else w
-  close(y, x, b)
-  close(X.grad, g, T(b))
-  if not batched: x, g = x.reshape(-1, K), g.reshape(-1, N)
-  close(W.grad, *((T(g), x) if transposed else (T(x), g)))
+def with_bias(x:np.ndarray, w:np.ndarray, bias:np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  "Factors whose product is x @ w + bias."
+  one = np.broadcast_to(bias, (*w.shape[:-2], 1, len(bias)))
+  ones = np.ones((*x.shape[:-1], 1))
+  return np.concatenate([x, ones], -1), np.concatenate([w, one], -2)
 
-sizes = [(1, 1, 1), (1, 32, 32), (2, 257, 1), (3, 5, 2), (31, 6, 33), (25, 23, 24), (6, 1, 257),
-         (257, 32, 31), (257, 257, 257), (3, 255, 33), (7, 513, 65), (4, 769, 31), (64, 1024, 96), (600, 40, 96)]
+def swap(x:np.ndarray) -> np.ndarray: return x.swapaxes(-1, -2)
+def in_a_row(x:np.ndarray) -> np.ndarray: return np.concatenate(list(x), -1)
 
 @pytest.fixture
 def always(monkeypatch): monkeypatch.setattr(cpu, "SMALL", 0)  # the kernel at every size
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("M,K,N", sizes)
-def test_kernel_matmul_sizes(M, K, N, transposed, always): check((), M, K, N, False, transposed)
+SIZES = [(1, 1, 1), (1, 32, 32), (2, 257, 1), (3, 5, 2),
+         (31, 6, 33), (25, 23, 24), (6, 1, 257), (257, 32, 31), (257, 257, 257),
+         (3, 255, 33), (7, 513, 65), (4, 769, 31), (64, 1024, 96), (600, 40, 96)]
+ONE_FOR_ALL = (40, 50), (3, 50, 24)
+PRODUCTS = [*(((M, K), (K, N)) for M, K, N in SIZES), ONE_FOR_ALL,
+            ((2, 25, 24), (24, 33)), ((2, 3, 25, 24), (24, 33)),
+            ((2, 25, 24), (2, 24, 33)), ((2, 3, 25, 24), (2, 3, 24, 33))]
 
-@pytest.mark.parametrize("lead,batched", [((2,), False), ((2, 3), False), ((2,), True), ((2, 3), True)])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("M,K,N", [(25, 24, 33)])
-def test_kernel_matmul_leading_dimensions(lead, batched, M, K, N, transposed, always):
-  check(lead, M, K, N, batched, transposed)
+def check_product(left:tuple, right:tuple, transposed:bool) -> None:
+  "The product and both gradients. What has served all matrices gets the sum over them."
+  x, w = normal(*left), normal(*right)
+  X, W = Tensor(x), Tensor(swap(w).copy() if transposed else w)
+  y = X @ (W.transpose(-2, -1) if transposed else W)
+  g = normal(*y.shape)
+  dx, dw = y.gradient(X, W, gradient=Tensor(g))
+  close(y, x, w)
+  if x.ndim > w.ndim: x, g = (z.reshape(-1, z.shape[-1]) for z in (x, g))
+  close(dw.transpose(-2, -1) if transposed else dw, swap(x), g)
+  if x.ndim < w.ndim: g, w = in_a_row(g), in_a_row(w)
+  close(dx, g.reshape(*left[:-1], -1), swap(w))
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("lead,M,K,N,batched",
-                         [((), 40, 64, 96, False), ((2,), 40, 33, 70, False), ((3,), 40, 33, 70, True)])
-def test_kernel_matmul_switch(lead, M, K, N, batched, transposed, flash): check(lead, M, K, N, batched, transposed)
+@pytest.mark.parametrize("left,right", PRODUCTS)
+def test_kernel_matmul(left, right, transposed, always): check_product(left, right, transposed)
+
+@pytest.mark.parametrize("left,right",
+                         [((40, 64), (64, 96)), ((2, 40, 33), (33, 70)), ONE_FOR_ALL])
+def test_kernel_matmul_switch(left, right, flash): check_product(left, right, True)
+
+FEW_AND_MANY = pytest.mark.parametrize("M,K,N", [
+  (1, 96, 70), (3, 40, 128), (17, 70, 200),
+  (33, 300, 400), (150, 530, 75)])
+SMALL_TYPES = [name for name, dtype in flashconv.WEIGHTS.items()
+               if dtype in Device[Device.DEFAULT].renderer.supported_dtypes()]
+
+@pytest.mark.parametrize("dtype", SMALL_TYPES)
+@FEW_AND_MANY
+def test_kernel_linear_of_small_weights(M, K, N, dtype, flash, always):
+  "as exact as with float32s of the same values, one row, a few, and many; and the look-up"
+  x, w, bias, g = normal(M, K), normal(N, K), normal(N), normal(M, N)
+  layer, words = nn.Linear(K, N), nn.Embedding(N, K)
+  layer.bias = Tensor(bias)
+  narrow = checkpoints.narrowed(w, dtype)
+  layer.weight = words.weight = checkpoints.filled(narrow, flashconv.WEIGHTS[dtype])
+  exact, X = flashconv.widened(layer.weight).numpy(), Tensor(x)
+  y = layer(X)
+  dbias, dx = y.gradient(layer.bias, X, gradient=Tensor(g))
+  close(y, *with_bias(x, exact.T, bias))
+  close(dx, g, exact)
+  close(dbias.reshape(1, N), np.ones((1, M)), g)
+  t = rng.integers(0, N, 5).astype(np.int32)
+  assert (words(Tensor(t).realize()).numpy() == exact[t]).all()
 
 @on_cpu
 @pytest.mark.parametrize("ta,tb", [(0, 0), (0, 1), (1, 0), (1, 1)])
 def test_kernel_matmul_transposes_and_second_gradient(ta, tb):
   "product in all four storages; the gradient of a gradient is a product again"
   a, b = normal(2, 5, 37), normal(2, 37, 34)
-  A, B = (Tensor(t.swapaxes(1, 2).copy() if s else t) for t, s in ((a, ta), (b, tb)))
-  y = product(A, B, ta=ta, tb=tb)
-  dA = y.square().sum().gradient(A)[0]     # 2 (AB) B^T
-  ddB = dA.square().sum().gradient(B)[0]
+  A, B = (Tensor(swap(t).copy() if s else t) for t, s in ((a, ta), (b, tb)))
+  def second(y:Tensor, A:Tensor, B:Tensor) -> np.ndarray:
+    dA, = y.square().sum().gradient(A)       # 2 (AB) B^T
+    return dA.square().sum().gradient(B)[0].numpy()
+  y = cpu.product(A, B, ta=ta, tb=tb)
   close(y, a, b)
-  A2, B2 = A.detach(), B.detach()
-  y2 = (A2.transpose(1, 2) if ta else A2) @ (B2.transpose(1, 2) if tb else B2)
-  ref = y2.square().sum().gradient(A2)[0].square().sum().gradient(B2)[0].numpy()
-  np.testing.assert_allclose(ddB.numpy(), ref, rtol=0, atol=1e-5*np.abs(ref).max())
+  left, right = (t.transpose(1, 2) if s else t for t, s in ((A, ta), (B, tb)))
+  with Context(FLASH=0): want = second(left @ right, A, B)
+  assert_close(second(y, A, B), want, 1e-5*np.abs(want).max())
 
-@pytest.mark.parametrize("reduce", ["sum", "mean"])
-def test_kernel_matmul_constant_gradient(reduce, flash):
-  x, w = normal(70, 40), normal(40, 50)
-  X, W = Tensor(x), Tensor(w)
-  getattr(matmul(X, W), reduce)().backward()
-  g = np.full((70, 50), 1 if reduce == "sum" else 1/3500)
-  close(X.grad, g, w.T)
-  close(W.grad, x.T, g)
-
-@pytest.mark.parametrize("x", [Tensor.ones(70, 40), Tensor.arange(2800).reshape(70, 40).float(),
-                               Tensor.full((70, 40), 2.0)])
-def test_kernel_matmul_constant_inputs(x, flash):
-  w = normal(40, 50)
-  close(matmul(x, Tensor(w)), x.numpy(), w)
-  close(matmul(Tensor(w).T, x.T), w.T, x.numpy().T)
-
-def test_kernel_matmul_views(flash):
-  "a lazy view or an unevaluated expression may come in, and the product may go on lazily"
-  x, w = normal(8, 64, 2, 48), normal(50, 96)
+def test_kernel_matmul_of_what_is_not_stored(flash):
+  "Constants, views, expressions come in, a constant gradient comes back, all goes on lazily."
+  x, w, v = normal(8, 64, 2, 48), normal(50, 96), normal(40, 50)
   X = Tensor(x).transpose(1, 2)[1:, :, 3:60]
-  y = matmul(X*2 + 1, Tensor(w)[:, ::2], transposed=True).relu() + 1
+  y = ((X*2 + 1) @ Tensor(w)[:, ::2].T).relu() + 1
   a, b = x.swapaxes(1, 2)[1:, :, 3:60]*2 + 1, w[:, ::2].T
-  np.testing.assert_allclose(y.numpy(), np.maximum(a @ b, 0) + 1, atol=1e-4)
+  assert_close(y, np.maximum(a @ b, 0) + 1, 1e-4)
+  V, g = Tensor(v), np.full((70, 50), 1/3500)
+  for c in (Tensor.ones(70, 40), Tensor.arange(2800).reshape(70, 40).float()):
+    close(c @ V, c.numpy(), v)
+    close(V.T @ c.T, v.T, c.numpy().T)
+    close((c @ V).mean().gradient(V)[0], c.numpy().T, g)
 
-def test_kernel_matmul_inside_jit(flash):
-  w = Tensor(normal(64, 80)).realize()
-  @TinyJit
-  def step(x:Tensor) -> tuple[Tensor, Tensor]:
-    y = matmul(x, w)
-    dw = y.square().sum().gradient(w)[0]  # before y is realized: a realized tensor has no history
-    return y.realize(), dw.realize()
-  for _ in range(4):
-    x = normal(40, 64)
-    y, dw = step(Tensor(x).realize())
-    close(y, x, w.numpy())
-    close(dw, x.T, 2*y.numpy())
-
-def test_kernel_matmul_what_stays_plain():
-  "other types, small sizes and broadcasting go to tinygrad's own product; a wrong shape is its error"
+def test_matmul_that_stays_plain():
+  "other types, small sizes and broadcasting go to tinygrad's product; a wrong shape is its error"
   x, w = Tensor(normal(64, 64)), Tensor(normal(64, 64))
-  assert matmul(x.half(), w.half()).dtype == x.half().dtype
-  assert matmul(x, w.reshape(1, 1, 64, 64).expand(2, 3, 64, 64)).shape == (2, 3, 64, 64)
-  assert matmul(x[0], w).shape == (64,)
-  with pytest.raises(Exception): matmul(x, w[:63])
+  assert (x.half() @ w.half()).dtype == dtypes.half
+  assert (x @ w.reshape(1, 1, 64, 64).expand(2, 3, 64, 64)).shape == (2, 3, 64, 64)
+  assert (x[0] @ w).shape == (64,)
+  whole = Tensor(np.full((64, 64), 300, np.uint16))
+  assert (whole @ whole.int()).numpy()[0, 0] == 64*300*300               # numbers, no bfloat16s
+  with pytest.raises(RuntimeError): x @ w[:63]
 
 @on_cpu
 @pytest.mark.parametrize("lanes,registers", [(4, 16), (8, 16), (16, 32)])
-@pytest.mark.parametrize("M,K,N", [(1, 96, 70), (3, 40, 128), (17, 70, 200), (33, 300, 400), (150, 530, 75)])
+@FEW_AND_MANY
 def test_kernel_matmul_groups_cores_and_tiles(M, K, N, lanes, registers, monkeypatch):
-  "one A or B for all groups, sums over groups, shared by three cores, on processors with other registers"
+  "one A or B for all groups, sums over groups, on three cores, on processors with other registers"
   m = flashconv.machine(Device.DEFAULT)._replace(lanes=lanes, registers=registers, cores=3)
   monkeypatch.setattr(cpu, "ONE_CORE", 0)
   monkeypatch.setattr(cpu, "machine", lambda device: m)
-  for i, (ga, gb, total) in enumerate([(1, 1, False), (3, 3, False), (1, 2, False), (2, 1, False), (2, 2, True)]):
-    for ta, tb in [(False, True), (True, False)] if i % 2 else [(False, False), (True, True), (False, True)]:
+  groups = ((1, 1, 0), (3, 3, 0), (1, 2, 0),
+            (2, 1, 0), (2, 2, 1))
+  storages = [(False, False), (True, True), (False, True)], [(False, True), (True, False)]
+  for i, (ga, gb, total) in enumerate(groups):
+    for ta, tb in storages[i % 2]:
       a, b, bias = normal(ga, M, K), normal(gb, K, N), normal(N)
-      x, w = (Tensor(z.swapaxes(1, 2).copy() if s else z) for z, s in ((a, ta), (b, tb)))
-      got = product(x, w, Tensor(bias), ta=ta, tb=tb, total=total)
-      if total: a, b = np.concatenate(list(a), 1)[None], np.concatenate(list(b), 0)[None]
-      # the bias as one more product
-      close(got, np.concatenate([a, np.ones((len(a), M, 1))], 2),
-            np.concatenate([b, np.broadcast_to(bias, (len(b), 1, N))], 1))
+      x, w = (Tensor(swap(z).copy() if s else z) for z, s in ((a, ta), (b, tb)))
+      got = cpu.product(x, w, Tensor(bias), ta=ta, tb=tb, total=bool(total))
+      if total: a, b = in_a_row(a)[None], swap(in_a_row(swap(b)))[None]
+      close(got, *with_bias(a, b, bias))
 
 @on_cpu
-def test_kernel_matmul_shared_gradients():
-  "what has served all groups gets the sum over groups; and what was summed over gives each group its part"
-  a, b, g = normal(1, 40, 30), normal(3, 30, 50), normal(3, 40, 50)
-  A, B = Tensor(a), Tensor(b)
-  dA, dB = product(A, B).gradient(A, B, gradient=Tensor(g))
-  close(dA, np.concatenate(list(g), 1)[None], np.concatenate(list(b), 1)[None].swapaxes(1, 2))
-  close(dB, a.swapaxes(1, 2), g)
-
-@on_cpu
-def test_kernel_matmul_one_kernel():
-  "no copies around the kernel, whatever the storage"
+def test_kernel_matmul_is_one_kernel_and_keeps_infinities_apart():
   x, w = Tensor(normal(64, 80)).realize(), Tensor(normal(96, 80)).realize()
-  y = matmul(x, w, transposed=True)
-  (dx, dw), n = y.gradient(x, w, gradient=Tensor(normal(64, 96)).realize()), GlobalCounters.kernel_count
+  y = x @ w.transpose()
+  dx, dw = y.gradient(x, w, gradient=Tensor(normal(64, 96)).realize())
+  n = GlobalCounters.kernel_count
   Tensor.realize(y, dx, dw)
   assert GlobalCounters.kernel_count - n == 3
-
-@on_cpu
-def test_kernel_matmul_infinity():
-  "an infinity in x reaches its row of the product, and no other"
-  x, w = normal(10, 300), np.abs(normal(300, 40)) + 1
-  x[4, 299] = np.inf
-  y = matmul(Tensor(x), Tensor(w)).numpy()
+  a, b = normal(10, 300), np.abs(normal(300, 40)) + 1
+  a[4, 299] = np.inf
+  y = (Tensor(a) @ Tensor(b)).numpy()
   assert not np.isfinite(y[4]).any() and np.isfinite(np.delete(y, 4, 0)).all()
 
-def test_kernel_matmul_bias(flash):
-  x, w, b, g = normal(3, 40, 70), normal(50, 70), normal(50), normal(3, 40, 50)
-  X, W, B = Tensor(x), Tensor(w), Tensor(b)
-  y = matmul(X, W, transposed=True, bias=B)
-  dB, dX = y.gradient(B, X, gradient=Tensor(g))
-  close(y, np.concatenate([x, np.ones((3, 40, 1))], -1), np.concatenate([w.T, b[None]]))
-  close(dB.reshape(1, -1), np.ones((1, 120)), g.reshape(-1, 50))
-  close(dX, g, w)
-
-# ================================================================ kernels: layer norm
+def test_kernel_matmul_of_long_rows_does_not_fill_the_stack():
+  x, w = normal(32, 40000), normal(160, 40000)
+  close(Tensor(x) @ Tensor(w).transpose(), x, w.T)
 
 @pytest.mark.parametrize("shape", [(7, 5), (1, 1), (2, 9, 48)])
 def test_kernel_layernorm(shape, flash):
   x, w, b, dy = 3 + normal(*shape), normal(shape[-1]), normal(shape[-1]), normal(*shape)
-  t = [Tensor(a).realize() for a in (x, w, b)]
-  y = layernorm(*t)
-  grads = y.gradient(*t, gradient=Tensor(dy))
+  layer, X = nn.LayerNorm(shape[-1]), Tensor(x).realize()
+  layer.weight, layer.bias = Tensor(w).realize(), Tensor(b).realize()
+  y = layer(X)
+  grads = y.gradient(X, layer.weight, layer.bias, gradient=Tensor(dy))
   Tensor.realize(y, *grads)
   x, dy = x.astype(np.float64), dy.astype(np.float64)
+  mean = lambda a: a.mean(-1, keepdims=True)
   d = np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-  hat, g, mean = (x - x.mean(-1, keepdims=True))/d, dy*w, lambda a: a.mean(-1, keepdims=True)
-  want = [hat*w + b, (g - mean(g) - hat*mean(g*hat))/d, *((a.reshape(-1, shape[-1]).sum(0)) for a in (dy*hat, dy))]
-  for got, a in zip([y, *grads], want): assert np.abs(got.numpy() - a).max() <= 1e-5*max(1, np.abs(a).max())
+  hat, g = (x - mean(x))/d, dy*w
+  rows = lambda a: a.reshape(-1, shape[-1]).sum(0)
+  want = hat*w + b, (g - mean(g) - hat*mean(g*hat))/d, rows(dy*hat), rows(dy)
+  for got, a in zip([y, *grads], want):
+    assert_close(got, a, 1e-5*max(1, np.abs(a).max()))
 
-@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (2, 5, 9), (1, 2, 33, 33), (3, 20, 64)])
-def test_kernel_softmax(shape, flash):
-  "row i of L sees columns up to T-L+i of T; against float64"
-  *_, L, T = shape
-  s, g = 3*normal(*shape), normal(*shape)
+def np_softmax(s:np.ndarray) -> np.ndarray:
+  e = np.exp(s - s.max(-1, keepdims=True))
+  return e/e.sum(-1, keepdims=True)
+
+def test_kernel_softmax(flash):
+  "against float64; the lowest scores that float32 has share equally; a NaN spoils its row alone"
+  s, g = 3*normal(3, 5, 70), normal(3, 5, 70)
   S = Tensor(s).realize()
-  p = cpu.causal_softmax(S)
+  p = S.softmax()
   ds, = p.gradient(S, gradient=Tensor(g))
   Tensor.realize(p, ds)
-  seen = np.arange(T) <= np.arange(T-L, T)[:, None]
-  e = np.where(seen, np.exp(s.astype(np.float64)), 0)
-  want = e/e.sum(-1, keepdims=True)
+  want = np_softmax(s.astype(np.float64))
   assert_close(p, want, 1e-6)
   assert_close(ds, want*(g - (want*g).sum(-1, keepdims=True)), 1e-5)
+  s = np.full((5, 4), -1e31, np.float32)
+  s[1], s[2, 0] = np.finfo(np.float32).min, 1
+  s[3, 1], s[4, 2] = np.inf, np.nan
+  p = Tensor(s).softmax().numpy()
+  np.testing.assert_allclose(p[:3], [[0.25]*4, [0.25]*4, [1, 0, 0, 0]], atol=1e-6)
+  assert np.isnan(p[3:]).any(1).all()
 
-@pytest.mark.parametrize("L,T,hd,start", [(1, 70, 16, None), (1, 9, 6, (0, 3, 4)), (5, 70, 16, (3, 0, 6)),
-                                          (3, 8, 2, None)])
-def test_kernel_attention_over_a_cache(L, T, hd, start, flash):
-  "keys and values written at pos, queries that see what is between start and them; what lies behind is never read"
-  pos, (q, k, v, k0, v0) = 4, (normal(3, 2, n, hd) for n in (L, L, L, T, T))
-  k0[:, :, pos:], v0[:, :, pos:] = 1e30, np.nan
-  at, begin = Tensor([pos], dtype=dtypes.int).realize(), start and Tensor(start, dtype=dtypes.int).realize()
-  K, V = (cpu.write(Tensor(c).realize(), Tensor(x), at).realize() for c, x in ((k0, k), (v0, v)))
-  for c, x, got in ((k0, k, K), (v0, v, V)):
-    c[:, :, pos:pos+L] = x
-    assert (got.numpy()[:, :, :pos+L] == c[:, :, :pos+L]).all()
-  K, V = (Tensor(np.nan_to_num(c.numpy(), nan=0.0)).realize() for c in (K, V))          # in a model: zeros, or a text
-  if L == 1: y = cpu.attend_step(Tensor(q[:, :, 0]), K, V, at, begin).unsqueeze(2)
-  else: y = matmul(cpu.causal_softmax(matmul(Tensor(q*hd**-0.5), K, transposed=True), at, begin), V)
+@on_cpu
+def test_kernel_softmax_of_a_long_row():
+  "does not fit on the stack, and is done by plain ops"
+  p = Tensor(np.zeros((1, 3_000_000), np.float32)).softmax()
+  np.testing.assert_allclose(p.numpy(), 1/3e6, rtol=1e-3)
+
+def np_attend(q:np.ndarray, k:np.ndarray, v:np.ndarray, seen:np.ndarray) -> np.ndarray:
+  q, k, v = (x.astype(np.float64) for x in (q, k, v))
+  return np_softmax(np.where(seen, q @ swap(k)*q.shape[-1]**-0.5, -np.inf)) @ v
+
+@pytest.mark.parametrize("L,T,hd",
+                         [(1, 1, 4), (5, 9, 6), (33, 33, 16), (20, 64, 8)])
+def test_kernel_attend(L, T, hd, flash):
+  "causal, where query i sees rows up to T - L + i, and not"
+  q, k, v = normal(2, 3, L, hd), normal(2, 3, T, hd), normal(2, 3, T, hd)
+  for causal in (True, False):
+    seen = np.arange(T) <= np.arange(T-L, T)[:, None] + (0 if causal else T)
+    y = h3tiny.attend(*map(Tensor, (q, k, v)), causal=causal)
+    assert_close(y, np_attend(q, k, v, seen), 1e-5)
+
+@pytest.mark.parametrize("L,T,hd,start", [(1, 70, 16, None), (1, 9, 6, (0, 3, 4)),
+                                          (5, 70, 16, (3, 0, 6)), (3, 8, 2, None)])
+def test_kernel_attend_over_a_cache(L, T, hd, start, flash):
+  "keys and values written at pos, queries that see from start to themselves; no more is read"
+  pos, end = 4, 4 + L
+  q, k, v = (normal(3, 2, L, hd) for _ in range(3))
+  caches, at = [normal(3, 2, T, hd) for _ in range(2)], Tensor([pos], dtype=dtypes.int).realize()
+  written = []
+  for cache, x, behind in zip(caches, (k, v), (1e30, np.nan)):
+    cache[:, :, pos:] = behind
+    new = h3tiny.write_cache(Tensor(cache).realize(), Tensor(x), at).numpy()
+    cache[:, :, pos:end], cache[:, :, end:] = x, 0
+    assert (new[:, :, :end] == cache[:, :, :end]).all()
+    written.append(Tensor(np.nan_to_num(new, nan=0.0)).realize())    # in a model: zeros, or a text
+  begin = start and Tensor(start, dtype=dtypes.int).realize()
   t, own = np.arange(T), pos + np.arange(L)[:, None]
   seen = (t <= own) & ((t >= np.reshape(start or 0, (-1, 1, 1, 1))) | (t == own))
-  k0, v0 = (np.where(t[:, None] < pos+L, c, 0).astype(float) for c in (k0, v0))
-  s = np.where(seen, np.einsum("bhld,bhtd->bhlt", q, k0)*hd**-0.5, -np.inf)
-  p = np.exp(s - s.max(-1, keepdims=True))
-  want = np.einsum("bhlt,bhtd->bhld", p/p.sum(-1, keepdims=True), v0)
-  assert_close(y, want, 1e-5)
+  assert_close(h3tiny.attend(Tensor(q), *written, at, begin), np_attend(q, *caches, seen), 1e-5)
+
+def test_kernel_attend_of_low_scores(flash):
+  "The lowest products that float32 has get equal shares of what is seen."
+  q, k = Tensor.full((1, 1, 1, 4), 1e18), Tensor.full((1, 1, 6, 4), -1e18)
+  v = normal(1, 1, 6, 4)
+  pos, start = (Tensor([i], dtype=dtypes.int) for i in (4, 2))
+  y = h3tiny.attend(q.contiguous(), k.contiguous(), Tensor(v), pos, start)
+  np.testing.assert_allclose(y.numpy()[0, 0, 0], v[0, 0, 2:5].mean(0), atol=1e-5)
+
+@on_cpu
+def test_kernels_for_decoding_have_no_gradient():
+  q, k = Tensor(normal(1, 2, 1, 4)), Tensor(normal(1, 2, 8, 4))
+  pos = Tensor([3], dtype=dtypes.int)
+  results = {"attend": cpu.attend(q, k, k, pos), "write_cache": cpu.write_cache(k, q, pos)}
+  for name, y in results.items():
+    with pytest.raises(RuntimeError, match=f"{name}.* has no gradient"): y.sum().gradient(q)
 
 def test_kernel_embedding(flash):
   "a word that comes often gets all its gradients, one that does not come gets 0"
-  t, w, g = rng.integers(0, 9, (3, 7)), normal(11, 6), normal(3, 7, 6)
-  W = Tensor(w).realize()
-  y = cpu.embedding(Tensor(t.astype(np.int32)).realize(), W)
-  dW, = y.gradient(W, gradient=Tensor(g))
-  Tensor.realize(y, dW)
-  want = np.zeros((11, 6))
+  t, g, layer = rng.integers(0, 9, (3, 7)), normal(3, 7, 6), nn.Embedding(11, 6)
+  y = layer(Tensor(t.astype(np.int32)).realize())
+  dw, = y.gradient(layer.weight, gradient=Tensor(g))
+  w, want = layer.weight.numpy(), np.zeros((11, 6))
   np.add.at(want, t, g)
   assert (y.numpy() == w[t]).all()
-  assert_close(dW, want, 1e-5)
-
-SMALL_TYPES = [name for name, dtype in flashconv.WEIGHTS.items()
-               if dtype in Device[Device.DEFAULT].renderer.supported_dtypes()]
-
-@pytest.mark.parametrize("dtype", SMALL_TYPES)
-@pytest.mark.parametrize("M,K,N", [(1, 96, 70), (3, 40, 128), (33, 300, 400), (150, 530, 75)])
-def test_kernel_matmul_of_small_weights(M, K, N, dtype, flash, always):
-  "as exact as with float32s of the same values, one row, a few, and many; and the look-up"
-  x, w = normal(M, K), normal(N, K)
-  W = checkpoints.filled(checkpoints.narrowed(w, dtype), flashconv.WEIGHTS[dtype])
-  exact = flashconv.widened(W).numpy()
-  close(matmul(Tensor(x), W, transposed=True), x, exact.T)
-  t = rng.integers(0, N, 5).astype(np.int32)
-  assert (cpu.embedding(Tensor(t).realize(), W).numpy() == exact[t]).all()
+  assert_close(dw, want, 1e-5)
+  for ids in (Tensor(3), Tensor.arange(4)):
+    assert (layer(ids).numpy() == w[ids.numpy()]).all()
 
 def test_rounding_to_bfloat16():
-  "to the nearest; of two as near to the one that ends in 0; both zeros, infinities and the smallest numbers stay"
-  x = np.concatenate([normal(1 << 20), np.float32([0, -0.0, np.inf, -np.inf, 1e-45, 1 + 2**-8, 1 + 3*2**-8])])
+  "to the nearest; of two as near to the one that ends in 0; zeros, infinities, tiny numbers stay"
+  special = [0, -0.0, np.inf, -np.inf, 1e-45, 1 + 2**-8, 1 + 3*2**-8]
+  x = np.concatenate([normal(1 << 20), np.float32(special)])
   bits = checkpoints.narrowed(x, "bfloat16").astype(np.uint32)
   up, down = ((x.view(np.uint32) >> 16) + i << 16 for i in (1, 0))
   with np.errstate(invalid="ignore"):
@@ -484,6 +503,86 @@ def test_rounding_to_bfloat16():
     took = np.abs((bits << 16).view(np.float32).astype(np.float64) - x)
     assert (took[:-5] == np.minimum(*far)[:-5]).all()
   assert bits[-7:].tolist() == [0, 0x8000, 0x7f80, 0xff80, 0, 0x3f80, 0x3f82]
+
+# ---------------------------------------------------------------- replay, and programs kept on disk
+
+def test_replay_follows_parts_of_its_inputs():
+  "A contiguous part of an input of a TinyJit is a view of another buffer at each call."
+  W = Tensor(normal(64, 64))
+  jit = capture(lambda x: ((x[32:64] @ W).realize(), (x*0.5).contiguous().realize()))
+  for _ in range(4):
+    x = Tensor(normal(96, 64)).realize()
+    np.testing.assert_allclose(jit(x)[0].numpy(), x.numpy()[32:64] @ W.numpy(), atol=1e-4)
+
+def test_capture_from_the_first_call():
+  "A constant that a captured function makes is no part of what is replayed, and outlives it."
+  made = []
+  @flashconv.capture
+  def f(x:Tensor) -> Tensor:
+    made.append(flashconv.constant(np.arange(4), x.device))
+    return (x + made[-1]).realize()
+  for i in range(3):
+    x = Tensor.full((4,), float(i)).contiguous().realize()
+    assert (f(x).numpy() == np.arange(4) + i).all()
+  assert len(made) == 1 and (made[0].numpy() == np.arange(4)).all()
+
+@on_cpu
+def test_kernel_replay_on_two_cores(monkeypatch):
+  "Long chains of kernels, shared and not, each of which reads what other cores wrote: no race."
+  monkeypatch.setattr(cpu, "TO_SHARE", 1 << 8)
+  cpu.threaded.cache_clear()
+  w = normal(64, 64)/8
+  W = Tensor(w).realize()
+  @flashconv.capture
+  def f(x:Tensor) -> Tensor:
+    for _ in range(12):
+      means = x.contiguous().sum(0, keepdim=True)*0.01
+      x = ((x @ W).flip(0)*0.5 + means).contiguous()
+    return x.realize()
+  for _ in range(50):
+    x = normal(64, 64)
+    got, want = f(Tensor(x).realize()).numpy(), x.astype(np.float64)
+    for _ in range(12): want = (want @ w)[::-1]*0.5 + want.sum(0, keepdims=True)*0.01
+    assert np.abs(got - want).max() <= 1e-5*np.abs(want).max()
+  cpu.threaded.cache_clear()
+
+LOWERS = """
+from support import cpu
+kept, lowered = cpu.Programs.__setitem__, []
+cpu.Programs.__setitem__ = lambda *row: [lowered.append(row), kept(*row)]
+cpu.setup_device()
+from tinygrad import Tensor
+print(len(lowered), ((Tensor.ones(300, 90).contiguous() @ Tensor.ones(90, 20)).sum() + 1).item())
+"""
+
+@on_cpu
+def test_second_process_lowers_nothing(tmp_path):
+  env = os.environ | {"CACHEDB": str(tmp_path/"cache.db"), "PYTHONPATH": str(HERE), "DEV": "CPU"}
+  run = [sys.executable, "-c", LOWERS]
+  first, second = (subprocess.check_output(run, env=env, text=True).split() for _ in range(2))
+  assert int(first[0]) > 0 and second == ["0", "540001.0"] and first[1] == second[1]
+
+@on_cpu
+def test_programs_on_disk_are_right_or_missing(monkeypatch):
+  "as after the start of another process: damaged, with another compiler, with other options"
+  sink = (Tensor(normal(31)).realize() + 1).schedule_linear().src[0].src[0]
+  renderer = Device["CPU"].renderer
+  key, program = codegen.to_program_key(sink, renderer), codegen.to_program(sink, renderer)
+  cpu.Programs()[key] = program
+  assert key in cpu.Programs() and cpu.Programs().get(key) is program
+  assert (*key[:-1], "other") not in cpu.Programs()
+  monkeypatch.setattr(cpu, "_compiler_macros", lambda: "another compiler")
+  cpu.what_lowers.cache_clear()
+  assert key not in cpu.Programs() and cpu.Programs().get(key) is None
+  monkeypatch.undo()
+  cpu.what_lowers.cache_clear()
+  row, table = cpu.Programs().row(key), cpu.Programs.table
+  checksum, data = whole = helpers.diskcache_get(table, row)
+  for damaged in ((checksum, data[:-9]), (checksum, data[:-1] + b"x"), b"", None):
+    helpers.diskcache_put(table, row, damaged)
+    assert key not in cpu.Programs()
+  helpers.diskcache_put(table, row, whole)
+  assert key in cpu.Programs()
 
 # ---------------------------------------------------------------- how kernels are run
 
@@ -590,45 +689,6 @@ def test_ssm_conv_refuses_shapes():
               lambda: ssm_conv(u, A, Bc, C, chunk=0), lambda: ssm_conv(u, A, Bc, C, D=u[0, 0])):
     with pytest.raises(ValueError, match="ssm_conv"): bad()
 
-def test_replay_follows_parts_of_its_inputs():
-  "A contiguous part of an input of a TinyJit is a view of another buffer at each call."
-  jit, W = capture(lambda x: (matmul(x[32:64], W).realize(), (x*0.5).contiguous().realize())), Tensor(normal(64, 64))
-  for _ in range(4):
-    x = Tensor(normal(96, 64)).realize()
-    np.testing.assert_allclose(jit(x)[0].numpy(), x.numpy()[32:64] @ W.numpy(), atol=1e-4)
-
-def test_kernel_matmul_long_rows_do_not_fill_the_stack():
-  x, w = normal(32, 40000), normal(160, 40000)
-  close(matmul(Tensor(x), Tensor(w), transposed=True), x, w.T)
-
-def test_kernel_capture_from_the_first_call():
-  "A constant that a captured function makes is no part of what is replayed, and outlives it."
-  made = []
-  @flashconv.capture
-  def f(x:Tensor) -> Tensor:
-    made.append(flashconv.constant(np.arange(4), x.device))
-    return (x + made[-1]).realize()
-  for i in range(3): assert (f(Tensor.full((4,), float(i)).contiguous().realize()).numpy() == np.arange(4) + i).all()
-  assert len(made) == 1 and (made[0].numpy() == np.arange(4)).all()
-
-@on_cpu
-def test_kernel_replay_on_two_cores(monkeypatch):
-  "Long chains of kernels, shared and not, each of which reads what other cores wrote just before: 50 replays, no race."
-  monkeypatch.setattr(cpu, "SHARED", 1 << 8)
-  cpu._threaded.cache_clear()
-  w = normal(64, 64)/8
-  W = Tensor(w).realize()
-  @flashconv.capture
-  def f(x:Tensor) -> Tensor:
-    for _ in range(12): x = (matmul(x, W).flip(0)*0.5 + x.contiguous().sum(0, keepdim=True)*0.01).contiguous()
-    return x.realize()
-  for _ in range(50):
-    x = normal(64, 64)
-    got, want = f(Tensor(x).realize()).numpy(), x.astype(np.float64)
-    for _ in range(12): want = (want @ w)[::-1]*0.5 + want.sum(0, keepdims=True)*0.01
-    assert np.abs(got - want).max() <= 1e-5*np.abs(want).max()
-  cpu._threaded.cache_clear()
-
 # ================================================================ kernels: in a loop of one's own
 
 def small_ssm_conv(u, dt, B, C) -> Tensor:
@@ -644,12 +704,12 @@ OWN = {
   "fftconv, levels": (fftconv, (2, 2, 100), (2, 100), (2,)),
   "fftconv, cut": (fftconv, (1, 2, 700), (2, 5)),
   "ssm_conv": (small_ssm_conv, (2, 3, 40), (3, 4), (3, 4), (3, 4)),
-  "matmul": (lambda x, w, b: matmul(x, w, bias=b), (2, 5, 12), (12, 9), (9,)),
-  "matmul, batched": (lambda x, w: matmul(x, w, transposed=True), (2, 5, 12), (2, 9, 12)),
-  "layernorm": (layernorm, (2, 5, 12), (12,), (12,)),
-  "softmax": (softmax, (2, 3, 7)),
-  "causal_softmax": (cpu.causal_softmax, (2, 3, 7, 7)),
-  "embedding": (lambda w: embedding(Tensor([[1, 0, 3], [3, 3, 1]]), w), (5, 8))}
+  "matmul": (Tensor.linear, (2, 5, 12), (12, 9), (9,)),
+  "matmul, batched": (lambda x, w: x @ w.transpose(-2, -1), (2, 5, 12), (2, 9, 12)),
+  "layernorm": (cpu.layernorm, (2, 5, 12), (12,), (12,)),
+  "softmax": (Tensor.softmax, (2, 3, 7)),
+  "attend": (lambda q, k, v: h3tiny.attend(q, k, v), (2, 3, 7, 4), (2, 3, 9, 4), (2, 3, 9, 4)),
+  "embedding": (lambda w: flashconv.lookup(w, Tensor([[1, 0, 3], [3, 3, 1]])), (5, 8))}
 
 @pytest.fixture
 def own(request, monkeypatch):
@@ -769,12 +829,6 @@ def test_a_failed_realisation_leaves_the_graphs(monkeypatch):
     want = want @ x.numpy() + 1
     np.testing.assert_allclose(y.numpy(), want, rtol=1e-4, atol=1e-4)
 
-@on_cpu
-def test_kernel_softmax_of_a_long_row():
-  "does not fit on the stack, and is done by plain ops"
-  p = softmax(Tensor(np.zeros((1, 3_000_000), np.float32))).numpy()
-  np.testing.assert_allclose(p, 1/3e6, rtol=1e-3)
-
 def square_kernel(y:UOp, x:UOp) -> UOp: return y[i := UOp.range(4, 0)].store(x[i]*x[i]).end(i).sink()
 
 def test_kernel_launch_refuses_what_would_be_wrong():
@@ -784,12 +838,6 @@ def test_kernel_launch_refuses_what_would_be_wrong():
   with pytest.raises(ValueError, match="several outputs"):
     flashconv.launch(square_kernel, [(4,), (4,)], [x], lambda dy, y, x: (dy,))
 
-@on_cpu
-def test_kernels_for_decoding_have_no_gradient():
-  q, k, pos = (Tensor(normal(*s)).realize() for s in ((1, 2, 4), (1, 2, 8, 4), (1,)))
-  with pytest.raises(RuntimeError, match="attend_step.* has no gradient"):
-    cpu.attend_step(q, k, k, pos.int()).sum().gradient(q)
-
 @pytest.mark.parametrize("impulse", [Tensor.eye(8)[:1].unsqueeze(0), Tensor.arange(8).reshape(1, 1, 8).float(),
                                      Tensor.linspace(0, 1, 8).reshape(1, 1, 8), Tensor.full((1, 1, 8), 0.5, buffer=False)])
 def test_kernel_inputs_without_a_device(impulse, flash):
@@ -797,31 +845,14 @@ def test_kernel_inputs_without_a_device(impulse, flash):
   x = impulse.numpy()
   k, D = Tensor(normal(1, 8)), Tensor(normal(1))
   stored = Tensor(x.astype(np.float32)).realize()
-  for f in (lambda u: fftconv(u, k, D), lambda u: fftconv(k.unsqueeze(0), u[0], D), layernorm_of, softmax,
-            lambda u: matmul(u, Tensor(k.numpy().T)), lambda u: small_ssm_conv(u, k[:, :4], k[:, :4], k[:, 4:])):
+  for f in (lambda u: fftconv(u, k, D), lambda u: fftconv(k.unsqueeze(0), u[0], D), layernorm_of, Tensor.softmax,
+            lambda u: u @ Tensor(k.numpy().T), lambda u: small_ssm_conv(u, k[:, :4], k[:, :4], k[:, 4:])):
     np.testing.assert_allclose(f(impulse).numpy(), f(stored).numpy(), atol=1e-6)
   if impulse.dtype == dtypes.float:
     loss = lambda u: fftconv(u, k, D).square().sum()
     np.testing.assert_allclose(loss(impulse).gradient(impulse)[0].numpy(), loss(stored).gradient(stored)[0].numpy(), atol=1e-5)
 
-def layernorm_of(u:Tensor) -> Tensor: return layernorm(u, Tensor.ones(8), Tensor.zeros(8))
-
-def test_kernel_embedding_of_one_token(flash):
-  w = normal(5, 8)
-  np.testing.assert_array_equal(embedding(Tensor(3), Tensor(w)).numpy(), w[3])
-  np.testing.assert_array_equal(embedding(Tensor.arange(4), Tensor(w)).numpy(), w[:4])
-
-def test_kernel_softmax_of_low_scores(flash):
-  "The lowest scores that float32 has get equal shares; an infinity or NaN in a row makes NaN of that row alone."
-  s = np.full((5, 4), -1e31, np.float32)
-  s[1], s[2, 0], s[3, 1], s[4, 2] = np.finfo(np.float32).min, 1, np.inf, np.nan
-  p = softmax(Tensor(s)).numpy()
-  np.testing.assert_allclose(p[:3], [[0.25]*4, [0.25]*4, [1, 0, 0, 0]], atol=1e-6)
-  assert np.isnan(p[3:]).any(1).all()
-  q, k = np.full((1, 1, 4), 1e18, np.float32), np.full((1, 1, 6, 4), -1e18, np.float32)
-  v, start = normal(1, 1, 6, 4), Tensor([2], dtype=dtypes.int)
-  y = cpu.attend_step(*map(Tensor, (q, k, v)), Tensor([4], dtype=dtypes.int), start)
-  np.testing.assert_allclose(y.numpy()[0, 0], v[0, 0, 2:5].mean(0), atol=1e-5)
+def layernorm_of(u:Tensor) -> Tensor: return cpu.layernorm(u, Tensor.ones(8), Tensor.zeros(8))
 
 def test_fftconv_of_float64_is_exact_to_float64():
   x = {n: rng.standard_normal(s) for n, s in dict(u=(2, 3, 300), k=(3, 300), D=(3,), v=(2, 3, 300), q=(2, 3, 300)).items()}
@@ -829,7 +860,7 @@ def test_fftconv_of_float64_is_exact_to_float64():
   y = fftconv(**{n: Tensor(a) for n, a in x.items()})
   assert y.dtype == dtypes.double and np.abs(y.numpy() - want).max() <= 1e-13*np.abs(want).max()
 
-# ---------------------------------------------------------------- threads, forks, interrupts: the processor's cores
+# ---------------------------------------------------------------- threads, forks, interrupts
 
 # Programs of their own, with a limit of time: a process that hangs says where and fails
 OWN_PROCESS = """
@@ -837,7 +868,7 @@ import faulthandler, sys
 faulthandler.dump_traceback_later(240, exit=True)
 from flashconv import capture, fftconv
 from support import cpu
-from support.cpu import matmul, setup_device
+from support.cpu import setup_device
 import flashconv, numpy as np
 from tinygrad import Device, Tensor, TinyJit
 def normal(seed, *shape): return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
@@ -861,7 +892,7 @@ def convolutions(n):
   L = 40 + n
   k, w = (Tensor(normal(n, *s)).realize() for s in ((8, L), (L, 32)))
   def step(u):
-    loss = matmul(fftconv(u, k), w).square().mean()
+    loss = (fftconv(u, k) @ w).square().mean()
     return [t.realize() for t in (loss, *loss.gradient(k, w, u))]
   jit = TinyJit(step)
   for i in range(20):
@@ -952,7 +983,7 @@ import signal
 U, K, W = (Tensor(normal(i, *s)).realize() for i, s in enumerate(((2, 4, 30), (4, 30), (30, 20))))
 def step():
   global made
-  loss = matmul(fftconv(U, K), W).square().mean()
+  loss = (fftconv(U, K) @ W).square().mean()
   made = [loss, *loss.gradient(K, W)]
   Tensor.realize(*made, x.assign(x + 1))
 def interrupted_at(place):
@@ -983,13 +1014,15 @@ assert hits >= 35
 
 @on_cpu
 @pytest.mark.parametrize("cores", [2, 4])
-@pytest.mark.parametrize("script", [THREADS, FORKS, INTERRUPTS], ids=["threads", "forks", "interrupts"])
+@pytest.mark.parametrize("script", [THREADS, FORKS, INTERRUPTS],
+                         ids=["threads", "forks", "interrupts"])
 def test_cores(script, cores, tmp_path):
-  "threads with a TinyJit each, forks after use, an interrupt at every single step: no hang, right results"
+  "threads with a TinyJit each, forks after use, an interrupt at every step: no hang, right results"
   if script is FORKS and not hasattr(os, "fork"): pytest.skip("this system has no fork")
   (tmp_path/"own.py").write_text(OWN_PROCESS + script)
   env = os.environ | {"NUM_CPU_THREADS": str(cores), "PYTHONPATH": str(HERE), "DEV": "CPU"}
-  done = subprocess.run([sys.executable, tmp_path/"own.py"], env=env, capture_output=True, text=True, timeout=300)
+  done = subprocess.run([sys.executable, tmp_path/"own.py"], env=env, capture_output=True, text=True,
+                        timeout=300)
   assert done.returncode == 0, done.stderr[-3000:]
 
 # ================================================================ the model
@@ -1942,23 +1975,7 @@ def test_bigs_blocks(block):
   if block == "stack": layer.mix.weight = Tensor.cat(*layer.mix.weight.chunk(2, dim=1)[::-1], dim=1).contiguous()
   assert_close(layer(x.flip(1), *model.filters(9)[0]).flip(1), y.numpy(), 1e-5*np.abs(y.numpy()).max())
 
-def test_kernel_softmax_over_all(flash):
-  x, dy = normal(3, 5, 70), normal(3, 5, 70)
-  y = (t := Tensor(x)).softmax()
-  g, = (y*Tensor(dy)).sum().gradient(t)
-  p = np.exp(x.astype(np.float64))
-  p /= p.sum(-1, keepdims=True)
-  assert_close(y, p, 1e-6)
-  assert_close(g, p*(dy - (p*dy).sum(-1, keepdims=True)), 1e-6)
-
-def test_kernel_matmul_one_matrix_for_all(flash):
-  a, b, dy = normal(40, 50), normal(3, 50, 24), normal(3, 40, 24)
-  y = (x := Tensor(a)) @ (w := Tensor(b))
-  dx, dw = (y*Tensor(dy)).sum().gradient(x, w)
-  for got, want in ((y, a @ b), (dx, (dy @ b.transpose(0, 2, 1)).sum(0)), (dw, a.T @ dy)):
-    assert_close(got, want, 1e-5*np.abs(want).max())
-
-def test_bigs_config_and_size():
+def test_bigs_config_and_size(monkeypatch):
   "the released shape has 346,314,134 parameters; the baselines are as large"
   def size(block:str) -> int:
     model = BiGS(BiGSConfig.large(block), seed=None)
