@@ -42,8 +42,8 @@ from types import SimpleNamespace
 import numpy as np
 from tinygrad import Tensor
 from flashconv import Vandermonde, cmul, fftconv, stored
-from h3tiny import (Attention, Blank, DiagSSM, Embedding, LayerNorm, Linear, check_choice, check_whole,
-                    param, stacked)
+from h3tiny import (Attention, Blank, DiagSSM, Embedding, LayerNorm, Linear, check_choice,
+                    check_whole, filters_of, param)
 from support.cpu import embedding
 
 BLOCKS = ("gated", "stack", "gated-attention", "attention")
@@ -304,7 +304,7 @@ class BiGS:
     if "attention" in self.config.block: return [()] * len(layers)
     ssms = [ssm for layer in layers for ssm in (layer.fs4, layer.bs4)]
     if self.config.block == "s4d":
-      K = stored(stacked([ssm.kernel for ssm in ssms]).filter(L)).chunk(len(ssms))
+      K = [*filters_of([ssm.kernel for ssm in ssms], L)]
     else:
       K = stored(filters(ssms, L))                                  # (S,L)
       K = stored(toeplitz(K)) if L <= BY_TOEPLITZ else K.unsqueeze(1)

@@ -38,7 +38,7 @@ Not here: ZOH discretisation and HiPPO measures other than diag-lin: no released
 from __future__ import annotations
 import copy, dataclasses, functools, math
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 import numpy as np
 from tinygrad import Tensor, nn
 from tinygrad.engine.realize import capturing
@@ -100,6 +100,11 @@ class H3Config:
       if not 0 <= (rate := getattr(self, name)) < 1:
         raise ValueError(f"{name} must be at least 0 and below 1, not {rate}.")
     check_choice(self, ssm=("h3", "s4d"), head_order=("d2h", "hd2"))
+
+  @property
+  def out_std(self) -> float:
+    "Initial std of the matrices that write to the residual stream."
+    return self.init_std / (2*self.n_layer)**0.5
 
   @property
   def padded_vocab(self) -> int:
@@ -180,14 +185,20 @@ class KVCache(NamedTuple):
   keys: Tensor             # (B,heads,capacity,hd), rotated
   values: Tensor
 
+State = H3State | S4DState | KVCache | None
+
 class LMState(NamedTuple):
   "A language model's state. `get_parameters(state)` lists its Tensors."
   positions: Tensor        # (1,) int: tokens so far, padding included
   start: Tensor|None       # (B,) int: left padding before each text; None: none
-  layers: list[H3State|S4DState|KVCache]
+  layers: list[State]
+
+  def copy(self) -> LMState:
+    layers = [type(state)(*map(copied, state)) for state in self.layers]
+    return LMState(copied(self.positions), self.start, layers)
 
 class Positions(NamedTuple):
-  "Where the tokens of one call stand in their texts."
+  "Where the tokens of one call stand in their texts, in generation."
   first: Tensor            # (1,) int: tokens before them
   start: Tensor|None       # (B,) int: left padding, as in LMState
   visible: int             # rows of the KV caches that are read, at least first + L
@@ -198,19 +209,13 @@ class Positions(NamedTuple):
     return t if self.start is None else (t - self.start.unsqueeze(-1)).maximum(0)
 
   def without_padding(self, x:Tensor) -> Tensor:
-    "Sets x (B,D,L) to 0 in the padding, which then leaves an SSM's state at 0."
+    "Sets x (B,L,D) to 0 in the padding, which then leaves an SSM's state at 0."
     if self.start is None: return x
-    t = Tensor.arange(x.shape[-1]) + self.first
-    return x * (t >= self.start.unsqueeze(-1)).unsqueeze(1)
+    t = Tensor.arange(x.shape[1]) + self.first
+    return x * (t >= self.start.unsqueeze(-1)).unsqueeze(-1)
 
 def zeros(*shape:int) -> Tensor: return Tensor(np.zeros(shape, np.float32)).realize()
-
-def copied(state:Tensor|tuple|list|None) -> Tensor|tuple|list|None:
-  "Returns a deep copy of a state of any kind."
-  if state is None: return None
-  if isinstance(state, Tensor): return state.clone().realize()
-  parts = [copied(part) for part in state]
-  return parts if isinstance(state, list) else type(state)(*parts)
+def copied(x:Tensor) -> Tensor: return x.clone().realize()
 
 # ---------------------------------------------------------------- the two SSMs
 
@@ -310,7 +315,7 @@ class DiagSSM:
     return y + self.D*u, (re, im)
 
 class Filters(NamedTuple):
-  "What the convolutions of one layer need: made once for all layers by `conv_filters`."
+  "What the convolutions of a layer need: made once for all layers by `H3LM.filters`."
   shift: Tensor|None       # S (D,N); None: the layer has no shift SSM
   diag: Tensor|None        # K (H,L); None: state passing takes its place
 
@@ -320,24 +325,22 @@ class StepWeights(NamedTuple):
   diag: DiagSSM
   modes: Modes
 
+Weights = Filters | StepWeights | None
+
+def step_weights(shift:ShiftSSM|None, diag:DiagSSM) -> StepWeights:
+  return StepWeights(shift, diag, Modes(*((stored(re), stored(im)) for re, im in diag.discretize())))
+
 def stacked(ssms:list) -> ShiftSSM|DiagSSM:
-  "One SSM with the channels of all: the filters of all layers then cost one layer's launches."
+  "One SSM with the channels of all."
   one = copy.copy(ssms[0])
   for name in vars(one):
     weights = [getattr(ssm, name) for ssm in ssms]
     setattr(one, name, Tensor.cat(*weights, dim=1 if name == "C" else 0))    # C has a leading 1
   return one
 
-def conv_filters(mixers:list[H3Mixer|S4DMixer], L:float) -> list[Filters]:
-  "Filters of layers of one kind for sequences of L tokens, all made at once."
-  if not mixers: return []
-  n = len(mixers)
-  shift = diag = [None] * n
-  if isinstance(mixers[0], H3Mixer):
-    shift = stored(stacked([m.shift_ssm for m in mixers]).filter()).chunk(n)
-  if L <= BY_FFT:
-    diag = stored(stacked([m.diag_ssm for m in mixers]).filter(L)).chunk(n)
-  return [Filters(S, K) for S, K in zip(shift, diag)]
+def filters_of(ssms:list, *length:int) -> Iterator[Tensor]:
+  "The filter of each SSM, all made at once, for the launches of one."
+  return iter(stored(stacked(ssms).filter(*length)).chunk(len(ssms)) if ssms else ())
 
 def official_names(mixer:H3Mixer|S4DMixer, **ssms:tuple[str, str]) -> dict:
   """The parts of a mixer by the official names, for get_state_dict: an SSM `kernel` holds the
@@ -353,10 +356,11 @@ def official_names(mixer:H3Mixer|S4DMixer, **ssms:tuple[str, str]) -> dict:
   return named
 
 # ---------------------------------------------------------------- the H3 layer
-# All mixers: mixer(u, state, positions, filters) takes a sequence u (B,L,D), mixer.step a token
-# u (B,D); both return (y, state), y like u. A sequence without a state gives none. mixer.step may
-# overwrite its state: that has to be realised and no view (`copied` makes such), and y and the new
-# state have to be realised together.
+# Every mixer is called as mixer(u, state, positions, weights) -> (y, state), u and y (B,L,D):
+#   training     mixer(u, weights=Filters): all of a sequence; or with the state of the piece before
+#   generation   with state and positions: a piece of text, or one token by a step (L = 1, weights:
+#                StepWeights), which may overwrite the state: realise y and the new state together
+# Without a state before, none comes out. What weights hold is made anew where they are None.
 
 def heads(x:Tensor, p:int) -> Tensor:
   "(B,D,…) -> (B,p,H,…): channel h*p + d is coordinate d of head h."
@@ -379,8 +383,7 @@ def h3_reference(layer:H3Mixer, u:Tensor) -> Tensor:
   with ssm(x) = K ∗ x + D x, causal.
   """
   shift, diag, L = layer.shift_ssm, layer.diag_ssm, u.shape[1]
-  projections = (layer.q_proj, layer.k_proj, layer.v_proj)
-  q, k, v = (proj(u).transpose(1, 2) for proj in projections)  # (B,D,L)
+  q, k, v = (x.transpose(1, 2) for x in layer.qkv(u))          # (B,D,L)
   k = fftconv_ref(k, shift.filter(), shift.D)
   kv = outer(k, v, layer.p)                                    # (B,p,p,H,L)
   y = fftconv_ref(kv.flatten(0, 2), diag.filter(L), diag.D)
@@ -389,7 +392,7 @@ def h3_reference(layer:H3Mixer, u:Tensor) -> Tensor:
 
 @replaceable
 def h3_step(q:Tensor, k:Tensor, v:Tensor, state:H3State, weights:StepWeights
-            ) -> tuple[Tensor, H3State]:
+            ) -> tuple[Tensor, State]:
   "The same for one token, between the projections: q, k, v (B,D) -> z (B,D) and the new state."
   k, s = weights.shift.step(state.shift, k)
   kv = outer(k, v, q.shape[1] // state.re.shape[1])            # (B,p,p,H)
@@ -415,37 +418,44 @@ class H3Mixer:
     modes = (batch * self.p**2, *self.diag_ssm.A_imag.shape)
     return H3State(zeros(batch, *self.shift_ssm.B.shape), zeros(*modes), zeros(*modes))
 
-  def step_weights(self) -> StepWeights:
-    return StepWeights(self.shift_ssm, self.diag_ssm, self.diag_ssm.discretize())
+  def step_weights(self) -> StepWeights: return step_weights(self.shift_ssm, self.diag_ssm)
+
+  def qkv(self, u:Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return self.q_proj(u), self.k_proj(u), self.v_proj(u)
 
   def ordered(self, z:Tensor) -> Tensor:
     "Channels h*p + d2 as the output wants them (h3.py:153; src/ops/fftconv.py:48)."
     return z if self.head_order == "hd2" else heads(z, self.p).flatten(1, 2)
 
-  def __call__(self, u:Tensor, state:H3State|None=None, positions:Positions|None=None,
-               filters:Filters|None=None) -> tuple[Tensor, H3State|None]:
-    shift, diag, L = self.shift_ssm, self.diag_ssm, u.shape[1]
-    S, K = filters or Filters(shift.filter(), None)
-    projections = (self.q_proj, self.k_proj, self.v_proj)
-    q, k, v = (proj(u).transpose(1, 2) for proj in projections)        # (B,D,L)
-    if positions: k = positions.without_padding(k)
-    shifted = fftconv(k, S, shift.D)                                   # S ∗ k + D k
-    if state: shifted = shifted + shift.response(state.shift, L)
+  def convolve(self, q:Tensor, k:Tensor, v:Tensor, state:State, filters:Filters
+               ) -> tuple[Tensor, State]:
+    "z (B,D,L) from q, k, v (B,D,L): by FFT, or by state passing."
+    shift, diag = self.shift_ssm, self.diag_ssm
+    shifted = fftconv(k, filters.shift, shift.D)                       # S ∗ k + D k
+    if state: shifted = shifted + shift.response(state.shift, k.shape[2])
     x = state and (state.re, state.im)
     if self.p == 1:
-      z, x = diag.conv(shifted, K, x, v=v, q=q)                        # q * diag( shift(k) * v )
+      z, x = diag.conv(shifted, filters.diag, x, v=v, q=q)             # q * diag( shift(k) * v )
     else:
       kv = outer(shifted, v, self.p)                                   # (B,p,p,H,L)
-      y, x = diag.conv(kv.flatten(0, 2), K, x)
-      z = self.ordered(contract(q, y.reshape(kv.shape)))               # q^T diag( shift(k) v^T )
-    new = state and H3State(shift.final_state(state.shift, k), *x)
-    return self.output_linear(z.transpose(1, 2)), new
+      y, x = diag.conv(kv.flatten(0, 2), filters.diag, x)
+      z = contract(q, y.reshape(kv.shape))                             # q^T diag( shift(k) v^T )
+    return z, state and H3State(shift.final_state(state.shift, k), *x)
 
-  def step(self, u:Tensor, state:H3State, positions:Positions|None=None,
-           weights:StepWeights|None=None) -> tuple[Tensor, H3State]:
-    q, k, v = self.q_proj(u), self.k_proj(u), self.v_proj(u)           # (B,D)
-    z, new = h3_step(q, k, v, state, weights or self.step_weights())
-    return self.output_linear(self.ordered(z)), H3State(*new)
+  def __call__(self, u:Tensor, state:State=None, positions:Positions|None=None,
+               weights:Weights=None) -> tuple[Tensor, State]:
+    q, k, v = self.qkv(u)                                              # (B,L,D)
+    if positions: k = positions.without_padding(k)
+    if positions and u.shape[1] == 1:
+      token = (x.squeeze(1) for x in (q, k, v))
+      z, new = h3_step(*token, state, weights or self.step_weights())
+      z = self.ordered(z).unsqueeze(1)
+    else:
+      sequence = (x.transpose(1, 2) for x in (q, k, v))
+      filters = weights or Filters(self.shift_ssm.filter(), None)
+      z, new = self.convolve(*sequence, state, filters)
+      z = self.ordered(z).transpose(1, 2)
+    return self.output_linear(z), new
 
 class S4DMixer:
   """y = Wo gelu( diag_ssm(u) ), an ungated SSM for each channel: what H3 is compared with.
@@ -463,20 +473,19 @@ class S4DMixer:
     modes = (batch, *self.diag_ssm.A_imag.shape)
     return S4DState(zeros(*modes), zeros(*modes))
 
-  def step_weights(self) -> StepWeights:
-    return StepWeights(None, self.diag_ssm, self.diag_ssm.discretize())
+  def step_weights(self) -> StepWeights: return step_weights(None, self.diag_ssm)
 
-  def __call__(self, u:Tensor, state:S4DState|None=None, positions:Positions|None=None,
-               filters:Filters|None=None) -> tuple[Tensor, S4DState|None]:
-    u = u.transpose(1, 2)                                              # (B,D,L)
+  def __call__(self, u:Tensor, state:State=None, positions:Positions|None=None,
+               weights:Weights=None) -> tuple[Tensor, State]:
     if positions: u = positions.without_padding(u)
-    y, x = self.diag_ssm.conv(u, filters and filters.diag, state)
-    return self.output_linear(y.transpose(1, 2).gelu()), state and S4DState(*x)
-
-  def step(self, u:Tensor, state:S4DState, positions:Positions|None=None,
-           weights:StepWeights|None=None) -> tuple[Tensor, S4DState]:
-    y, x = self.diag_ssm.step(state, u, (weights or self.step_weights()).modes)
-    return self.output_linear(y.gelu()), S4DState(*x)
+    if positions and u.shape[1] == 1:
+      modes = (weights or self.step_weights()).modes
+      y, x = self.diag_ssm.step(state, u.squeeze(1), modes)
+      y = y.unsqueeze(1)
+    else:
+      y, x = self.diag_ssm.conv(u.transpose(1, 2), weights and weights.diag, state)
+      y = y.transpose(1, 2)
+    return self.output_linear(y.gelu()), state and S4DState(*x)
 
 # ---------------------------------------------------------------- attention
 
@@ -555,20 +564,16 @@ class Attention:
     angles = self.angles(L, positions, u.device)
     return rotated(q, *angles), rotated(k, *angles), v
 
-  def __call__(self, u:Tensor, cache:KVCache|None=None, positions:Positions|None=None,
-               filters:Filters|None=None) -> tuple[Tensor, KVCache|None]:
+  def __call__(self, u:Tensor, cache:State=None, positions:Positions|None=None,
+               weights:Weights=None) -> tuple[Tensor, State]:
     q, k, v = self.qkv(u, positions)
     if cache is None: y = attend(q, k, v, causal=self.causal)
     else:
       first, start, visible = positions
       cache = KVCache(write_cache(cache.keys, k, first), write_cache(cache.values, v, first))
-      y = attend(q, cache.keys[:, :, :visible], cache.values[:, :, :visible], first, start)
+      keys, values = (x[:, :, :visible] for x in cache)
+      y = attend(q, keys, values, first, start)
     return self.out_proj(y.transpose(1, 2).flatten(2)), cache
-
-  def step(self, u:Tensor, cache:KVCache, positions:Positions,
-           weights:StepWeights|None=None) -> tuple[Tensor, KVCache]:
-    y, cache = self(u.unsqueeze(1), cache, positions)
-    return y.squeeze(1), cache
 
 # ---------------------------------------------------------------- the language model
 
@@ -577,15 +582,14 @@ class MLP:
   def __init__(self, cfg:H3Config, rng:np.random.Generator):
     D, inner = cfg.d_model, cfg.mlp_mult * cfg.d_model
     self.fc1 = Linear(D, inner, rng, cfg.init_std)
-    self.fc2 = Linear(inner, D, rng, cfg.init_std / (2*cfg.n_layer)**0.5)
+    self.fc2 = Linear(inner, D, rng, cfg.out_std)
 
   def __call__(self, x:Tensor) -> Tensor: return self.fc2(self.fc1(x).gelu())
 
 def make_mixer(cfg:H3Config, i:int, rng:np.random.Generator) -> H3Mixer|S4DMixer|Attention:
   "The mixer of layer i."
   if i not in cfg.attn_layers: return (H3Mixer if cfg.ssm == "h3" else S4DMixer)(cfg, rng)
-  out_std = cfg.init_std / (2*cfg.n_layer)**0.5
-  return Attention(cfg.d_model, cfg.n_heads, rng, cfg.init_std, out_std, cfg.rotary_dim)
+  return Attention(cfg.d_model, cfg.n_heads, rng, cfg.init_std, cfg.out_std, cfg.rotary_dim)
 
 class Block:
   "x + mixer(norm1 x), then + mlp(norm2 x): pre-norm (flash_attn/modules/block.py:102-150)."
@@ -595,11 +599,9 @@ class Block:
     self.mixer = make_mixer(cfg, i, rng)
     self.mlp = MLP(cfg, rng)
 
-  def __call__(self, x:Tensor, state:NamedTuple|None=None, positions:Positions|None=None,
-               weights:Filters|StepWeights|None=None) -> tuple[Tensor, NamedTuple|None]:
-    "A sequence x (B,L,D) with its Filters, or a token x (B,D) with its StepWeights."
-    mix = self.mixer.step if x.ndim == 2 else self.mixer
-    y, state = mix(self.norm1(x), state, positions, weights)
+  def __call__(self, x:Tensor, state:State=None, positions:Positions|None=None,
+               weights:Weights=None) -> tuple[Tensor, State]:
+    y, state = self.mixer(self.norm1(x), state, positions, weights)
     x = x + y.dropout(self.dropout)
     return x + self.mlp(self.norm2(x)).dropout(self.dropout), state
 
@@ -622,17 +624,15 @@ class H3LM:
     self.backbone = SimpleNamespace(embeddings=embeddings, layers=layers, ln_f=ln_f)
 
   def embed(self, tokens:Tensor, positions:Positions|None=None) -> Tensor:
-    """Word embeddings, plus learned positions if there are any: tokens (B,L) -> (B,L,D), or
-    (B,) -> (B,D). ValueError for more tokens than positions."""
-    embeddings, most = self.backbone.embeddings, self.config.max_positions
+    """Word embeddings, plus learned positions if there are any: tokens (B,L) -> (B,L,D).
+    ValueError for more tokens than positions."""
+    embeddings, most, L = self.backbone.embeddings, self.config.max_positions, tokens.shape[1]
     x = embeddings.word_embeddings(tokens)
     if most:
-      L = 1 if tokens.ndim == 1 else tokens.shape[1]
       if positions is None and L > most:
         raise ValueError(f"{L} tokens where the model has positions for {most}.")
-      at = positions.of(L) if positions else Tensor.arange(L)
-      learned = embeddings.position_embeddings(at)                     # (L,D) or (B,L,D)
-      x = x + (learned if tokens.ndim == 2 else learned.squeeze(-2))
+      at = positions.of(L) if positions else Tensor.arange(L)          # (L,) or (B,L)
+      x = x + embeddings.position_embeddings(at)
     return x.dropout(self.config.embed_dropout)
 
   def head(self, x:Tensor) -> Tensor:
@@ -667,14 +667,15 @@ class H3LM:
   def filters(self, L:float) -> list[Filters|None]:
     "For sequences of L tokens, the Filters of each layer, None for attention; all made at once."
     mixers = [layer.mixer for layer in self.backbone.layers]
-    made = iter(conv_filters([m for m in mixers if not isinstance(m, Attention)], L))
-    return [None if isinstance(m, Attention) else next(made) for m in mixers]
+    ssms = [m for m in mixers if not isinstance(m, Attention)]
+    S = filters_of([m.shift_ssm for m in ssms if isinstance(m, H3Mixer)])
+    K = filters_of([m.diag_ssm for m in ssms if L <= BY_FFT], L)
+    return [Filters(next(S, None), next(K, None)) if m in ssms else None for m in mixers]
 
   def step_weights(self) -> list[StepWeights|None]:
     "What `advance` needs of each layer for a token, made once for many; None for attention."
-    made = [layer.mixer.step_weights() for layer in self.backbone.layers]
-    weights = [w and w._replace(modes=Modes(*(tuple(map(stored, z)) for z in w.modes))) for w in made]
-    if flat := get_parameters(weights): Tensor.realize(*flat)
+    weights = [layer.mixer.step_weights() for layer in self.backbone.layers]
+    if made := get_parameters(weights): Tensor.realize(*made)
     return weights
 
   def init_state(self, batch:int, max_length:int|None=None, start:list[int]|None=None) -> LMState:
@@ -703,7 +704,8 @@ class H3LM:
     visible: how many rows of the caches a piece of text reads, at least the tokens so far and its
     own; all by default. weights: `step_weights()`, used for a token; a piece of text needs none.
     """
-    one_token, capacity = tokens.ndim == 1, self.capacity(state) or 1
+    tokens, capacity = tokens.reshape(tokens.shape[0], -1), self.capacity(state) or 1
+    one_token = tokens.shape[1] == 1
     if one_token or visible is None: visible = capacity
     if not one_token or weights is None: weights = [None] * len(state.layers)
     positions = Positions(state.positions, state.start, min(visible, capacity))
@@ -711,11 +713,10 @@ class H3LM:
     for layer, before, layer_weights in zip(self.backbone.layers, state.layers, weights):
       x, new = layer(x, before, positions, layer_weights)
       after.append(new)
-    logits = self.head(x if one_token else x[:, -1].contiguous())
+    logits = self.head(x[:, -1].contiguous())
     Tensor.realize(logits, *get_parameters(after))
     overwrite(get_parameters(state.layers), get_parameters(after))
-    length = 1 if one_token else tokens.shape[1]
-    state.positions.assign(state.positions + length).realize()
+    state.positions.assign(state.positions + tokens.shape[1]).realize()
     return logits
 
   def prefill(self, tokens:Tensor, state:LMState|None=None, chunk:int|None=None
@@ -727,7 +728,7 @@ class H3LM:
     B, L = tokens.shape
     if L == 0: raise ValueError("the prompt is empty: prefill needs at least one token.")
     if chunk is not None and chunk < 1: raise ValueError(f"chunk must be at least 1, not {chunk}.")
-    state = self.init_state(B) if state is None else copied(state)
+    state = self.init_state(B) if state is None else state.copy()
     if (batch := state.layers[0][0].shape[0]) != B:
       raise ValueError(f"tokens of batch {B}, but a state of batch {batch}.")
     before, padding = state.positions.item(), 0 if state.start is None else state.start.min().item()
@@ -750,7 +751,7 @@ class H3LM:
     RuntimeError where a TinyJit captures it, which sees no Tensors of nested states.
     """
     if capturing: raise RuntimeError("step makes a new state: in a TinyJit, use advance.")
-    state = copied(state)
+    state = state.copy()
     return self.advance(tokens, state), state
 
   @staticmethod
