@@ -40,10 +40,11 @@ from __future__ import annotations
 import dataclasses, functools, math
 from types import SimpleNamespace
 import numpy as np
+from numpy.random import Generator
 from tinygrad import Tensor
 from flashconv import Vandermonde, cmul, fftconv, stored
-from h3tiny import (Attention, Blank, DiagSSM, Embedding, LayerNorm, Linear, check_choice, check_whole,
-                    param, stacked)
+from h3tiny import (Attention, Blank, DiagSSM, Embedding, LayerNorm, Linear, check_choice,
+                    check_whole, filters_of, param, require)
 from support.cpu import embedding
 
 BLOCKS = ("gated", "stack", "gated-attention", "attention")
@@ -72,18 +73,18 @@ class BiGSConfig:
   n_labels: int = 2                  # of a classifier
 
   def __post_init__(self):
-    check_choice(self, block=(*BLOCKS, "s4d"), gelu=("tanh", "erf"), pooler=("non_padding_mean", "mean"))
+    check_choice(self, block=(*BLOCKS, "s4d"), gelu=("tanh", "erf"),
+                 pooler=("non_padding_mean", "mean"))
     self.d_inner = self.d_inner or self.d_model * {"stack": 5, "attention": 4}.get(self.block, 3)
     check_whole(self, "vocab_size", "d_model", "n_layer", "d_inner", "n_heads", "d_state",
                 "max_length", "n_types", "n_labels")
-    if "attention" in self.block and self.d_model % self.n_heads:
-      raise ValueError(f"d_model ({self.d_model}) must be a multiple of n_heads ({self.n_heads}).")
-    if self.block == "s4d" and self.d_state % 2:
-      raise ValueError(f"d_state must be even, not {self.d_state}.")
-    if not isinstance(self.norm_eps, float) or self.norm_eps <= 0:
-      raise ValueError(f"norm_eps must be above 0, not {self.norm_eps!r}.")
-    if not 0 <= self.embed_dropout < 1:
-      raise ValueError(f"embed_dropout must be at least 0 and below 1, not {self.embed_dropout}.")
+    require("attention" not in self.block or self.d_model % self.n_heads == 0,
+            f"d_model ({self.d_model}) must be a multiple of n_heads ({self.n_heads}).")
+    require(self.block != "s4d" or self.d_state % 2 == 0, f"d_state must be even, not {self.d_state}.")
+    require(isinstance(self.norm_eps, float) and self.norm_eps > 0,
+            f"norm_eps must be above 0, not {self.norm_eps!r}.")
+    require(0 <= self.embed_dropout < 1,
+            f"embed_dropout must be at least 0 and below 1, not {self.embed_dropout}.")
 
   @staticmethod
   def large(block:str="gated", max_length:int=128) -> BiGSConfig:
@@ -106,7 +107,7 @@ def hippo(N:int) -> np.ndarray:
 
 class S4D:
   "One scalar SSM for all channels: 4N + 2 numbers. T:221-288, F:227-326."
-  def __init__(self, N:int, rng:np.random.Generator):
+  def __init__(self, N:int, rng:Generator):
     self.D = param(np.ones(1))
     self.kernel = SimpleNamespace(
       C=param(rng.normal(0, 0.5**0.5, (N, 2))), A_re=param(np.full(N, -0.5)),
@@ -154,13 +155,13 @@ def initial_std(n_in:int) -> float:
   64 BiGS then learns subject-verb agreement, and at 0.02 not in the same 600 steps."""
   return max(0.02, n_in**-0.5)
 
-def dense(n_in:int, n_out:int, rng:np.random.Generator) -> Linear:
+def dense(n_in:int, n_out:int, rng:Generator) -> Linear:
   return Linear(n_in, n_out, rng, initial_std(n_in))
 
 def gelu(cfg:BiGSConfig) -> functools.partial:
   return functools.partial(Tensor.gelu, approximate="none" if cfg.gelu == "erf" else "tanh")
 
-def attention(cfg:BiGSConfig, rng:np.random.Generator) -> Attention:
+def attention(cfg:BiGSConfig, rng:Generator) -> Attention:
   "Bidirectional; its positions come from the embedding."
   std = initial_std(cfg.d_model)
   out_std = std / (2*cfg.n_layer)**0.5
@@ -173,7 +174,7 @@ class GatedSSM:
     backward = duc_backward( K_b ∗ gelu(du_backward(h)) ), in reversed time
     x + do( gelu(dol(forward * backward)) * gelu(dv(h)) )
   """
-  def __init__(self, cfg:BiGSConfig, rng:np.random.Generator):
+  def __init__(self, cfg:BiGSConfig, rng:Generator):
     D, I, self.gelu = cfg.d_model, cfg.d_inner, gelu(cfg)
     self.LayerNorm = LayerNorm(D, cfg.norm_eps)
     self.fs4, self.bs4 = S4D(cfg.d_state, rng), S4D(cfg.d_state, rng)
@@ -190,7 +191,7 @@ class GatedSSM:
 
 class GatedAttention:
   "x + do( gelu(dol(attention(h))) * gelu(dv(h)) ), h = LayerNorm(x)."
-  def __init__(self, cfg:BiGSConfig, rng:np.random.Generator):
+  def __init__(self, cfg:BiGSConfig, rng:Generator):
     D, I, self.gelu = cfg.d_model, cfg.d_inner, gelu(cfg)
     self.LayerNorm, self.attention = LayerNorm(D, cfg.norm_eps), attention(cfg, rng)
     self.dv, self.dol, self.do = dense(D, I, rng), dense(D, I, rng), dense(I, D, rng)
@@ -202,7 +203,7 @@ class GatedAttention:
 
 class StackAttention:
   "BERT's layer with the norms in front: x + attention(LayerNorm x), then + MLP(norm2 x)."
-  def __init__(self, cfg:BiGSConfig, rng:np.random.Generator):
+  def __init__(self, cfg:BiGSConfig, rng:Generator):
     D, I, self.gelu = cfg.d_model, cfg.d_inner, gelu(cfg)
     self.LayerNorm, self.attention = LayerNorm(D, cfg.norm_eps), attention(cfg, rng)
     self.norm2, self.fc1, self.fc2 = LayerNorm(D, cfg.norm_eps), dense(D, I, rng), dense(I, D, rng)
@@ -219,7 +220,7 @@ class StackSSM:
   MLP is a quarter wider than BERT's, so that the layer has its 12 D^2 weights. A Dense before these
   SSMs would add nothing: a filter that all channels share changes places with it.
   """
-  def __init__(self, cfg:BiGSConfig, rng:np.random.Generator):
+  def __init__(self, cfg:BiGSConfig, rng:Generator):
     D, I, self.gelu = cfg.d_model, cfg.d_inner, gelu(cfg)
     self.LayerNorm = LayerNorm(D, cfg.norm_eps)
     self.fs4, self.bs4 = S4D(cfg.d_state, rng), S4D(cfg.d_state, rng)
@@ -235,7 +236,7 @@ class S4DLayer:
   """x + GLU( gelu( K_f ∗ h + K_b ∗ h in reversed time + D h )), h = LayerNorm(x): what S4 runs on
   the Long Range Arena, with H3's diagonal SSM, one for each channel and direction (Gu, Goel, Gupta,
   Ré 2022, arXiv 2206.11893)."""
-  def __init__(self, cfg:BiGSConfig, rng:np.random.Generator):
+  def __init__(self, cfg:BiGSConfig, rng:Generator):
     D = cfg.d_model
     self.LayerNorm = LayerNorm(D, cfg.norm_eps)
     self.D, self.mix = param(rng.normal(0, 1, D)), dense(D, 2*D, rng)
@@ -274,8 +275,7 @@ class BiGS:
 
   def add(self, head:str) -> None:
     "Makes a head's parameters where they are missing. ValueError for another name."
-    if head not in HEADS:
-      raise ValueError(f"no head is called {head!r}, only {', '.join(HEADS)}.")
+    require(head in HEADS, f"no head is called {head!r}, only {', '.join(HEADS)}.")
     c, D = self.config, self.config.d_model
     lecun = lambda n_out: Linear(D, n_out, self.rng, D**-0.5)       # F:610, 966, 1076
     if head == "mlm" and not hasattr(self, "cls"):
@@ -291,8 +291,7 @@ class BiGS:
   def embed(self, tokens:Tensor, token_type:Tensor|None=None) -> Tensor:
     "Words, token types and positions, added and normalised (T:210-217). (B,L,D)"
     e, L, most = self.bigs.embeddings, tokens.shape[-1], self.config.max_length
-    if not 1 <= L <= most:
-      raise ValueError(f"{L} tokens where the model has positions for 1 to {most}.")
+    require(1 <= L <= most, f"{L} tokens where the model has positions for 1 to {most}.")
     types = e.token_type_embeddings
     typed = types.weight[0] if token_type is None else types(token_type)
     x = e.word_embeddings(tokens) + typed + e.position_embeddings.weight[:L]
@@ -304,7 +303,7 @@ class BiGS:
     if "attention" in self.config.block: return [()] * len(layers)
     ssms = [ssm for layer in layers for ssm in (layer.fs4, layer.bs4)]
     if self.config.block == "s4d":
-      K = stored(stacked([ssm.kernel for ssm in ssms]).filter(L)).chunk(len(ssms))
+      K = [*filters_of([ssm.kernel for ssm in ssms], L)]
     else:
       K = stored(filters(ssms, L))                                  # (S,L)
       K = stored(toeplitz(K)) if L <= BY_TOEPLITZ else K.unsqueeze(1)
@@ -349,8 +348,8 @@ class BiGS:
     """Multiple choice: tokens (B,C,L), mask and token_type like them -> logits (B,C) (T:806-861).
     ValueError where the classifier has more than one output."""
     self.add("choose")
-    if (n := self.classifier.weight.shape[0]) != 1:
-      raise ValueError(f"the classifier has {n} outputs, multiple choice takes 1.")
+    n = self.classifier.weight.shape[0]
+    require(n == 1, f"the classifier has {n} outputs, multiple choice takes 1.")
     B, C, L = tokens.shape
     texts = (x if x is None else x.reshape(B*C, L) for x in (tokens, mask, token_type))
     return self.classify(*texts).reshape(B, C)

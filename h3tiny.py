@@ -38,9 +38,10 @@ Not here: ZOH discretisation and HiPPO measures other than diag-lin: no released
 from __future__ import annotations
 import copy, dataclasses, functools, math
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 import numpy as np
-from tinygrad import Tensor, nn
+from numpy.random import Generator
+from tinygrad import Tensor, dtypes, nn
 from tinygrad.engine.realize import capturing
 from tinygrad.nn.state import get_parameters
 from flashconv import (Pair, Vandermonde, cmul, constant, fftconv, fftconv_ref, overwrite,
@@ -82,24 +83,28 @@ class H3Config:
                 "mlp_mult", "pad_vocab_multiple", "max_length")
     check_whole(self, "max_positions", least=0)
     for i in self.attn_layers:
-      if not 0 <= i < self.n_layer:
-        raise ValueError(f"attn_layers names layer {i}, but the layers are 0 to {self.n_layer-1}.")
+      require(0 <= i < self.n_layer,
+              f"attn_layers names layer {i}, but the layers are 0 to {self.n_layer-1}.")
     for name in ("n_heads", "head_dim"):
       n = getattr(self, name)
-      if self.d_model % n:
-        raise ValueError(f"d_model ({self.d_model}) must be a multiple of {name} ({n}).")
-    attention_head = self.d_model // self.n_heads
-    if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= attention_head:
-      raise ValueError("rotary_dim must be even and at most the attention head's size "
-                       f"({attention_head}), not {self.rotary_dim}.")
-    if self.d_state % 2: raise ValueError(f"d_state must be even, not {self.d_state}.")
+      require(self.d_model % n == 0, f"d_model ({self.d_model}) must be a multiple of {name} ({n}).")
+    size = self.d_model // self.n_heads
+    require(self.rotary_dim % 2 == 0 and 0 <= self.rotary_dim <= size,
+            "rotary_dim must be even and at most the attention head's size "
+            f"({size}), not {self.rotary_dim}.")
+    require(self.d_state % 2 == 0, f"d_state must be even, not {self.d_state}.")
     for name in ("norm_eps", "init_std"):
-      if not (value := getattr(self, name)) > 0:
-        raise ValueError(f"{name} must be above 0, not {value}.")
+      value = getattr(self, name)
+      require(value > 0, f"{name} must be above 0, not {value}.")
     for name in ("embed_dropout", "resid_dropout"):
-      if not 0 <= (rate := getattr(self, name)) < 1:
-        raise ValueError(f"{name} must be at least 0 and below 1, not {rate}.")
+      rate = getattr(self, name)
+      require(0 <= rate < 1, f"{name} must be at least 0 and below 1, not {rate}.")
     check_choice(self, ssm=("h3", "s4d"), head_order=("d2h", "hd2"))
+
+  @property
+  def out_std(self) -> float:
+    "Initial std of the matrices that write to the residual stream."
+    return self.init_std / (2*self.n_layer)**0.5
 
   @property
   def padded_vocab(self) -> int:
@@ -115,24 +120,25 @@ class H3Config:
       "1.3B": (2048, 24, (8, 16), 16, 0),
       "2.7B": (2560, 32, (8, 16, 24), 20, 0),
       "2.7B-rotary": (2560, 32, (10, 21), 20, 64)}
-    if name not in shapes:
-      raise ValueError(f"no model is called {name!r}, only {', '.join(shapes)}.")
+    require(name in shapes, f"no model is called {name!r}, only {', '.join(shapes)}.")
     return H3Config(50257, *shapes[name], embed_dropout=0.1)
+
+def require(condition:bool, message:str) -> None:
+  "Raises ValueError with this message unless the condition holds."
+  if not condition: raise ValueError(message)
 
 def check_whole(config:object, *names:str, least:int=1) -> None:
   "ValueError unless these fields are whole numbers of at least `least`."
   for name in names:
-    value = getattr(config, name)
-    if not isinstance(value, int) or value < least:
-      raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+    n = getattr(config, name)
+    require(isinstance(n, int) and n >= least,
+            f"{name} must be a whole number of at least {least}, not {n!r}.")
 
-def check_choice(config:object, **allowed:tuple[str, ...]) -> None:
+def check_choice(config:object, **choices:tuple[str, ...]) -> None:
   "ValueError unless each field has one of the values allowed."
-  for name, choices in allowed.items():
+  for name, allowed in choices.items():
     value = getattr(config, name)
-    if value not in choices:
-      listed = " or ".join(map(repr, choices))
-      raise ValueError(f"{name} must be {listed}, not {value!r}.")
+    require(value in allowed, f"{name} must be {' or '.join(map(repr, allowed))}, not {value!r}.")
 
 # ---------------------------------------------------------------- parameters
 
@@ -150,13 +156,13 @@ class Blank:
 # tinygrad's own layers; only their initial weights are numpy's, the same on every device
 class Linear(nn.Linear):
   "x (…,in) -> (…,out). weight (out,in) ~ N(0, std), bias (out,) = 0."
-  def __init__(self, n_in:int, n_out:int, rng:np.random.Generator, std:float):
+  def __init__(self, n_in:int, n_out:int, rng:Generator, std:float):
     self.weight = param(rng.normal(0, std, (n_out, n_in)))
     self.bias = param(np.zeros(n_out))
 
 class Embedding(nn.Embedding):
   "ids (…) -> (…,D). weight (rows,D) ~ N(0, std)."
-  def __init__(self, rows:int, d_model:int, rng:np.random.Generator, std:float):
+  def __init__(self, rows:int, d_model:int, rng:Generator, std:float):
     self.weight = param(rng.normal(0, std, (rows, d_model)))
 
 class LayerNorm(nn.LayerNorm):
@@ -180,37 +186,35 @@ class KVCache(NamedTuple):
   keys: Tensor             # (B,heads,capacity,hd), rotated
   values: Tensor
 
+State = H3State | S4DState | KVCache | None      # of a layer
+
 class LMState(NamedTuple):
   "A language model's state. `get_parameters(state)` lists its Tensors."
   positions: Tensor        # (1,) int: tokens so far, padding included
   start: Tensor|None       # (B,) int: left padding before each text; None: none
-  layers: list[H3State|S4DState|KVCache]
+  layers: list[State]
+
+  def copy(self) -> LMState:
+    layers = [type(state)(*map(copied, state)) for state in self.layers]
+    return LMState(copied(self.positions), self.start, layers)
 
 class Positions(NamedTuple):
-  "Where the tokens of one call stand in their texts."
+  "Where the tokens of one call stand in their texts, in generation."
   first: Tensor            # (1,) int: tokens before them
   start: Tensor|None       # (B,) int: left padding, as in LMState
   visible: int             # rows of the KV caches that are read, at least first + L
 
   def of(self, L:int) -> Tensor:
-    "Positions of the next L tokens, (L,) int, or (B,L); 0 in the padding."
+    "Positions of the next L tokens, (L,) int, or (B,L); below 0 in the padding."
     t = Tensor.arange(L) + self.first
-    return t if self.start is None else (t - self.start.unsqueeze(-1)).maximum(0)
+    return t if self.start is None else t - self.start.unsqueeze(-1)
 
   def without_padding(self, x:Tensor) -> Tensor:
-    "Sets x (B,D,L) to 0 in the padding, which then leaves an SSM's state at 0."
-    if self.start is None: return x
-    t = Tensor.arange(x.shape[-1]) + self.first
-    return x * (t >= self.start.unsqueeze(-1)).unsqueeze(1)
+    "Sets x (B,L,D) to 0 in the padding, which then leaves an SSM's state at 0."
+    return x if self.start is None else x * (self.of(x.shape[1]) >= 0).unsqueeze(-1)
 
 def zeros(*shape:int) -> Tensor: return Tensor(np.zeros(shape, np.float32)).realize()
-
-def copied(state:Tensor|tuple|list|None) -> Tensor|tuple|list|None:
-  "Returns a deep copy of a state of any kind."
-  if state is None: return None
-  if isinstance(state, Tensor): return state.clone().realize()
-  parts = [copied(part) for part in state]
-  return parts if isinstance(state, list) else type(state)(*parts)
+def copied(x:Tensor) -> Tensor: return x.clone().realize()
 
 # ---------------------------------------------------------------- the two SSMs
 
@@ -224,7 +228,9 @@ class ShiftSSM:
   B (D,N) starts as e_1 and is trained, C (1,D,N), skip D (D,). The state s is (B,D,N).
   src/models/ssm/ss_kernel_shift.py:33-83.
   """
-  def __init__(self, D:int, N:int, rng:np.random.Generator):
+  kernel_name, skip_name = "ssm_k_kernel", "ssm_k_D"           # official, see `official_names`
+
+  def __init__(self, D:int, N:int, rng:Generator):
     self.B = param(np.eye(1, N).repeat(D, axis=0))
     self.C = param(rng.uniform(-1, 1, (1, D, N)) / N**0.5)
     self.D = param(rng.normal(0, 1, D))
@@ -265,9 +271,9 @@ class DiagSSM:
   C (1,H,M,2) and B (H,M,2) hold (re, im) on the last axis; A = -exp(inv_A_real) + i A_imag, (H,M);
   log_dt (H,); skip D (H,). src/models/ssm/ss_kernel_diag.py:107-246.
   """
-  D: Tensor|None = None            # stays so with skip=False
+  kernel_name, skip_name = "kernel", "D"
 
-  def __init__(self, H:int, N:int, rng:np.random.Generator, skip:bool=True):
+  def __init__(self, H:int, N:int, rng:Generator, skip:bool=True):
     M = N // 2
     self.C = param(rng.normal(0, 0.5**0.5, (1, H, M, 2)))      # E|C|^2 = 1
     self.log_dt = param(rng.uniform(math.log(0.001), math.log(0.1), H))
@@ -276,6 +282,10 @@ class DiagSSM:
     self.inv_A_real = param(np.full((H, M), math.log(0.5)))
     self.A_imag = param(np.broadcast_to(np.pi * np.arange(M), (H, M)))
     if skip: self.D = param(rng.normal(0, 1, H))
+
+  def zero_state(self, batch:int) -> Pair:
+    shape = (batch, *self.A_imag.shape)
+    return zeros(*shape), zeros(*shape)
 
   def discretize(self) -> Modes:
     "Bilinear: z = dt A/2, dA = (1+z)/(1-z), dB = dt B/(1-z)."
@@ -304,13 +314,13 @@ class DiagSSM:
 
   def step(self, x:Pair, u:Tensor, modes:Modes) -> tuple[Tensor, Pair]:
     "One input u (B,H): output (B,H) and the new state."
-    (re, im), dB, C = cmul(modes.dA, x), modes.dB, modes.C
-    re, im = re + dB[0]*u.unsqueeze(-1), im + dB[1]*u.unsqueeze(-1)
-    y = 2 * (C[0]*re - C[1]*im).sum(-1)
-    return y + self.D*u, (re, im)
+    (re, im), dB, each = cmul(modes.dA, x), modes.dB, u.unsqueeze(-1)
+    x = (re + dB[0]*each, im + dB[1]*each)
+    y = 2 * cmul(modes.C, x)[0].sum(-1)
+    return y + self.D*u, x
 
 class Filters(NamedTuple):
-  "What the convolutions of one layer need: made once for all layers by `conv_filters`."
+  "What the convolutions of a layer need: made once for all layers by `H3LM.filters`."
   shift: Tensor|None       # S (D,N); None: the layer has no shift SSM
   diag: Tensor|None        # K (H,L); None: state passing takes its place
 
@@ -320,43 +330,42 @@ class StepWeights(NamedTuple):
   diag: DiagSSM
   modes: Modes
 
+Weights = Filters | StepWeights | None
+
+def step_weights(mixer:H3Mixer|S4DMixer) -> StepWeights:
+  modes = mixer.diag_ssm.discretize()
+  stored_modes = Modes(*((stored(re), stored(im)) for re, im in modes))
+  return StepWeights(getattr(mixer, "shift_ssm", None), mixer.diag_ssm, stored_modes)
+
 def stacked(ssms:list) -> ShiftSSM|DiagSSM:
-  "One SSM with the channels of all: the filters of all layers then cost one layer's launches."
+  "One SSM with the channels of all."
   one = copy.copy(ssms[0])
   for name in vars(one):
     weights = [getattr(ssm, name) for ssm in ssms]
     setattr(one, name, Tensor.cat(*weights, dim=1 if name == "C" else 0))    # C has a leading 1
   return one
 
-def conv_filters(mixers:list[H3Mixer|S4DMixer], L:float) -> list[Filters]:
-  "Filters of layers of one kind for sequences of L tokens, all made at once."
-  if not mixers: return []
-  n = len(mixers)
-  shift = diag = [None] * n
-  if isinstance(mixers[0], H3Mixer):
-    shift = stored(stacked([m.shift_ssm for m in mixers]).filter()).chunk(n)
-  if L <= BY_FFT:
-    diag = stored(stacked([m.diag_ssm for m in mixers]).filter(L)).chunk(n)
-  return [Filters(S, K) for S, K in zip(shift, diag)]
+def filters_of(ssms:list, *length:int) -> Iterator[Tensor]:
+  "The filter of each SSM, all made at once, for the launches of one."
+  return iter(stored(stacked(ssms).filter(*length)).chunk(len(ssms)) if ssms else ())
 
-def official_names(mixer:H3Mixer|S4DMixer, **ssms:tuple[str, str]) -> dict:
-  """The parts of a mixer by the official names, for get_state_dict: an SSM `kernel` holds the
-  weights, and its skip weight stands beside it. ssms: attribute = (SSM's name, skip's name)."""
+def official_names(mixer:H3Mixer|S4DMixer) -> dict:
+  """The parts of a mixer by the official names, which get_state_dict takes from `_asdict`: an SSM's
+  weights are called KERNEL.kernel and its skip weight stands beside them."""
   named = {}
   for attribute, part in vars(mixer).items():
-    if attribute not in ssms:
-      named[attribute] = part
-      continue
-    weights = dict(vars(part))
-    name, skip = ssms[attribute]
-    named |= {skip: weights.pop("D"), name: {"kernel": weights}}
+    if isinstance(part, (ShiftSSM, DiagSSM)):
+      weights = dict(vars(part))
+      named |= {part.skip_name: weights.pop("D"), part.kernel_name: {"kernel": weights}}
+    else: named[attribute] = part
   return named
 
 # ---------------------------------------------------------------- the H3 layer
-# All mixers: mixer(u, state, positions, filters) takes a sequence u (B,L,D), mixer.step a token
-# u (B,D); both return (y, state), y like u. A sequence without a state gives none. mixer.step may
-# overwrite its state: that has to be realised and no view (`copied` makes such), and y and the new
-# state have to be realised together.
+# Every mixer is called as mixer(u, state, positions, weights) -> (y, state), u and y (B,L,D):
+#   training     mixer(u, weights=Filters): all of a sequence; or with the state of the piece before
+#   generation   with state and positions: a piece of text, or one token by a step (L = 1, weights:
+#                StepWeights), which may overwrite the state: realise y and the new state together
+# Without a state before, none comes out. What weights hold is made anew where they are None.
 
 def heads(x:Tensor, p:int) -> Tensor:
   "(B,D,…) -> (B,p,H,…): channel h*p + d is coordinate d of head h."
@@ -379,8 +388,7 @@ def h3_reference(layer:H3Mixer, u:Tensor) -> Tensor:
   with ssm(x) = K ∗ x + D x, causal.
   """
   shift, diag, L = layer.shift_ssm, layer.diag_ssm, u.shape[1]
-  projections = (layer.q_proj, layer.k_proj, layer.v_proj)
-  q, k, v = (proj(u).transpose(1, 2) for proj in projections)  # (B,D,L)
+  q, k, v = (x.transpose(1, 2) for x in layer.qkv(u))          # (B,D,L)
   k = fftconv_ref(k, shift.filter(), shift.D)
   kv = outer(k, v, layer.p)                                    # (B,p,p,H,L)
   y = fftconv_ref(kv.flatten(0, 2), diag.filter(L), diag.D)
@@ -389,7 +397,7 @@ def h3_reference(layer:H3Mixer, u:Tensor) -> Tensor:
 
 @replaceable
 def h3_step(q:Tensor, k:Tensor, v:Tensor, state:H3State, weights:StepWeights
-            ) -> tuple[Tensor, H3State]:
+            ) -> tuple[Tensor, State]:
   "The same for one token, between the projections: q, k, v (B,D) -> z (B,D) and the new state."
   k, s = weights.shift.step(state.shift, k)
   kv = outer(k, v, q.shape[1] // state.re.shape[1])            # (B,p,p,H)
@@ -401,51 +409,55 @@ class H3Mixer:
 
   src/models/ssm/h3.py:73-206.
   """
-  def __init__(self, cfg:H3Config, rng:np.random.Generator):
+  def __init__(self, cfg:H3Config, rng:Generator):
     D, self.p, self.head_order = cfg.d_model, cfg.head_dim, cfg.head_order
     self.q_proj, self.k_proj, self.v_proj = (Linear(D, D, rng, cfg.init_std) for _ in range(3))
     self.shift_ssm = ShiftSSM(D, cfg.d_state, rng)
     self.diag_ssm = DiagSSM(D // self.p, cfg.d_state, rng)
     self.output_linear = Linear(D, D, rng, cfg.init_std)
 
-  def _asdict(self) -> dict:
-    return official_names(self, shift_ssm=("ssm_k_kernel", "ssm_k_D"), diag_ssm=("kernel", "D"))
+  _asdict = official_names
 
   def init_state(self, batch:int, capacity:int=0) -> H3State:
-    modes = (batch * self.p**2, *self.diag_ssm.A_imag.shape)
-    return H3State(zeros(batch, *self.shift_ssm.B.shape), zeros(*modes), zeros(*modes))
+    shift = zeros(batch, *self.shift_ssm.B.shape)
+    return H3State(shift, *self.diag_ssm.zero_state(batch * self.p**2))
 
-  def step_weights(self) -> StepWeights:
-    return StepWeights(self.shift_ssm, self.diag_ssm, self.diag_ssm.discretize())
+  def qkv(self, u:Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return self.q_proj(u), self.k_proj(u), self.v_proj(u)
 
   def ordered(self, z:Tensor) -> Tensor:
     "Channels h*p + d2 as the output wants them (h3.py:153; src/ops/fftconv.py:48)."
-    return z if self.head_order == "hd2" else heads(z, self.p).flatten(1, 2)
+    return z if self.p == 1 or self.head_order == "hd2" else heads(z, self.p).flatten(1, 2)
 
-  def __call__(self, u:Tensor, state:H3State|None=None, positions:Positions|None=None,
-               filters:Filters|None=None) -> tuple[Tensor, H3State|None]:
-    shift, diag, L = self.shift_ssm, self.diag_ssm, u.shape[1]
-    S, K = filters or Filters(shift.filter(), None)
-    projections = (self.q_proj, self.k_proj, self.v_proj)
-    q, k, v = (proj(u).transpose(1, 2) for proj in projections)        # (B,D,L)
-    if positions: k = positions.without_padding(k)
-    shifted = fftconv(k, S, shift.D)                                   # S ∗ k + D k
-    if state: shifted = shifted + shift.response(state.shift, L)
+  def convolve(self, q:Tensor, k:Tensor, v:Tensor, state:State, filters:Filters
+               ) -> tuple[Tensor, State]:
+    "z (B,D,L) from q, k, v (B,D,L): by FFT, or by state passing."
+    shift, diag = self.shift_ssm, self.diag_ssm
+    shifted = fftconv(k, filters.shift, shift.D)                       # S ∗ k + D k
+    if state: shifted = shifted + shift.response(state.shift, k.shape[2])
     x = state and (state.re, state.im)
     if self.p == 1:
-      z, x = diag.conv(shifted, K, x, v=v, q=q)                        # q * diag( shift(k) * v )
+      z, x = diag.conv(shifted, filters.diag, x, v=v, q=q)             # q * diag( shift(k) * v )
     else:
       kv = outer(shifted, v, self.p)                                   # (B,p,p,H,L)
-      y, x = diag.conv(kv.flatten(0, 2), K, x)
-      z = self.ordered(contract(q, y.reshape(kv.shape)))               # q^T diag( shift(k) v^T )
-    new = state and H3State(shift.final_state(state.shift, k), *x)
-    return self.output_linear(z.transpose(1, 2)), new
+      y, x = diag.conv(kv.flatten(0, 2), filters.diag, x)
+      z = contract(q, y.reshape(kv.shape))                             # q^T diag( shift(k) v^T )
+    return z, state and H3State(shift.final_state(state.shift, k), *x)
 
-  def step(self, u:Tensor, state:H3State, positions:Positions|None=None,
-           weights:StepWeights|None=None) -> tuple[Tensor, H3State]:
-    q, k, v = self.q_proj(u), self.k_proj(u), self.v_proj(u)           # (B,D)
-    z, new = h3_step(q, k, v, state, weights or self.step_weights())
-    return self.output_linear(self.ordered(z)), H3State(*new)
+  def __call__(self, u:Tensor, state:State=None, positions:Positions|None=None,
+               weights:Weights=None) -> tuple[Tensor, State]:
+    q, k, v = self.qkv(u)                                              # (B,L,D)
+    if positions: k = positions.without_padding(k)
+    if positions and u.shape[1] == 1:
+      token = (x.squeeze(1) for x in (q, k, v))
+      z, new = h3_step(*token, state, weights or step_weights(self))
+      z = self.ordered(z).unsqueeze(1)
+    else:
+      sequence = (x.transpose(1, 2) for x in (q, k, v))
+      filters = weights or Filters(self.shift_ssm.filter(), None)
+      z, new = self.convolve(*sequence, state, filters)
+      z = self.ordered(z).transpose(1, 2)
+    return self.output_linear(z), new
 
 class S4DMixer:
   """y = Wo gelu( diag_ssm(u) ), an ungated SSM for each channel: what H3 is compared with.
@@ -453,30 +465,26 @@ class S4DMixer:
   Gu, Goel, Gupta, Ré 2022, "On the Parameterization and Initialization of Diagonal State Space
   Models", arXiv 2206.11893, with H3's discretisation.
   """
-  def __init__(self, cfg:H3Config, rng:np.random.Generator):
+  def __init__(self, cfg:H3Config, rng:Generator):
     self.diag_ssm = DiagSSM(cfg.d_model, cfg.d_state, rng)
     self.output_linear = Linear(cfg.d_model, cfg.d_model, rng, cfg.init_std)
 
-  def _asdict(self) -> dict: return official_names(self, diag_ssm=("kernel", "D"))
+  _asdict = official_names
 
   def init_state(self, batch:int, capacity:int=0) -> S4DState:
-    modes = (batch, *self.diag_ssm.A_imag.shape)
-    return S4DState(zeros(*modes), zeros(*modes))
+    return S4DState(*self.diag_ssm.zero_state(batch))
 
-  def step_weights(self) -> StepWeights:
-    return StepWeights(None, self.diag_ssm, self.diag_ssm.discretize())
-
-  def __call__(self, u:Tensor, state:S4DState|None=None, positions:Positions|None=None,
-               filters:Filters|None=None) -> tuple[Tensor, S4DState|None]:
-    u = u.transpose(1, 2)                                              # (B,D,L)
+  def __call__(self, u:Tensor, state:State=None, positions:Positions|None=None,
+               weights:Weights=None) -> tuple[Tensor, State]:
     if positions: u = positions.without_padding(u)
-    y, x = self.diag_ssm.conv(u, filters and filters.diag, state)
-    return self.output_linear(y.transpose(1, 2).gelu()), state and S4DState(*x)
-
-  def step(self, u:Tensor, state:S4DState, positions:Positions|None=None,
-           weights:StepWeights|None=None) -> tuple[Tensor, S4DState]:
-    y, x = self.diag_ssm.step(state, u, (weights or self.step_weights()).modes)
-    return self.output_linear(y.gelu()), S4DState(*x)
+    if positions and u.shape[1] == 1:
+      modes = (weights or step_weights(self)).modes
+      y, x = self.diag_ssm.step(state, u.squeeze(1), modes)
+      y = y.unsqueeze(1)
+    else:
+      y, x = self.diag_ssm.conv(u.transpose(1, 2), weights and weights.diag, state)
+      y = y.transpose(1, 2)
+    return self.output_linear(y.gelu()), state and S4DState(*x)
 
 # ---------------------------------------------------------------- attention
 
@@ -517,15 +525,14 @@ def rotated(x:Tensor, cos:Tensor, sin:Tensor) -> Tensor:
   "Rotates dims j and r+j of x (…,hd) as a pair; cos and sin are (…,r), later dims stay."
   r = cos.shape[-1]
   a, b, rest = x[..., :r], x[..., r:2*r], x[..., 2*r:]
-  turned = [a*cos - b*sin, a*sin + b*cos]
-  return Tensor.cat(*turned, *([rest] if x.shape[-1] > 2*r else []), dim=-1)
+  return Tensor.cat(a*cos - b*sin, a*sin + b*cos, rest, dim=-1)
 
 class Attention:
   """Softmax attention, causal or bidirectional, with rotary positions where rotary_dim > 0.
 
   flash-attention 33e0860c, flash_attn/modules/mha.py:346-522 and layers/rotary.py:125-202.
   """
-  def __init__(self, d_model:int, n_heads:int, rng:np.random.Generator, std:float, out_std:float,
+  def __init__(self, d_model:int, n_heads:int, rng:Generator, std:float, out_std:float,
                rotary_dim:int=0, causal:bool=True):
     self.n_heads, self.rotary_dim, self.causal = n_heads, rotary_dim, causal
     self.Wqkv = Linear(d_model, 3*d_model, rng, std)
@@ -536,70 +543,62 @@ class Attention:
     rows = (batch, self.n_heads, capacity, d_model // self.n_heads)
     return KVCache(zeros(*rows), zeros(*rows))
 
-  def step_weights(self) -> None: return None
-
   def angles(self, L:int, positions:Positions|None, device:str) -> tuple[Tensor, Tensor]:
     "cos and sin at the positions of L tokens: (L,r), or (B,1,L,r) with left padding."
     tables = rotary_tables(positions.visible if positions else L, self.rotary_dim, device)
     if positions is None: return tables
-    t = positions.of(L)
+    t = positions.of(L).maximum(0)
     if t.ndim == 2: t = t.unsqueeze(1)
     return tuple(embedding(t, table) for table in tables)
 
   def qkv(self, u:Tensor, positions:Positions|None) -> tuple[Tensor, Tensor, Tensor]:
     "u (B,L,D) -> q, k, v (B,heads,L,hd), q and k rotated by their positions."
-    B, L, D = u.shape
-    x = self.Wqkv(u).reshape(B, L, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)
-    q, k, v = x[0], x[1], x[2]
+    B, L, _ = u.shape
+    by_head = (x.reshape(B, L, self.n_heads, -1).transpose(1, 2)
+               for x in self.Wqkv(u).chunk(3, dim=-1))
+    q, k, v = by_head
     if self.rotary_dim == 0: return q, k, v
     angles = self.angles(L, positions, u.device)
     return rotated(q, *angles), rotated(k, *angles), v
 
-  def __call__(self, u:Tensor, cache:KVCache|None=None, positions:Positions|None=None,
-               filters:Filters|None=None) -> tuple[Tensor, KVCache|None]:
+  def __call__(self, u:Tensor, cache:State=None, positions:Positions|None=None,
+               weights:Weights=None) -> tuple[Tensor, State]:
     q, k, v = self.qkv(u, positions)
     if cache is None: y = attend(q, k, v, causal=self.causal)
     else:
       first, start, visible = positions
       cache = KVCache(write_cache(cache.keys, k, first), write_cache(cache.values, v, first))
-      y = attend(q, cache.keys[:, :, :visible], cache.values[:, :, :visible], first, start)
+      keys, values = (x[:, :, :visible] for x in cache)
+      y = attend(q, keys, values, first, start)
     return self.out_proj(y.transpose(1, 2).flatten(2)), cache
-
-  def step(self, u:Tensor, cache:KVCache, positions:Positions,
-           weights:StepWeights|None=None) -> tuple[Tensor, KVCache]:
-    y, cache = self(u.unsqueeze(1), cache, positions)
-    return y.squeeze(1), cache
 
 # ---------------------------------------------------------------- the language model
 
 class MLP:
   "D -> mlp_mult D -> D with the tanh approximation of GELU (src/models/ssm_seq.py:44-45)."
-  def __init__(self, cfg:H3Config, rng:np.random.Generator):
+  def __init__(self, cfg:H3Config, rng:Generator):
     D, inner = cfg.d_model, cfg.mlp_mult * cfg.d_model
     self.fc1 = Linear(D, inner, rng, cfg.init_std)
-    self.fc2 = Linear(inner, D, rng, cfg.init_std / (2*cfg.n_layer)**0.5)
+    self.fc2 = Linear(inner, D, rng, cfg.out_std)
 
   def __call__(self, x:Tensor) -> Tensor: return self.fc2(self.fc1(x).gelu())
 
-def make_mixer(cfg:H3Config, i:int, rng:np.random.Generator) -> H3Mixer|S4DMixer|Attention:
+def make_mixer(cfg:H3Config, i:int, rng:Generator) -> H3Mixer|S4DMixer|Attention:
   "The mixer of layer i."
   if i not in cfg.attn_layers: return (H3Mixer if cfg.ssm == "h3" else S4DMixer)(cfg, rng)
-  out_std = cfg.init_std / (2*cfg.n_layer)**0.5
-  return Attention(cfg.d_model, cfg.n_heads, rng, cfg.init_std, out_std, cfg.rotary_dim)
+  return Attention(cfg.d_model, cfg.n_heads, rng, cfg.init_std, cfg.out_std, cfg.rotary_dim)
 
 class Block:
   "x + mixer(norm1 x), then + mlp(norm2 x): pre-norm (flash_attn/modules/block.py:102-150)."
-  def __init__(self, cfg:H3Config, i:int, rng:np.random.Generator):
+  def __init__(self, cfg:H3Config, i:int, rng:Generator):
     self.dropout = cfg.resid_dropout
     self.norm1, self.norm2 = (LayerNorm(cfg.d_model, cfg.norm_eps) for _ in range(2))
     self.mixer = make_mixer(cfg, i, rng)
     self.mlp = MLP(cfg, rng)
 
-  def __call__(self, x:Tensor, state:NamedTuple|None=None, positions:Positions|None=None,
-               weights:Filters|StepWeights|None=None) -> tuple[Tensor, NamedTuple|None]:
-    "A sequence x (B,L,D) with its Filters, or a token x (B,D) with its StepWeights."
-    mix = self.mixer.step if x.ndim == 2 else self.mixer
-    y, state = mix(self.norm1(x), state, positions, weights)
+  def __call__(self, x:Tensor, state:State=None, positions:Positions|None=None,
+               weights:Weights=None) -> tuple[Tensor, State]:
+    y, state = self.mixer(self.norm1(x), state, positions, weights)
     x = x + y.dropout(self.dropout)
     return x + self.mlp(self.norm2(x)).dropout(self.dropout), state
 
@@ -622,17 +621,14 @@ class H3LM:
     self.backbone = SimpleNamespace(embeddings=embeddings, layers=layers, ln_f=ln_f)
 
   def embed(self, tokens:Tensor, positions:Positions|None=None) -> Tensor:
-    """Word embeddings, plus learned positions if there are any: tokens (B,L) -> (B,L,D), or
-    (B,) -> (B,D). ValueError for more tokens than positions."""
-    embeddings, most = self.backbone.embeddings, self.config.max_positions
+    """Word embeddings, plus learned positions if there are any: tokens (B,L) -> (B,L,D).
+    ValueError for more tokens than positions."""
+    embeddings, most, L = self.backbone.embeddings, self.config.max_positions, tokens.shape[1]
     x = embeddings.word_embeddings(tokens)
     if most:
-      L = 1 if tokens.ndim == 1 else tokens.shape[1]
-      if positions is None and L > most:
-        raise ValueError(f"{L} tokens where the model has positions for {most}.")
-      at = positions.of(L) if positions else Tensor.arange(L)
-      learned = embeddings.position_embeddings(at)                     # (L,D) or (B,L,D)
-      x = x + (learned if tokens.ndim == 2 else learned.squeeze(-2))
+      require(positions or L <= most, f"{L} tokens where the model has positions for {most}.")
+      at = positions.of(L).maximum(0) if positions else Tensor.arange(L)    # (L,) or (B,L)
+      x = x + embeddings.position_embeddings(at)
     return x.dropout(self.config.embed_dropout)
 
   def head(self, x:Tensor) -> Tensor:
@@ -651,11 +647,10 @@ class H3LM:
     this one; differentiable in it. None: zeros, and no states come out. ValueError for a carry
     in a model with attention or learned positions.
     """
-    if 0 in tokens.shape: raise ValueError(f"tokens of shape {tokens.shape} hold no token.")
-    if carry and self.config.attn_layers:
-      raise ValueError("attention layers have no state to train with.")
-    if carry and self.config.max_positions:
-      raise ValueError("learned positions begin anew with each piece of a text.")
+    c = self.config
+    require(0 not in tokens.shape, f"tokens of shape {tokens.shape} hold no token.")
+    require(not (carry and c.attn_layers), "attention layers have no state to train with.")
+    require(not (carry and c.max_positions), "learned positions begin anew with each piece of a text.")
     layers = self.backbone.layers
     x, after = self.embed(tokens), []
     filters = self.filters(math.inf if carry else tokens.shape[1])     # a state: state passing
@@ -667,14 +662,16 @@ class H3LM:
   def filters(self, L:float) -> list[Filters|None]:
     "For sequences of L tokens, the Filters of each layer, None for attention; all made at once."
     mixers = [layer.mixer for layer in self.backbone.layers]
-    made = iter(conv_filters([m for m in mixers if not isinstance(m, Attention)], L))
-    return [None if isinstance(m, Attention) else next(made) for m in mixers]
+    S = filters_of([m.shift_ssm for m in mixers if hasattr(m, "shift_ssm")])
+    K = filters_of([m.diag_ssm for m in mixers if hasattr(m, "diag_ssm") and L <= BY_FFT], L)
+    return [Filters(next(S, None), next(K, None)) if hasattr(m, "diag_ssm") else None
+            for m in mixers]
 
   def step_weights(self) -> list[StepWeights|None]:
     "What `advance` needs of each layer for a token, made once for many; None for attention."
-    made = [layer.mixer.step_weights() for layer in self.backbone.layers]
-    weights = [w and w._replace(modes=Modes(*(tuple(map(stored, z)) for z in w.modes))) for w in made]
-    if flat := get_parameters(weights): Tensor.realize(*flat)
+    mixers = [layer.mixer for layer in self.backbone.layers]
+    weights = [step_weights(m) if hasattr(m, "diag_ssm") else None for m in mixers]
+    if made := get_parameters(weights): Tensor.realize(*made)
     return weights
 
   def init_state(self, batch:int, max_length:int|None=None, start:list[int]|None=None) -> LMState:
@@ -683,8 +680,8 @@ class H3LM:
     each text, so that texts of different length can be fed side by side."""
     capacity = max_length or self.config.max_length
     layers = [layer.mixer.init_state(batch, capacity) for layer in self.backbone.layers]
-    integers = lambda x: Tensor(np.array(x, np.int32)).realize()
-    return LMState(integers([0]), integers(start) if start else None, layers)
+    padding = Tensor(start, dtype=dtypes.int).realize() if start else None
+    return LMState(Tensor([0], dtype=dtypes.int).realize(), padding, layers)
 
   def init_carry(self, batch:int) -> list[H3State|S4DState]:
     "Zero states for `forward`, one for each layer of a model without attention."
@@ -703,7 +700,8 @@ class H3LM:
     visible: how many rows of the caches a piece of text reads, at least the tokens so far and its
     own; all by default. weights: `step_weights()`, used for a token; a piece of text needs none.
     """
-    one_token, capacity = tokens.ndim == 1, self.capacity(state) or 1
+    tokens, capacity = tokens.reshape(tokens.shape[0], -1), self.capacity(state) or 1
+    one_token = tokens.shape[1] == 1
     if one_token or visible is None: visible = capacity
     if not one_token or weights is None: weights = [None] * len(state.layers)
     positions = Positions(state.positions, state.start, min(visible, capacity))
@@ -711,11 +709,10 @@ class H3LM:
     for layer, before, layer_weights in zip(self.backbone.layers, state.layers, weights):
       x, new = layer(x, before, positions, layer_weights)
       after.append(new)
-    logits = self.head(x if one_token else x[:, -1].contiguous())
+    logits = self.head(x[:, -1].contiguous())
     Tensor.realize(logits, *get_parameters(after))
     overwrite(get_parameters(state.layers), get_parameters(after))
-    length = 1 if one_token else tokens.shape[1]
-    state.positions.assign(state.positions + length).realize()
+    state.positions.assign(state.positions + tokens.shape[1]).realize()
     return logits
 
   def prefill(self, tokens:Tensor, state:LMState|None=None, chunk:int|None=None
@@ -725,22 +722,22 @@ class H3LM:
     With `chunk` it is taken that many tokens at a time, which bounds the memory; the result is the
     same. ValueError if L is 0, or if the KV caches, or the learned positions, would not hold it."""
     B, L = tokens.shape
-    if L == 0: raise ValueError("the prompt is empty: prefill needs at least one token.")
-    if chunk is not None and chunk < 1: raise ValueError(f"chunk must be at least 1, not {chunk}.")
-    state = self.init_state(B) if state is None else copied(state)
-    if (batch := state.layers[0][0].shape[0]) != B:
-      raise ValueError(f"tokens of batch {B}, but a state of batch {batch}.")
-    before, padding = state.positions.item(), 0 if state.start is None else state.start.min().item()
-    capacity, most = self.capacity(state), self.config.max_positions
-    if capacity and before + L > capacity:
-      raise ValueError(f"{before + L} tokens do not fit the attention cache of {capacity}: "
-                       "make the state with a larger max_length.")
-    if most and before + L - padding > most:
-      raise ValueError(f"{before + L - padding} tokens where the model has positions for {most}.")
+    require(L > 0, "the prompt is empty: prefill needs at least one token.")
+    require(chunk is None or chunk > 0, f"chunk must be at least 1, not {chunk}.")
+    state = self.init_state(B) if state is None else state.copy()
+    batch, before = state.layers[0][0].shape[0], state.positions.item()
+    require(batch == B, f"tokens of batch {B}, but a state of batch {batch}.")
+    end, capacity, most = before + L, self.capacity(state), self.config.max_positions
+    require(not capacity or end <= capacity,
+            f"{end} tokens do not fit the attention cache of {capacity}: "
+            "make the state with a larger max_length.")
+    longest = end - (0 if state.start is None else state.start.min().item())
+    require(not most or longest <= most,
+            f"{longest} tokens where the model has positions for {most}.")
     for i in range(0, L, chunk or L):
       piece = tokens[:, i:i + (chunk or L)]
-      end = before + i + piece.shape[1]
-      visible = 1 << (end - 1).bit_length()                            # few sizes to compile
+      so_far = before + i + piece.shape[1]
+      visible = 1 << (so_far - 1).bit_length()                         # few sizes to compile
       logits = self.advance(piece.contiguous(), state, visible)
     return logits, state
 
@@ -750,7 +747,7 @@ class H3LM:
     RuntimeError where a TinyJit captures it, which sees no Tensors of nested states.
     """
     if capturing: raise RuntimeError("step makes a new state: in a TinyJit, use advance.")
-    state = copied(state)
+    state = state.copy()
     return self.advance(tokens, state), state
 
   @staticmethod

@@ -1269,20 +1269,20 @@ def test_against_float64_recurrence(config):
 @pytest.mark.parametrize("p,order", [(1, "d2h"), (2, "hd2"), (3, "d2h")])
 def test_h3_layer_is_its_reference(p, order):
   "the definition in plain ops against float64; the layer against it by FFT, by state passing and by steps"
-  layer = shaken(H3Config(19, 12, 1, d_state=10, head_dim=p, head_order=order)).backbone.layers[0].mixer
-  u = np.random.default_rng(0).standard_normal((2, 11, 12)).astype(np.float32)
-  want = h3tiny.h3_reference(layer, Tensor(u)).numpy()
+  model = shaken(H3Config(19, 12, 1, d_state=10, head_dim=p, head_order=order))
+  layer, u = model.backbone.layers[0].mixer, np.random.default_rng(0).standard_normal((2, 11, 12))
+  part = lambda a, b: Tensor(u[:, a:b].astype(np.float32))
+  want = h3tiny.h3_reference(layer, part(0, 11)).numpy()
   assert_close(want, np_h3(float64(layer), u, p, order), 2e-5)
-  filters, = h3tiny.conv_filters([layer], 11)
-  assert_close(layer(Tensor(u), filters=filters)[0], want, 2e-6)
-  assert_close(layer(Tensor(u))[0], want, 2e-6)
-  y, state = layer(Tensor(u[:, :7].copy()), layer.init_state(2))
+  assert_close(layer(part(0, 11), weights=model.filters(11)[0])[0], want, 2e-6)
+  assert_close(layer(part(0, 11))[0], want, 2e-6)
+  y, state = layer(part(0, 7), layer.init_state(2))
   assert_close(y, want[:, :7], 2e-6)
-  state = h3tiny.copied(state)
+  state = h3tiny.H3State(*map(h3tiny.copied, state))
   for t in range(7, 11):
-    y, state = layer.step(Tensor(u[:, t].copy()), state)
+    y, state = layer(part(t, t+1), state, h3tiny.Positions(toks([t]), None, 1))
     Tensor.realize(y, *state)
-    assert_close(y, want[:, t], 2e-6, f"step {t}")
+    assert_close(y, want[:, t:t+1], 2e-6, f"step {t}")
 
 # ---------------------------------------------------------------- a third oracle, the benchmarks' competitor
 
