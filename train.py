@@ -344,7 +344,8 @@ def layer_list(text:str) -> list[int]:
   if text.strip() in ("", "none"): return []
   try: return [int(i) for i in text.split(",")]
   except ValueError:
-    raise argparse.ArgumentTypeError(f"{text!r} is not layer numbers with commas, or none") from None
+    error = argparse.ArgumentTypeError(f"{text!r} is not layer numbers with commas, or none")
+    raise error from None
 
 def parser(program:str="train.py", default:str="text") -> Parser:
   """Returns the parser of a program's options. Its `owners` are the tasks that have an option of
@@ -569,7 +570,7 @@ def h3_config(args:Namespace, vocab_size:int) -> H3Config:
 
 def bigs_config(args:Namespace, vocab_size:int) -> BiGSConfig:
   d_model, n_layer, n_heads = dimensions(args)
-  block = {"bigs": "gated", "bert": "attention", "transformer": "attention"}.get(args.model, args.model)
+  block = dict(bigs="gated", bert="attention", transformer="attention").get(args.model, args.model)
   # a gated layer has 13 D² weights to the others' 12
   if args.n_layer is None and block.startswith("gated"): n_layer -= n_layer // 24
   return BiGSConfig(vocab_size, d_model, n_layer, block, (args.mlp_mult or 0)*d_model, n_heads,
