@@ -109,7 +109,7 @@ def text_options(add:Callable) -> None:
   add("--data PATH", str, None, "files or folders of text: UTF-8, or UTF-16 with its mark; .gz; "
       ".jsonl with a text in each line", "Python's own source", nargs="+")
   add("--text-key KEY", str, TEXT_KEY, "key of the text in each line of a .jsonl")
-  add("--tokenizer", str, "bytes", "how text becomes tokens", choices=list(TOKENIZERS), fixed=True)
+  add("--tokenizer", str, "bytes", "how text becomes tokens", choices=TOKENIZERS, fixed=True)
   add("--vocab FILE", str, None, "vocab.txt of the tokenizer bert", "that beside --init's file")
   add("--holdout X", number(float, 0.001, 0.5), 0.05,
       "share of the data kept for evaluation; of text, its end", fixed=True)
@@ -366,7 +366,7 @@ def parser(program:str="train.py", default:str="text") -> Parser:
   add("--model NAME", str, None,
       f"causal; transformer and s4d also bidirectional, as the task wants:\n{lines(CAUSAL)}"
       f"bidirectional:\n{lines(BIDIRECTIONAL)}", choices=[*CAUSAL, *BIDIRECTIONAL])
-  add("--size", str, None, "sets --d-model, --n-layer, --n-heads and --lr", choices=list(SIZES))
+  add("--size", str, None, "sets --d-model, --n-layer, --n-heads and --lr", choices=SIZES)
   add("--d-model N", positive, None, "width", small.d_model)
   add("--n-layer N", positive, None, "layers", small.n_layer)
   add("--n-heads N", positive, None, "attention heads", small.n_heads)
@@ -394,7 +394,7 @@ def parser(program:str="train.py", default:str="text") -> Parser:
   add("--clip X", above_0, 1.0, "largest norm of the whole gradient")
   add("--seed N", whole, 0, "of weights, batches and the sample")
   add("--dtype", str, "float32", "of the factors in products with weights; all else stays float32",
-      choices=list(PRECISIONS))
+      choices=PRECISIONS)
   add("--accumulate N", positive, 1, "parts that a step's sequences take turns in, for less memory")
   add("--truncate N", positive, None, "tokens after which the gradient is cut, for less memory: the "
       "state goes on, what it should have held is not learned; --model h3 only", "none")
@@ -514,24 +514,25 @@ def check_options(args:Namespace) -> None:
     for key, value in unset.items():
       if getattr(args, key) != value:
         raise UserError(f"{flag_of(key)} is for models that are causal, not for {model} here")
-  if args.head_dim != 1 and model in ("transformer", "s4d"):
-    raise UserError(f"--head-dim is for --model h3 or hybrid, not for {model}")
-  if args.truncate and (args.task != "text" or has_attention(args) or args.max_positions):
-    raise UserError("--truncate carries the state of H3 layers, attention and learned positions "
-                    "have none: it is for --task text --model h3")
-  if args.truncate and args.length % args.truncate:
-    raise UserError(f"--truncate {args.truncate} does not divide --length {args.length}: give one "
-                    "that does")
-  parts = args.accumulate*args.devices
-  if args.batch % parts:
-    raise UserError(f"--batch {args.batch} is no multiple of {parts}, the parts of --accumulate "
-                    "times --devices")
+  parts, cut = args.accumulate*args.devices, args.truncate
   dropout = args.embed_dropout or args.resid_dropout
-  if args.checkpoint_activations and (args.task != "text" or args.truncate or dropout):
-    raise UserError("--checkpoint-activations is for --task text, without --truncate and without "
-                    "dropout, whose masks would be drawn anew")
-  if args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
-    raise UserError(f"--plot {args.plot}: it draws .png, .svg or .pdf: name such a file")
+  checks = [
+    (args.head_dim != 1 and model in ("transformer", "s4d"),
+     f"--head-dim is for --model h3 or hybrid, not for {model}"),
+    (cut and (args.task != "text" or has_attention(args) or args.max_positions),
+     "--truncate carries the state of H3 layers, attention and learned positions have none: it is "
+     "for --task text --model h3"),
+    (cut and (args.length or 0) % cut,
+     f"--truncate {cut} does not divide --length {args.length}: give one that does"),
+    (args.batch % parts,
+     f"--batch {args.batch} is no multiple of {parts}, the parts of --accumulate times --devices"),
+    (args.checkpoint_activations and (args.task != "text" or cut or dropout),
+     "--checkpoint-activations is for --task text, without --truncate and without dropout, whose "
+     "masks would be drawn anew"),
+    (args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf"),
+     f"--plot {args.plot}: it draws .png, .svg or .pdf: name such a file")]
+  for wrong, message in checks:
+    if wrong: raise UserError(message)
   check_precision(args.dtype)
 
 def fill_step_defaults(args:Namespace) -> None:
