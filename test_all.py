@@ -2768,7 +2768,8 @@ def two_steps():
   "In one go, on one device"
   return run_steps()
 
-@pytest.mark.parametrize("kw", [dict(accumulate=2), dict(devices=2), dict(checkpoint_activations=True),
+@pytest.mark.parametrize("kw", [dict(devices=2), dict(accumulate=2, checkpoint_activations=True),
+                                pytest.param(dict(accumulate=2), marks=slow),
                                 pytest.param(dict(accumulate=2, devices=2), marks=slow)], ids=str)
 def test_in_parts_on_devices_and_checkpointed(two_steps, kw):
   "The same loss, gradient and weights as in one go, kernels included; parts with different numbers of targets"

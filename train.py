@@ -110,7 +110,7 @@ def text_options(add:Callable) -> None:
   add("--data PATH", str, None, "files or folders of text: UTF-8, or UTF-16 with its mark; .gz; "
       ".jsonl with a text in each line", "Python's own source", nargs="+")
   add("--text-key KEY", str, TEXT_KEY, "key of the text in each line of a .jsonl")
-  add("--tokenizer", str, "bytes", "how text becomes tokens", choices=list(TOKENIZERS), fixed=True)
+  add("--tokenizer", str, "bytes", "how text becomes tokens", choices=TOKENIZERS, fixed=True)
   add("--vocab FILE", str, None, "vocab.txt of the tokenizer bert", "that beside --init's file")
   add("--holdout X", number(float, 0.001, 0.5), 0.05,
       "share of the data kept for evaluation; of text, its end", fixed=True)
@@ -345,7 +345,8 @@ def layer_list(text:str) -> list[int]:
   if text.strip() in ("", "none"): return []
   try: return [int(i) for i in text.split(",")]
   except ValueError:
-    raise argparse.ArgumentTypeError(f"{text!r} is not layer numbers with commas, or none") from None
+    error = argparse.ArgumentTypeError(f"{text!r} is not layer numbers with commas, or none")
+    raise error from None
 
 def parser(program:str="train.py", default:str="text") -> Parser:
   """Returns the parser of a program's options. Its `owners` are the tasks that have an option of
@@ -366,7 +367,7 @@ def parser(program:str="train.py", default:str="text") -> Parser:
   add("--model NAME", str, None,
       f"causal; transformer and s4d also bidirectional, as the task wants:\n{lines(CAUSAL)}"
       f"bidirectional:\n{lines(BIDIRECTIONAL)}", choices=[*CAUSAL, *BIDIRECTIONAL])
-  add("--size", str, None, "sets --d-model, --n-layer, --n-heads and --lr", choices=list(SIZES))
+  add("--size", str, None, "sets --d-model, --n-layer, --n-heads and --lr", choices=SIZES)
   add("--d-model N", positive, None, "width", small.d_model)
   add("--n-layer N", positive, None, "layers", small.n_layer)
   add("--n-heads N", positive, None, "attention heads", small.n_heads)
@@ -394,7 +395,7 @@ def parser(program:str="train.py", default:str="text") -> Parser:
   add("--clip X", above_0, 1.0, "largest norm of the whole gradient")
   add("--seed N", whole, 0, "of weights, batches and the sample")
   add("--dtype", str, "float32", "of the factors in products with weights; all else stays float32",
-      choices=list(PRECISIONS))
+      choices=PRECISIONS)
   add("--accumulate N", positive, 1, "parts that a step's sequences take turns in, for less memory")
   add("--truncate N", positive, None, "tokens after which the gradient is cut, for less memory: the "
       "state goes on, what it should have held is not learned; --model h3 only", "none")
@@ -513,24 +514,25 @@ def check_options(args:Namespace) -> None:
     for key, value in unset.items():
       if getattr(args, key) != value:
         raise UserError(f"{flag_of(key)} is for models that are causal, not for {model} here")
-  if args.head_dim != 1 and model in ("transformer", "s4d"):
-    raise UserError(f"--head-dim is for --model h3 or hybrid, not for {model}")
-  if args.truncate and (args.task != "text" or has_attention(args) or args.max_positions):
-    raise UserError("--truncate carries the state of H3 layers, attention and learned positions "
-                    "have none: it is for --task text --model h3")
-  if args.truncate and args.length % args.truncate:
-    raise UserError(f"--truncate {args.truncate} does not divide --length {args.length}: give one "
-                    "that does")
-  parts = args.accumulate*args.devices
-  if args.batch % parts:
-    raise UserError(f"--batch {args.batch} is no multiple of {parts}, the parts of --accumulate "
-                    "times --devices")
+  parts, cut = args.accumulate*args.devices, args.truncate
   dropout = args.embed_dropout or args.resid_dropout
-  if args.checkpoint_activations and (args.task != "text" or args.truncate or dropout):
-    raise UserError("--checkpoint-activations is for --task text, without --truncate and without "
-                    "dropout, whose masks would be drawn anew")
-  if args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
-    raise UserError(f"--plot {args.plot}: it draws .png, .svg or .pdf: name such a file")
+  checks = [
+    (args.head_dim != 1 and model in ("transformer", "s4d"),
+     f"--head-dim is for --model h3 or hybrid, not for {model}"),
+    (cut and (args.task != "text" or has_attention(args) or args.max_positions),
+     "--truncate carries the state of H3 layers, attention and learned positions have none: it is "
+     "for --task text --model h3"),
+    (cut and (args.length or 0) % cut,
+     f"--truncate {cut} does not divide --length {args.length}: give one that does"),
+    (args.batch % parts,
+     f"--batch {args.batch} is no multiple of {parts}, the parts of --accumulate times --devices"),
+    (args.checkpoint_activations and (args.task != "text" or cut or dropout),
+     "--checkpoint-activations is for --task text, without --truncate and without dropout, whose "
+     "masks would be drawn anew"),
+    (args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf"),
+     f"--plot {args.plot}: it draws .png, .svg or .pdf: name such a file")]
+  for wrong, message in checks:
+    if wrong: raise UserError(message)
   check_precision(args.dtype)
 
 def fill_step_defaults(args:Namespace) -> None:
@@ -569,7 +571,7 @@ def h3_config(args:Namespace, vocab_size:int) -> H3Config:
 
 def bigs_config(args:Namespace, vocab_size:int) -> BiGSConfig:
   d_model, n_layer, n_heads = dimensions(args)
-  block = {"bigs": "gated", "bert": "attention", "transformer": "attention"}.get(args.model, args.model)
+  block = dict(bigs="gated", bert="attention", transformer="attention").get(args.model, args.model)
   # a gated layer has 13 D² weights to the others' 12
   if args.n_layer is None and block.startswith("gated"): n_layer -= n_layer // 24
   return BiGSConfig(vocab_size, d_model, n_layer, block, (args.mlp_mult or 0)*d_model, n_heads,

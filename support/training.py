@@ -7,7 +7,7 @@ and what keeps a run alone in its folder and its checkpoints whole.
 from __future__ import annotations
 import contextlib, functools, itertools, math, os, re, signal, sys
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 import numpy as np
 from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.device import Buffer
@@ -15,7 +15,7 @@ from tinygrad.helpers import Context
 from tinygrad.nn.state import get_parameters, get_state_dict
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 from bigs_tiny import BiGS
-from flashconv import HALF, capture, machine
+from flashconv import capture, machine
 from h3tiny import H3LM
 from support.checkpoints import (CHECKPOINT, CheckpointError, Weights, read_weights,
                                  save_checkpoint)
@@ -111,7 +111,8 @@ def sumsq_kernel(total:UOp, g:UOp) -> UOp:
 def adamw_kernel(p:UOp, m:UOp, v:UOp, g:UOp, hyper:UOp, sumsq:UOp, beta2:float, eps:float) -> UOp:
   """Updates one parameter and its moments in place (Loshchilov & Hutter, arXiv 1711.05101). A
   gradient that is not finite changes nothing."""
-  n, p, m, v, g, sumsq = p.numel(), p.flatten(), m.flatten(), v.flatten(), g.flatten(), sumsq.flatten()
+  n = p.numel()
+  p, m, v, g, sumsq = (t.flatten() for t in (p, m, v, g, sumsq))
   h = Hyper(*(hyper[k] for k in range(len(Hyper._fields))))
   i = UOp.range(n, 0)
   norm = sumsq[0].sqrt()*h.unscale                                  # of the whole gradient
@@ -168,7 +169,7 @@ PRECISIONS = ("float32", "float16", "bfloat16")
 @contextlib.contextmanager
 def half_precision(dtype:str) -> Iterator[None]:
   "While active, products with weights take in numbers of this type; their sums stay float32."
-  with Context(**{HALF.key: PRECISIONS.index(dtype)}): yield
+  with Context(HALF=PRECISIONS.index(dtype)): yield
 
 class LossScale:
   """What the loss is multiplied by lest small gradients vanish in float16: half as much after a
@@ -234,7 +235,8 @@ def open_devices(n:int) -> tuple[str, ...]|None:
       raise UserError(f"--devices {n}: there is no device {name} ({why})") from None
   return names
 
-def on_devices(devices:tuple[str, ...], gradients:Gradients, update:Callable) -> tuple[Gradients, Callable]:
+def on_devices(devices:tuple[str, ...], gradients:Gradients, update:Callable
+               ) -> tuple[Gradients, Callable]:
   """Wraps both stages of a step for parameters that are whole on each of several devices: each goes
   through rows of its own, and the gradients are summed before the update."""
   own = lambda t: Tensor(t.uop.src[0])                              # on each device, its part of t
@@ -275,26 +277,30 @@ def pieces(batch:Batch, size:int) -> Iterator[Batch]:
   for i in range(0, batch[0].shape[1], size): yield tuple(a[:, i:i+size] for a in batch)
 
 class CarriedState:
-  "The state of a model's H3 layers, carried as a constant from one piece of a sequence to the next."
+  """The state of a model's H3 layers, carried as a constant from one piece of a sequence to the
+  next."""
   def __init__(self, model:H3LM, device:Devices, loss_of:Callable):
-    self.model, self.device, self.loss_of, self.state = model, device, loss_of, ()
+    self.model, self.device, self.loss_of, self.state = model, device, loss_of, None
 
   def reset(self, rows:int) -> None:
-    if not self.state:
+    "Starts new sequences."
+    if self.state is None:
       self.state = self.model.init_carry(rows)
-      for t in get_parameters(self.state): t.replace(tensor_on(self.device, t.numpy()))
+      if not isinstance(self.device, str):
+        for t in get_parameters(self.state): t.shard_(self.device).realize()
     tensors = get_parameters(self.state)
     overwrite(tensors, [t.zeros_like() for t in tensors])
 
-  def loss(self, tokens:Tensor, targets:Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+  def loss(self, tokens:Tensor, targets:Tensor) -> tuple[Tensor, Sequence]:
     "Returns a piece's mean loss and the state after it."
     logits, after = self.model.forward(tokens, self.state)
-    return self.loss_of(logits, targets), get_parameters(after)
+    return self.loss_of(logits, targets), after
 
-  def move_on(self, after:tuple[Tensor, ...], *others:Tensor) -> None:
+  def move_on(self, after:Sequence, *others:Tensor) -> None:
     "Realises what was computed from the state, and then overwrites it."
-    Tensor.realize(*others, *after)
-    overwrite(get_parameters(self.state), after)
+    tensors = get_parameters(after)
+    Tensor.realize(*others, *tensors)
+    overwrite(get_parameters(self.state), tensors)
 
 def truncated(carried:CarriedState, params:list[Tensor]) -> Gradients:
   """Takes the place of forward and backward: the state goes on from each piece to the next, no
@@ -364,7 +370,8 @@ def lock_run_directory(out:Path) -> Iterator[None]:
   try:
     try: fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise UserError(f"another run trains into {out}: wait for it, or give another --out") from None
+      error = UserError(f"another run trains into {out}: wait for it, or give another --out")
+      raise error from None
     except OSError: pass                         # nor has every file system
     yield
   finally: os.close(folder)
@@ -445,7 +452,8 @@ def restore(start:Saved, state:dict[str, Tensor]) -> None:
   for k, t in state.items():
     if k not in tensors and k.startswith("optim.rng."): continue
     if k not in tensors or math.prod(tensors[k].shape) != t.numel():
-      raise CheckpointError(f"{start.path} lacks the optimizer's state ({k}): --init takes its weights alone")
+      raise CheckpointError(f"{start.path} lacks the optimizer's state ({k}): --init takes its "
+                            "weights alone")
   for k, t in state.items():
     if k in tensors: fill(t, tensors[k].numpy().astype(t.numpy().dtype, copy=False))
 
