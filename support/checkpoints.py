@@ -65,6 +65,10 @@ class Stored:
 
 Weights = dict[str, Stored]
 
+def rows(table:str) -> list[list[str]]:
+  "The words of each line of a table in the source."
+  return [line.split() for line in table.strip().splitlines()]
+
 def map_file(path:str) -> mmap.mmap:
   with open(path, "rb") as f: return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -186,33 +190,46 @@ def verify(path:Path, name:str, release:Release) -> None:
   as the file stays as it is: a note of that lies in tinygrad's cache."""
   real = path.resolve()
   stat = real.stat()
-  def refuse_unless(ok:bool, what:str) -> None:
-    if not ok:
-      raise CheckpointError(f"{path} has {what}, so it is not the file that was released as "
-                            f"{name}: remove {real}, and it is downloaded again, or name the file "
-                            "itself to use it as it is.")
-  refuse_unless(release.size in (None, stat.st_size),
-                f"{stat.st_size:,} bytes where {release.size or 0:,} are expected")
-  if release.sha256 is None: return
-  note = Path(cache_dir) / "verified" / release.sha256
+  note = Path(cache_dir) / "verified" / (release.sha256 or "")
   now = f"{real} {stat.st_size} {stat.st_mtime_ns}"
-  if note.is_file() and note.read_text() == now: return
-  with open(real, "rb") as f: found = hashlib.file_digest(f, "sha256").hexdigest()
-  refuse_unless(found == release.sha256, f"sha256 {found} where {release.sha256} is expected")
+  problem = ""
+  if release.size not in (None, stat.st_size):
+    problem = f"{stat.st_size:,} bytes where {release.size:,} are expected"
+  elif release.sha256:
+    if note.is_file() and note.read_text() == now: return
+    with open(real, "rb") as f: found = hashlib.file_digest(f, "sha256").hexdigest()
+    if found != release.sha256:
+      problem = f"sha256 {found} where {release.sha256} is expected"
+  require(not problem, path, f"it has {problem}, so it is not the file that was released as "
+          f"{name}: remove {real}, and it is downloaded again, or name the file itself to use it as "
+          "it is")
+  if not release.sha256: return
   with contextlib.suppress(OSError):                       # without a note it is taken again
     note.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(now)
 
 # ---- safetensors: our own checkpoints, and others' ----------------------------------------------
 
-DTYPES = {k: np.dtype(v) for k, v in dict(
-  F64="f8", F32="f4", F16="f2", I64="i8", I32="i4", I16="i2", I8="i1", U64="u8", U32="u4",
-  U16="u2", U8="u1", BOOL="?", BF16="u2").items()}
-DTYPE_NAMES = {v: k for k, v in DTYPES.items() if k != "BF16"}
+# types of numbers, in safetensors and in NumPy; a BF16 is the upper half of an F32
+DTYPES = dict(rows("""
+  F64   f8
+  F32   f4
+  F16   f2
+  BF16  u2
+  I64   i8
+  I32   i4
+  I16   i2
+  I8    i1
+  U64   u8
+  U32   u4
+  U16   u2
+  U8    u1
+  BOOL  ?"""))
+DTYPE_NAMES = {np.dtype(v): k for k, v in DTYPES.items() if k != "BF16"}
 
 # the metadata of a checkpoint of ours; in a file of others it may be anything
-OURS = {"model", "config", "args", "step", "tokenizer", "losses", "held_out", "baseline", "labels",
-        "data", "scale", "crc32"}
+OURS = set("model config args step tokenizer losses held_out baseline labels data scale crc32"
+           .split())
 
 def save_checkpoint(path:str, tensors:dict[str, Tensor|Stored], metadata:dict[str, str],
                     before:Callable[[], None]=lambda: None) -> None:
@@ -295,7 +312,7 @@ def read_checkpoint(path:str) -> tuple[Weights, dict[str, str]]:
     damaged = f"its header is damaged at tensor {name}"
     with refusing(path, damaged):
       need(kind in DTYPES, f"tensor {name} has dtype {kind}, which is not supported")
-      dtype, count = DTYPES[kind], math.prod(shape)
+      dtype, count = np.dtype(DTYPES[kind]), math.prod(shape)
       need(lo == end and hi - lo == count*dtype.itemsize, damaged)
       need(all(type(n) is int and n >= 0 for n in (lo, hi, *shape)), damaged)
       end = hi
@@ -426,8 +443,18 @@ def unpickled(file:io.BytesIO|mmap.mmap, storages:dict[str, Storage]|None=None) 
 
 # ---- PyTorch's files ----------------------------------------------------------------------------
 
-NUMBERS = {"Float": "f4", "Double": "f8", "Half": "f2", "BFloat16": "u2", "Long": "i8",
-           "Int": "i4", "Short": "i2", "Char": "i1", "Byte": "u1", "Bool": "?"}
+# kinds of torch's storages, and NumPy's types
+NUMBERS = dict(rows("""
+  Double    f8
+  Float     f4
+  Half      f2
+  BFloat16  u2
+  Long      i8
+  Int       i4
+  Short     i2
+  Char      i1
+  Byte      u1
+  Bool      ?"""))
 MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."      # a file's first bytes before PyTorch 1.6
 LARGEST_PICKLE = 1 << 28           # bytes; one of 5,000 tensors has less than 1 MB
 BIG_ENDIAN = "written on a big-endian machine: save it again on one like this"
@@ -568,8 +595,6 @@ BIGS_FIELDS = """
   pooler      pooler_type
   pad_token   pad_token_id
   norm_eps    layer_norm_eps"""
-
-def rows(table:str) -> list[list[str]]: return [line.split() for line in table.strip().splitlines()]
 
 def config_beside(source:str) -> tuple[Path, dict[str, object]]:
   "The config.json in the folder of official weights, and what it says: nothing if there is none."

@@ -410,26 +410,6 @@ class Table(NamedTuple):
   texts: list[list[str]]           # one or two each
   lines: list[int]                 # where they stand, from 1
 
-def known_columns(names:list[str]) -> list[int]:
-  "The columns, from 0, of label and one or two texts that a header names; none of another line."
-  names = [n.lower() for n in names]
-  labels, texts = ([names.index(n) for n in known if n in names] for known in (LABELS, TEXTS))
-  return [labels[0], *sorted(texts)[:2]] if labels and texts else []
-
-def parse_columns(columns:str, names:list[str], where:str) -> tuple[list[int], bool]:
-  """The columns, from 0, that --columns asks for by name or by number from 1, and whether by name.
-  names: the cells of the first line. Raises UserError."""
-  wanted = [c.strip() for c in columns.split(",")]
-  if len(wanted) not in (2, 3):
-    raise UserError(f"--columns {columns}: give the column of the label and those of one or two "
-                    "texts, as in 2,4")
-  if all(c.isdecimal() and len(c) < 10 and int(c) > 0 for c in wanted):
-    return [int(c) - 1 for c in wanted], False
-  for c in wanted:
-    if c not in names:
-      raise UserError(f"{where} names no column {c!r}, only {', '.join(names[:12])}")
-  return [names.index(c) for c in wanted], True
-
 def read_tsv(path:str, columns:str|None=None, n_texts:int|None=None) -> Table:
   """Labels and texts of a TSV file.
 
@@ -441,32 +421,19 @@ def read_tsv(path:str, columns:str|None=None, n_texts:int|None=None) -> Table:
   split_lines = enumerate(re.split(r"\r\n|\n|\r", text), 1)
   rows = [(i, line.split("\t")) for i, line in split_lines if line.strip()]
   if not rows: raise UserError(f"{path} has no lines: each is label, tab, text")
-  first, cells = rows[0]
-  names = [cell.strip().strip('"') for cell in cells]
-  where, width = f"{path} line {first}", len(names)
-  at = known_columns(names)
-  header = bool(at)
-  if columns:
-    at, by_name = parse_columns(columns, names, where)
-    header |= by_name
-    if max(at) >= width:
-      raise UserError(f"{where} has {width} columns, and --columns {columns} names others")
-  elif not header:
-    # a label that others have too is no name of a column
-    again = any(others[0] == cells[0] for _, others in rows[1:])
-    if not again and {n.lower() for n in names} & {*LABELS, *TEXTS}:
-      raise UserError(f"{where} looks like a header ({', '.join(names[:12])}) and does not name "
-                      "both a label and a text as GLUE's do: name their columns with --columns")
-    width = 1 + n_texts if n_texts else min(3, max(2, width))
-    at = [*range(width)]
+  first, names = rows[0]
+  where = f"{path} line {first}"
+  at, header = find_columns([cells for _, cells in rows], columns, n_texts, where)
   if n_texts and len(at) != 1 + n_texts:
     raise UserError(f"{where} names {len(at)-1} texts, where the file to train on has {n_texts}: "
                     "see --columns")
-  if not rows[header:]: raise UserError(f"{path} has no lines but its header")
-  a_line = "label, tab, text" + ", tab, text"*(width - 2)
-  if header or columns: a_line = f"{width} columns"
+  rows = rows[header:]
+  if not rows: raise UserError(f"{path} has no lines but its header")
+  width, a_line = len(names), f"{len(names)} columns"
+  if not header and not columns:
+    width, a_line = len(at), "label" + ", tab, text"*(len(at) - 1)
   table = Table([], [], [])
-  for i, cells in rows[header:]:
+  for i, cells in rows:
     fits = len(cells) == width
     if not fits or not all(cells[j].strip() for j in at[1:]):
       has = f"{len(cells)} column{'s'*(len(cells) != 1)}{' and an empty text'*fits}"
@@ -476,3 +443,40 @@ def read_tsv(path:str, columns:str|None=None, n_texts:int|None=None) -> Table:
     table.texts.append([cells[j] for j in at[1:]])
     table.lines.append(i)
   return table
+
+def find_columns(rows:list[list[str]], columns:str|None, n_texts:int|None, where:str
+                 ) -> tuple[list[int], bool]:
+  """The columns of the label and of the texts, from 0, and whether the first row is a header. See
+  `read_tsv`; where: what an error calls the first row."""
+  names = [cell.strip().strip('"') for cell in rows[0]]
+  known = known_columns(names)
+  if columns: return parse_columns(columns, names, where, bool(known))
+  if known: return known, True
+  again = any(cells[0] == rows[0][0] for cells in rows[1:])          # then it is no column's name
+  if not again and {name.lower() for name in names} & {*LABELS, *TEXTS}:
+    raise UserError(f"{where} looks like a header ({', '.join(names[:12])}) and does not name both "
+                    "a label and a text as GLUE's do: name their columns with --columns")
+  width = 1 + n_texts if n_texts else min(3, max(2, len(names)))
+  return [*range(width)], False
+
+def known_columns(names:list[str]) -> list[int]:
+  "The columns of label and one or two texts that a header like GLUE's names; none of another line."
+  names = [name.lower() for name in names]
+  labels, texts = ([names.index(n) for n in known if n in names] for known in (LABELS, TEXTS))
+  return [labels[0], *sorted(texts)[:2]] if labels and texts else []
+
+def parse_columns(columns:str, names:list[str], where:str, header:bool) -> tuple[list[int], bool]:
+  "What --columns names, by the header's names or by number from 1, and whether there is a header."
+  wanted = [c.strip() for c in columns.split(",")]
+  if len(wanted) not in (2, 3):
+    raise UserError(f"--columns {columns}: give the column of the label and those of one or two "
+                    "texts, as in 2,4")
+  if all(re.fullmatch("[1-9][0-9]{0,8}", c) for c in wanted):
+    at = [int(c) - 1 for c in wanted]
+    if max(at) >= len(names):
+      raise UserError(f"{where} has {len(names)} columns, and --columns {columns} names others")
+    return at, header
+  for c in wanted:
+    if c not in names:
+      raise UserError(f"{where} names no column {c!r}, only {', '.join(names[:12])}")
+  return [names.index(c) for c in wanted], True
