@@ -8,7 +8,8 @@ without it what takes long is left out.
 """
 import gc, time
 gc.set_threshold(500_000, 50, 1000)          # tinygrad's graphs are many small objects: a quarter less time
-import bz2, collections, contextlib, csv, ctypes, dataclasses, gzip, hashlib, http.server, importlib.util
+import bz2, contextlib, csv, ctypes, dataclasses, gzip, hashlib, http.server, importlib
+import importlib.util
 import io, itertools, json, lzma, math, os, pickle, pickletools, re, shlex, shutil, signal, socket
 import struct, subprocess, sys, threading, zipfile
 from pathlib import Path
@@ -27,6 +28,7 @@ from tinygrad.nn.state import get_parameters, get_state_dict
 from tinygrad.runtime.ops_cpu import CPUProgram
 import bigs_tiny, generate as gen, h3tiny, train
 from support import bench, checkpoints, text as texts, training
+from papers import arena, bigs, finetune, grid, language, synthetic
 from bigs_tiny import BLOCKS, BiGS, BiGSConfig
 from flashconv import capture, fftconv, ssm_conv
 from h3tiny import H3Config, H3LM, H3Mixer
@@ -3155,248 +3157,359 @@ def test_figures_count_what_a_batch_holds(tmp_path, instant, monkeypatch, capsys
   assert said == pytest.approx((counts**2).sum()/counts.sum(), rel=1e-4)
   assert abs(counts.mean()/said - 1) > 1e-3                # the mean over batches is another
 
+# ================================================================ the papers' tasks and grids
+
 def tsv(path:Path, rows) -> str:
   path.write_text("".join("\t".join(map(str, r)) + "\n" for r in rows))
   return str(path)
 
-CLASSIFY = "--task classify --d-model 32 --n-layer 1 --d-state 8 --length 40 --eval-every 1000".split()
+def paper_task(command:str) -> tuple:
+  "The options and the Task of a command line."
+  args, _ = train.resolve_args(command.split())
+  return args, train.TASKS[args.task].make(args)
+
+SMALL = "--d-model 8 --n-layer 1 --n-heads 1 --d-state 4 --sample 0".split()
 
 @slow
 def test_classify_learns(tmp_path, capsys):
-  """Labels of a small TSV: with accuracy, F1 and Matthews' correlation; real values of pairs, with both correlations;
-  from one of the authors' files by the recipe of GLUE"""
-  r = np.random.default_rng(0)
-  def rows(n): return [(("good", "bad")[i % 2],
-                        f"the {r.choice(['cat', 'dog', 'hen'])} is {('kind', 'rude')[i % 2]} today") for i in range(n)]
-  data, dev = tsv(tmp_path/"a.tsv", rows(200)), tsv(tmp_path/"dev.tsv", rows(50))
-  args = [*CLASSIFY, "--data", data, "--dev", dev, "--steps", "120", "--lr", "4e-3", "--out", str(tmp_path/"c")]
-  assert train.main(args) == 0
+  "Classes with their three metrics; real values of pairs with both correlations."
+  options = "--d-model 32 --n-layer 1 --d-state 8 --length 40 --eval-every 1000 --lr 4e-3 --steps"
+  animals = [f"the {animal} is" for animal in ("cat", "dog", "hen")]
+  rows = [(("good", "bad")[i % 2], f"{animals[i % 3]} {('kind', 'rude')[i % 2]}") for i in range(250)]
+  data, dev = tsv(tmp_path/"a.tsv", rows[:200]), tsv(tmp_path/"dev.tsv", rows[200:])
+  learn = [*options.split(), "120", "--data", data, "--dev", dev, "--out", str(tmp_path/"c")]
+  assert finetune.main(learn) == 0
   last = capsys.readouterr().out.strip().splitlines()[-2]
   got = {k: float(v) for k, v in re.findall(r"(accuracy|F1|MCC) ([\d.]+)", last)}
   assert got.keys() == {"accuracy", "F1", "MCC"} and min(got.values()) > 0.9, last
   pairs = tsv(tmp_path/"p.tsv", [(f"{i % 7 / 2}", f"word {i}", "x"*(i % 7 + 1)) for i in range(60)])
-  assert train.main([*CLASSIFY, "--data", pairs, "--steps", "2", "--out", str(tmp_path/"e")]) == 0
-  assert re.search(r"held out: .* squared error, Pearson -?[\d.]+, Spearman", capsys.readouterr().out)
-  args, tensors, meta = train.settle(["--task", "classify", "--init", str(BIGS/"seqcls"), "--data", data])
-  assert (args.model, args.tokenizer, args.lr, args.steps, args.batch) == ("bigs", "bert", 2e-5, None, 16)
-  assert train.learning_rate(99, 100, 1.0, 10, line=True) == pytest.approx(1/90)
-  task = SimpleNamespace(vocab_size=119, labels=["a", "b"], head="classify")
-  model = train.make_model(args, task, tensors, meta, args.init)           # three labels there, two here
+  assert finetune.main([*options.split(), "2", "--data", pairs, "--out", str(tmp_path/"e")]) == 0
+  figures = r"held out: .* squared error, Pearson -?[\d.]+, Spearman"
+  assert re.search(figures, capsys.readouterr().out)
+
+def test_classify_by_the_recipe_of_glue(tmp_path, capsys):
+  "From an official file, whose classifier of three labels is replaced by one of two."
+  data = tsv(tmp_path/"a.tsv", [("ab"[i % 2], f"hello w{i}") for i in range(64)])
+  args, start = train.resolve_args(["--task", "classify", "--init", str(BIGS/"seqcls"), "--data", data])
+  assert (args.model, args.tokenizer, args.batch) == ("bigs", "bert", 16)
+  args.tokenizer = "bytes"                                 # the file has no vocabulary beside it
+  task = finetune.classify_task(args)
+  assert (args.steps, args.lr, task.schedule, task.labels) == (12, 2e-5, "linear", ["a", "b"])
+  model = train.make_model(args, dataclasses.replace(task, vocab_size=119), start)
   assert model.classifier.weight.shape == (2, 32) and "classifier" in capsys.readouterr().err
 
-def test_classify_bad_lines(tmp_path, capsys):
-  ok = [("a", "text one"), ("b", "text two"), ("a", "three")] * 5
-  good = tsv(tmp_path/"good.tsv", ok)
-  cases = {"line 2 has 1 column": (tsv(tmp_path/"1.tsv", [("a", "x"), ("b",)]), None),
-           "line 3 has 4 columns": (tsv(tmp_path/"2.tsv", [("a", "x"), ("b", "y"), ("a", "x", "y", "z")]), None),
-           "line 2 has 3 columns": (tsv(tmp_path/"3.tsv", [("a", "x"), ("b", "y", "z")]), None),
-           "line 2 has 2 columns and an empty text": (tsv(tmp_path/"4.tsv", [("a", "x"), ("b", " ")]), None),
-           "line 3: 'neg' is not a number": (tsv(tmp_path/"9.tsv", [("1.5", "x"), ("2", "y"), ("neg", "z")]), None),
-           "is empty": (tsv(tmp_path/"5.tsv", []), None),
-           "4 columns: a line is label, tab, text, tab, text; --columns names others, in CoLA's":
-             (tsv(tmp_path/"cola.tsv", [("x", 1, "*", "y"), ("x", 0, "", "z")]), None),
-           "h2.tsv line 1 looks like a header (label, review)":
-             (tsv(tmp_path/"h2.tsv", [("label", "review"), ("a", "x"), ("b", "y")]), None),
-           "h3.tsv line 1 looks like a header (index, sentence)":
-             (tsv(tmp_path/"h3.tsv", [("index", "sentence"), (0, "x"), (1, "y")]), None),
-           "has no lines but its header": (tsv(tmp_path/"h.tsv", [("label", "sentence")]), None),
-           "line 3 has 3 columns: a line is 2 columns":
-             (tsv(tmp_path/"i.tsv", [("label", "text"), (1, "x"), (0, "y", 2)]), None),
-           "dev4.tsv line 1 names 2 texts, where the file to train on has 1":
-             (good, tsv(tmp_path/"dev4.tsv", [("label", "sentence1", "sentence2"), ("a", "x", "y")])),
-           "no lines": (tsv(tmp_path/"6.tsv", [("",)]), None),
-           "turned.tsv has 12 labels in 12 lines, the first 'text 0': is that a text? --columns":
-             (tsv(tmp_path/"turned.tsv", [(f"text {i}", i % 2) for i in range(12)]), None),
-           "every line has the label 'a'": (tsv(tmp_path/"7.tsv", [("a", "x"), ("a", "y")]), None),
-           "dev1.tsv line 2: the label 'c' does not occur": (good, tsv(tmp_path/"dev1.tsv", [("a", "x"), ("c", "y")])),
-           "dev2.tsv line 1: 'high' is not a number": (tsv(tmp_path/"8.tsv", [("1.5", "x"), ("2", "y")]),
-                                                       tsv(tmp_path/"dev2.tsv", [("high", "x")])),
-           "dev3.tsv line 1 has 3 columns": (good, tsv(tmp_path/"dev3.tsv", [("a", "x", "y")]))}
-  options = {"a.tsv line 1 names no column 'mood', only label, text": ["mood,text"],
-             "of one or two texts": ["2"],
-             "a.tsv line 1 has 2 columns, and --columns 1,7 names others": ["1,7"]}
-  named = tsv(tmp_path/"a.tsv", [("label", "text"), *ok])
-  for words, columns in options.items():
+def test_rows_of_texts(tmp_path):
+  "[CLS] a [SEP] b [SEP] and its mask; the longer text is cut; classes that are numbers are in order"
+  data = tsv(tmp_path/"a.tsv", [("10", "abc", "d"*99), ("9", "e", "f")]*10)
+  _, task = paper_task(f"--task classify --length 12 --batch 99 --data {data}")
+  tok = task.tokenizer
+  short = [tok.cls, *b"e", tok.sep, *b"f", tok.sep]
+  want = [short + [tok.pad]*7, [tok.cls, *b"abc", tok.sep, *b"dddddd", tok.sep]]
+  assert task.labels == ["9", "10"]
+  for row, mask, label in zip(*task.batch(0)):
+    assert row.tolist() == want[label] and mask.sum() == (12 if label else len(short))
+
+GOOD = "a\ttext one\nb\ttext two\na\tthree\n" * 5
+# what the line must contain: the file; and the file for --dev, or the columns for --columns
+TABLES = {
+  "line 2 has 1 column": "a\tx\nb", "line 2 has 3 columns": "a\tx\nb\ty\tz",
+  "line 3 has 4 columns": "a\tx\nb\ty\na\tx\ty\tz", "is empty": "", "no lines": "\n",
+  "line 2 has 2 columns and an empty text": "a\tx\nb\t ",
+  "line 3: 'neg' is not a number": "1.5\tx\n2\ty\nneg\tz",
+  "4 columns: a line is label, tab, text, tab, text; --columns names others": "x\t1\t*\ty\nx\t0\t\tz",
+  "line 1 looks like a header (label, review)": "label\treview\na\tx\nb\ty",
+  "line 1 looks like a header (index, sentence)": "index\tsentence\n0\tx\n1\ty",
+  "has no lines but its header": "label\tsentence",
+  "line 3 has 3 columns: a line is 2 columns": "label\ttext\n1\tx\n0\ty\t2",
+  "every line has the label 'a'": "a\tx\na\ty", "1 line: some are held out": "1.5\tx",
+  "the first 'text 0': is that a text? --columns": "".join(f"text {i}\t{i % 2}\n" for i in range(12))}
+DEV = {"dev line 1 names 2 texts, where the file to train on has 1": "label\tsentence1\tsentence2\na\tx\ty",
+       "dev line 2: the label 'c' does not occur": "a\tx\nc\ty", "dev line 1 has 3 columns": "a\tx\ty"}
+COLUMNS = {"train line 1 names no column 'mood', only label, text": "mood,text",
+           "of one or two texts": "2", "1 has 2 columns, and --columns 1,7 names others": "1,7"}
+OPTIONS = [
+  ("finetune", "one TSV file", ""), ("finetune", "can't read nope: No such file", "--data nope"),
+  ("finetune", "give at least 4", "--data good --length 3"), ("finetune", "--reproduce", "--reproduce"),
+  ("bigs", "at least 31", "--length 16"), ("bigs", "--data is for --task text or", "--data x"),
+  ("bigs", "no model at", "--plot nope"), ("bigs", "whole number", "--plot nope --offsets 0"),
+  ("arena", "from 48 to 2000", "--length 16"), ("arena", "d_state must be", "--length 50 --d-state 3"),
+  ("arena", "one file of images", "--task pixels"), ("arena", "--symbols", "--symbols 3"),
+  ("synthetic", "at least 4", "--length 3"), ("synthetic", "--held-out", "--held-out 3"),
+  ("synthetic", "not 5000 different rows", "--length 4 --symbols 4"),
+  ("language", "--columns", "--columns 1,2"), ("language", "--seeds", "--seeds 3"),
+  ("language", "arguments: --steps 3", "--reproduce --steps 3"),
+  ("language", "at least 1", "--reproduce --seeds 0")]
+
+def test_bad_input_of_the_papers_programs(tmp_path, monkeypatch, capsys):
+  "One line that names the program, status 2, nothing written."
+  monkeypatch.chdir(tmp_path)
+  for name, text in (("good", GOOD), ("values", "1.5\tx\n2\ty"), ("high", "high\tx")):
+    Path(name).write_text(text)
+  def refused(program:str, words:str, options:str) -> None:
+    before = {*tmp_path.rglob("*")}
     with pytest.raises(SystemExit) as stop:
-      train.main([*CLASSIFY, "--data", named, "--columns", *columns, "--out", str(tmp_path/"out")])
+      importlib.import_module(f"papers.{program}").main(options.split())
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and words in err, (words, err)
-  for words, (data, dev) in cases.items():
-    with pytest.raises(SystemExit) as stop:
-      train.main([*CLASSIFY, "--data", data, *(["--dev", dev] if dev else []), "--out", str(tmp_path/"out")])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and words in err, (words, err)
-    assert not (tmp_path/"out").exists()
+    assert stop.value.code == 2 and err.startswith(f"papers/{program}.py: error: "), (words, err)
+    assert err.count("\n") == 1 and words in err, (words, err)
+    assert {*tmp_path.rglob("*")} == before
+  for row in OPTIONS: refused(*row)
+  refused("finetune", "high line 1: 'high' is not a number", "--data values --dev high")
+  for words, text in TABLES.items():
+    Path("train").write_text(text)
+    refused("finetune", words, "--data train")
+  for words, text in DEV.items():
+    Path("dev").write_text(text)
+    refused("finetune", words, "--data good --dev dev")
+  Path("train").write_text("label\ttext\n" + GOOD)
+  for words, columns in COLUMNS.items(): refused("finetune", words, f"--data train --columns {columns}")
 
 def test_metrics():
-  "Against numpy's correlation of 0/1 labels, and known ranks; many labels: Gorodkin's coefficient as published"
-  t, p = np.random.default_rng(0).integers(0, 2, (2, 200))
-  got = train.agreement_of(t, p, 2)
-  assert got["MCC"] == pytest.approx(np.corrcoef(t, p)[0, 1]) and got["accuracy"] == (t == p).mean()
-  assert got["F1"] == pytest.approx(2*(t & p).sum() / (t.sum() + p.sum()))
-  t, p = np.random.default_rng(1).integers(0, 4, (2, 300))
-  hot = lambda x: np.eye(4)[x] - np.eye(4)[x].mean(0)
-  cov = lambda a, b: (hot(a)*hot(b)).sum()
-  assert train.agreement_of(t, p, 4)["MCC"] == pytest.approx(cov(t, p) / np.sqrt(cov(t, t)*cov(p, p)))
-  of = lambda t, p, K: train.agreement_of(np.array(t), np.array(p), K)
-  assert of([0, 0, 1], [0, 0, 0], 2)["MCC"] == 0 and of([0, 0, 0], [0, 0, 0], 2)["F1"] == 0
-  assert of([0, 2, 0, 2], [0, 2, 0, 2], 3)["F1"] == 1                    # label 1 does not occur
-  assert of([0, 1, 0, 0], [0, 0, 0, 0], 3)["F1"] == pytest.approx(3/7)
-  x, y = np.array([1.0, 2.0, 3.0, 4.0, 5.0]), np.array([5.0, 6.0, 7.0, 8.0, 7.0])
-  assert train.correlation(x, y)["Spearman"] == pytest.approx(0.8207826816681233)      # scipy.stats.spearmanr's example
-  assert train.correlation(x, y)["Pearson"] == pytest.approx(np.corrcoef(x, y)[0, 1])
+  "Against the covariance of one-hot labels (Gorodkin's coefficient as published), and known ranks"
+  metrics = lambda t, p, K: grid.classification_metrics(np.array(t), np.array(p), K)
+  for K in (2, 4):
+    t, p = np.random.default_rng(K).integers(0, K, (2, 300))
+    hot = lambda x: np.eye(K)[x] - np.eye(K)[x].mean(0)
+    covariance = lambda a, b: (hot(a)*hot(b)).sum()
+    mcc = covariance(t, p) / np.sqrt(covariance(t, t)*covariance(p, p))
+    f1 = [2*((t == k) & (p == k)).sum() / ((t == k).sum() + (p == k).sum()) for k in range(K)]
+    want = {"accuracy": (t == p).mean(), "F1": f1[1] if K == 2 else np.mean(f1), "MCC": mcc}
+    assert metrics(t, p, K) == pytest.approx(want)
+  assert metrics([0, 0, 1], [0, 0, 0], 2)["MCC"] == metrics([0, 0, 0], [0, 0, 0], 2)["F1"] == 0
+  assert metrics([0, 2, 0, 2], [0, 2, 0, 2], 3)["F1"] == 1                # label 1 does not occur
+  x, y = np.arange(5.0), np.array([5.0, 6.0, 7.0, 8.0, 7.0])
+  want = {"Pearson": np.corrcoef(x, y)[0, 1], "Spearman": 0.8207826816681233}     # as scipy's example
+  assert grid.regression_metrics(x, y) == pytest.approx(want)
+  assert grid.regression_metrics(x, 0*y) == {"Pearson": 0, "Spearman": 0}
 
-@slow
-def test_agreement():
-  "The grammar: the verb agrees with the subject, attractors are of the other number; both families train on it"
-  number = {w: i for p in train.NOUNS + train.VERBS for i, w in enumerate(p)}
-  nouns, r = {w for p in train.NOUNS for w in p}, np.random.default_rng(0)
+def test_agreement_grammar():
+  "The verb agrees with the subject; attractors are of the other number"
+  number = {w: i for forms in bigs.NOUNS + bigs.VERBS for i, w in enumerate(forms)}
+  nouns, r = {w for forms in bigs.NOUNS for w in forms}, np.random.default_rng(0)
   for n in (0, 1, 4)*40:
-    words, at, wrong = train.sentence(r, n, True)
-    before = [number[w] for w in words[:at] if w in nouns]
-    assert before == [number[words[at]]] + [1 - number[words[at]] if i % 1 == 0 else 0 for i in range(n)]
-    assert number[wrong] == 1 - number[words[at]] and {*words, wrong} <= set(train.WORDS) and len(words) <= 29
-  for model in ("bigs", "h3", "bert"):
-    args, *_ = train.settle(f"--task agreement --model {model} --size tiny --steps 1".split())
-    task = train.agreement_task(args)
-    config = train.make_config(args, task.vocab_size)
-    made = H3LM(config) if model == "h3" else BiGS(config)
-    outputs = [np.array(x.numpy()) for x in task.forward(made, *map(toks, task.held_out[2]))]
-    assert outputs[0].shape == () and outputs[1].shape == (128, 1)
-    loss = task.forward(made, *map(toks, task.batch(0)))[0].item()
-    assert abs(loss - math.log(task.vocab_size)) < 0.5                    # untrained: about uniform
-    x = task.held_out[0][0]
-    assert (x == 2).sum(1).max() == (0 if model == "h3" else 1)           # the verb is masked, or next
+    words, at, wrong = bigs.sentence(r, n, True)
+    subject, *between = [number[w] for w in words[:at] if w in nouns]
+    assert between == [1 - subject]*n and number[words[at]] == subject == 1 - number[wrong]
+    assert {*words, wrong} <= set(bigs.WORDS) and len(words) <= 29
 
-def test_languages():
-  "Table 2's: the answer follows from the row, in the way that the language says; no row twice, none in both parts"
-  for make, L, V in ((train.induction, 30, 20), (train.recall, 20, 10)):
-    rows = make(np.random.default_rng(0), 300, L, V)
-    for r in rows.tolist():
-      if make is train.induction:
-        at = r.index(V-2)
-        assert len(r) == 32 and r[31] == r[at+1] < V-2 and r[30] == V-2 and r.count(V-2) == 2 and at < 28
-      else:
-        pairs = dict(zip(r[:20:2], r[1:20:2]))
-        assert len(r) == 23 and r[20] == V-2 and pairs[r[21]] == r[22] and max(pairs) < 4 <= min(pairs.values()) <= 7
-        assert all(pairs[k] == v for k, v in zip(r[:20:2], r[1:20:2]))
-  args = train.settle("--task recall".split())[0]
-  assert (args.model, train.SIZES[args.size]["d_model"], args.embed_dropout, args.lr) == ("h3", 32, 0.1, 5e-4)
-  task = train.language_task(args)
+@pytest.mark.parametrize("model", ["bigs", "h3"])
+def test_agreement_task(model):
+  "What is masked, or next; the loss and what is preferred, against numpy's of random logits."
+  _, task = paper_task(f"--task agreement --model {model} --batch 8")
+  words, verbs = ["PAD", "CLS", "MASK", "SEP", *bigs.WORDS], {w: f for f in bigs.VERBS for w in f}
+  tokens, *_, targets, right, wrong = held = [a[:8] for a in task.held_out[2]]
+  for r, w in zip(right[:, 0], wrong[:, 0]): assert {words[r], words[w]} == {*verbs[words[r]]}
+  assert ((targets >= 0).sum(1) == 1).all() and (targets.max(1) == right[:, 0]).all()
+  logits = rng.standard_normal((*targets.shape, task.vocab_size)).astype(np.float32)
+  if model == "h3": stub = lambda _: Tensor(logits)
+  else:
+    assert (tokens[range(8), held[1][:, 0]] == bigs.MASK).all() and (tokens == bigs.MASK).sum() == 8
+    stub = SimpleNamespace(mlm=lambda _, at: Tensor(logits))
+  inputs, *_, trained = task.batch(0)
+  following = np.where(inputs[:, 1:] == bigs.PAD, -1, inputs[:, 1:])
+  assert model == "bigs" or (trained[:, :-1] == following).all()
+  loss, prefers = (x.numpy() for x in task.forward(stub, *map(toks, held)))
+  logits = logits[range(8), (targets >= 0).argmax(1)]
+  of = lambda words: logits[range(8), words[:, 0]]
+  assert loss == pytest.approx((np.log(np.exp(logits).sum(1)) - of(right)).mean(), rel=1e-4)
+  assert (prefers == (of(right) > of(wrong))).all() and 0 < prefers.sum() < 8
+  halves = {bigs.attractors(n): 0.5 for n in range(5)}
+  assert task.metrics([(0, np.array([True, False]))]*5) == halves
+
+def test_synthetic_tasks():
+  "Table 2's: the answer follows from the row; no row twice; the recipe's defaults"
+  for r in synthetic.induction(np.random.default_rng(0), 300, 30, 20).tolist():
+    at = r.index(18)
+    assert len(r) == 32 and at < 28 and r[30] == 18 and r.count(18) == 2 and r[31] == r[at+1] < 18
+  for r in synthetic.recall(np.random.default_rng(0), 300, 20, 10).tolist():
+    pairs = dict(zip(r[:20:2], r[1:20:2]))
+    assert len(r) == 23 and r[20] == 8 and pairs[r[21]] == r[22]
+    assert max(pairs) < 4 <= min(pairs.values()) <= max(pairs.values()) < 8
+    assert all(pairs[k] == v for k, v in zip(r[:20:2], r[1:20:2]))
+  args, task = paper_task("--task recall")
+  assert (args.model, args.size, args.embed_dropout, args.warmup) == ("h3", "table2", 0.1, 3140)
   seen = {x.tobytes() for step in range(157) for x in np.concatenate(task.batch(step), 1)}
-  assert len(seen) == 5000 and sum(len(b[0]) for b in task.held_out) == 1000 and task.aside == 5
+  assert len(seen) == 5000 and len(task.held_out) == 10 and task.metrics_only == 5
   x, y = task.held_out[0]
-  assert (y[:, :-1] == -1).all() and (y[:, -1] >= 4).all()
-  assert 0.43 < float(re.search(r"right at ([\d.]+)", task.guess)[1]) < 0.57      # 0.503 of many; 3 standard errors
-  hits = [np.float32([0, 100])]*5 + [np.float32([0, 40])]*5
+  assert len(x) == 100 and (y[:, :-1] == -1).all() and (y[:, -1] >= 4).all()
+  chance = float(re.search(r"right at ([\d.]+)", task.baseline_name)[1])
+  assert 0.43 < chance < 0.57                             # 0.503 of many; 3 standard errors
+  hits = [(0, np.float32(100))]*5 + [(0, np.float32(40))]*5
   assert task.metrics(hits) == {"accuracy": 1.0, "accuracy at 40": 0.4}
+  args, task = paper_task("--task induction --model transformer")
+  assert args.init_std == pytest.approx(0.1118, abs=1e-4) and task.baseline == math.log2(18)
 
-def test_listops_and_pixels(tmp_path):
-  "Values by another evaluator; lengths within bounds; the same row for the same seed. Images from both kinds of file."
-  names = {10: min, 11: max, 12: lambda *v: int(np.median(v)), 13: lambda *v: sum(v) % 10}
+def test_listops():
+  "Values by another evaluator; lengths within bounds; the same row for the same seed"
+  operators = [min, max, lambda *v: int(np.median(v)), lambda *v: sum(v) % 10]
   def value(tokens:list[int]) -> int:
-    head = tokens.pop(0)
-    if head < 10: return head
+    if (head := tokens.pop(0)) < 10: return head
     args = []
-    while tokens[0] != 14: args.append(value(tokens))
+    while tokens[0] != arena.CLOSE: args.append(value(tokens))
     tokens.pop(0)
     assert 2 <= len(args) <= 10
-    return names[head](*args)
-  args = train.settle("--task listops --length 120".split())[0]
-  task, again = train.listops_task(args), train.listops_task(args)
+    return operators[head-10](*args)
+  (_, task), (_, again) = (paper_task("--task listops --length 120 --held-out 40") for _ in "12")
+  assert len(task.held_out[1][0]) == 8
   for step in range(3):
-    tokens, mask, labels = task.batch(step)
     assert all((a == b).all() for a, b in zip(task.batch(step), again.batch(step)))
-    for t, m, label in zip(tokens, mask, labels):
-      assert 12 < m.sum() < 120 and (t[m == 0] == 15).all() and value(rest := t[m == 1].tolist()) == label and not rest
-  x, y = rng.integers(0, 256, (40, 9)), rng.integers(0, 3, 40)
-  np.savez(tmp_path/"a.npz", x_train=x.reshape(40, 3, 3), y_train=y, x_test=x[:5].reshape(5, 3, 3), y_test=y[:5])
-  np.savetxt(tmp_path/"a.csv", np.concatenate([y[:, None], x], 1), "%d", ",", header="label,pixels", comments="")
-  np.savetxt(tmp_path/"b.csv", np.concatenate([y[:, None], x], 1), "%6.1f", ",")                    # no header
-  np.savez(tmp_path/"b.npz", x=x, y=y[:, None])                           # labels as CIFAR has them
-  assert len(train.read_images(tmp_path/"b.csv")[0]) == 40
-  np.savez(tmp_path/"c.npz", x=x, y=y, x_test=x, y_test=y[:5])
-  with pytest.raises(gen.UserError, match="no table of images"): train.read_images(tmp_path/"c.npz")
+    for t, mask, label in zip(*task.batch(step)):
+      tokens = t[mask == 1].tolist()
+      assert 12 < len(tokens) < 120 and (t[mask == 0] == arena.PAD).all()
+      assert value(tokens) == label and not tokens
+
+def test_images(tmp_path, monkeypatch):
+  "From both kinds of file; what is no image is refused"
+  monkeypatch.chdir(tmp_path)
+  x, y = rng.integers(0, 256, (40, 9)), rng.integers(0, 3, 40) * 5
+  table, test = np.concatenate([y[:, None], x], 1), dict(x_test=x[:5], y_test=y[:5])
+  np.savez("a.npz", x_train=x.reshape(40, 3, 3), y_train=y, **test)
+  np.savetxt("a.csv", table, "%d", ",", header="label,pixels", comments="")
+  np.savetxt("b.csv", table, "%6.1f", ",")
+  np.savez("b.npz", x=x, y=y[:, None])                    # labels as CIFAR has them
+  known = {row.tobytes(): label for row, label in zip(x.astype(np.int32), y)}
   for file, held in (("a.npz", 5), ("a.csv", 2), ("b.csv", 2), ("b.npz", 2)):
-    args = train.settle(["--task", "pixels", "--data", str(tmp_path/file)])[0]
-    task = train.pixels_task(args)
-    assert args.length == 9 and sum(len(b[0]) for b in task.held_out) == held and task.labels == ["0", "1", "2"]
-    tokens, mask, labels = task.batch(0)
-    known = {row.tobytes(): label for row, label in zip(x.astype(np.int32), y)}
-    assert mask.all() and all(known[t.tobytes()] == label for t, label in zip(tokens, labels))
-  for text in ("a,b\n1,2", "1,2,300\n1,2,3", "", "1\n2"):
-    (tmp_path/"bad.csv").write_text(text)
-    with pytest.raises(gen.UserError, match="bad.csv is no table of images"): train.read_images(tmp_path/"bad.csv")
+    args, task = paper_task(f"--task pixels --data {file}")
+    assert args.length == 9 and task.labels == ["0", "5", "10"] and len(task.held_out[0][0]) == held
+    for tokens, mask, labels in (task.batch(0), *task.held_out):
+      assert mask.all() and [known[t.tobytes()] for t in tokens] == [*5*labels]
+  np.savez("c.npz", x=x, y=y, **test | dict(y_test=y[:4]))
+  np.savez("d.npz", x=x, y=y, x_test=x)
+  for i, text in enumerate(("a,b\n1,2", "1,2,300\n1,2,3", "", "1\n2")): Path(f"{i}.csv").write_text(text)
+  for file in ("c.npz", "d.npz", "0.csv", "1.csv", "2.csv", "3.csv"):
+    with pytest.raises(texts.UserError, match=f"{file} is no table of images"):
+      arena.read_images(Path(file))
+  for change in (dict(y_test=y[:5]+1), dict(x_test=x[:5, :4]), dict(y=0*y)):
+    np.savez("e.npz", **dict(x=x, y=y) | test | change)
+    with pytest.raises(texts.UserError, match="of one size, of two labels"):
+      paper_task("--task pixels --data e.npz")
 
-@slow
 def test_enough_ends_a_run(tmp_path, monkeypatch, capsys):
-  "Three evaluations in a row that are good enough end it, and it is saved; both models' other tasks run a step."
-  task = train.language_task
-  monkeypatch.setitem(train.TASKS, "recall", lambda args: dataclasses.replace(task(args), enough=("accuracy", 0.0)))
-  monkeypatch.setattr(train, "EXAMPLES", (64, 100))
-  small = "--d-model 8 --n-layer 1 --d-state 4 --sample 0".split()
-  assert train.main(["--task", "recall", "--steps", "9", "--eval-every", "1", *small, "--out", str(tmp_path/"r")]) == 0
-  said = capsys.readouterr().out
+  "Three evaluations in a row that are good enough end it, as finished. Nothing is trained."
+  recall = train.TASKS["recall"]
+  easy = lambda args: dataclasses.replace(recall.make(args), stop_at=("accuracy", 0.0))
+  monkeypatch.setitem(train.TASKS, "recall", dataclasses.replace(recall, make=easy))
+  monkeypatch.setattr(train, "training_step", lambda *a: lambda batch, hyper: (1.0, 1.0))
+  monkeypatch.setattr(train, "evaluation", lambda *a: lambda batch: [np.float32(1.5), np.float32(80)])
+  assert synthetic.main([*"--steps 9 --eval-every 1 --out".split(), str(tmp_path), *SMALL]) == 0
   # --length 20, the special symbol, a key
-  assert "that is enough" in said and "9 steps of 32 x 22 = 704 tokens" in said
-  assert train.finished(tmp_path/"r")["step"] == "3" and train.finished(tmp_path/"none") is None
-  for model in ("s4d", "transformer"):
-    args = [*"--task listops --length 50 --batch 4 --steps 1 --n-heads 1".split(), "--model", model, *small]
-    monkeypatch.setattr(train, "LISTOPS", (64, 8))
-    assert train.main([*args, "--out", str(tmp_path/model)]) == 0
-    assert ("S4D both ways" if model == "s4d" else "BERT") in capsys.readouterr().out
+  assert "9 steps of 32 x 22 = 704 tokens" in capsys.readouterr().out
+  run = grid.Run("", tmp_path, [], {})
+  assert run.finished() and run.meta["step"] == "3"
+  assert not grid.Run("", tmp_path/"none", [], {}).finished()
 
-def test_reproduce(tmp_path, monkeypatch, capsys):
-  "A grid: each model once for each seed, the table, the files; again, and nothing is trained."
-  grid = train.Grid("title", "about", {"A": "--model h3", "B": "--model s4d"},
-                    {"x": ("--task recall", "accuracy"), "y": ("--task recall", "loss")}, {("A", "x"): "99"}, seeds=2)
-  ran = []
-  def start_run(folder:Path, options:list[str]) -> subprocess.Popen:
-    ran.append(options)
-    folder.mkdir(parents=True)
-    (folder/"said").write_text(json.dumps(dict(step="1", seconds="6", held_out=json.dumps(
-      [[1, 0.5, {"accuracy": 0.25 + int(options[-1])/4}]]))))
-    return subprocess.Popen([sys.executable, "-c", ""])
-  monkeypatch.setitem(train.GRIDS, "table2", grid)
-  monkeypatch.setattr(train, "start_run", start_run)
-  monkeypatch.setattr(train, "finished", lambda f: json.loads((f/"said").read_text()) if f.exists() else None)
+@pytest.fixture
+def untrained(monkeypatch):
+  "Runs whose figures are made up; `started` are the options of each, `code` is its exit status."
+  seen = SimpleNamespace(started=[], code=0)
+  metrics = ["accuracy", "accuracy at 40", *map(bigs.attractors, range(5))]
+  def start(run, program) -> subprocess.Popen:
+    seen.started.append(run.options)
+    run.folder.mkdir(parents=True)
+    (run.folder/"output.txt").write_text("step 1/2  64,000 tokens/s\n")
+    figures = [[1, 0.5, dict.fromkeys(metrics, 0.25 + (run.options[-1] == "1")/4)]]     # by the seed
+    if not seen.code:
+      run.meta = dict(step="1", seconds="6", held_out=json.dumps(figures))
+      (run.folder/"meta").write_text(json.dumps(run.meta))
+    return subprocess.Popen([sys.executable, "-c", f"exit({seen.code})"])
+  def finished(run) -> bool:
+    if (file := run.folder/"meta").exists(): run.meta = json.loads(file.read_text())
+    return bool(run.meta)
+  monkeypatch.setattr(grid.Run, "start", start)
+  monkeypatch.setattr(grid.Run, "finished", finished)
+  return seen
+
+def test_reproduce(tmp_path, untrained, capsys):
+  "Each model once for each seed, the table, the files; again, and nothing is trained; failures."
+  small = grid.Grid("small", "title", "about", {"A": "--model h3", "B": "--model s4d"},
+                    {"x": grid.Column("--task recall", "accuracy", {"A": "99"}),
+                     "y": grid.Column("--task recall", "loss", {})}, seeds=2)
+  def reproduce() -> int:
+    return grid.run_program("papers/x.py", small, "", ["--reproduce", "--out", str(tmp_path)])
   for _ in range(2):
-    assert train.main(["--reproduce", "table2", "--out", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    assert len(ran) == 4 and re.search(r"^x +37\.5 \(25\.0-50\.0\) \[99\] +37\.5 \(", said, re.M), said
-    assert re.search(r"^ +A +B\n", said, re.M) and re.search(r"^minutes a seed +0\.1 +0\.1$", said, re.M)
-  assert len((tmp_path/"table2"/"table.csv").read_text().splitlines()) == 9
-  def stopped(*a): raise KeyboardInterrupt
-  monkeypatch.setattr(train, "finished", lambda f: None)
-  monkeypatch.setattr(train, "start_run", stopped)
-  assert train.main(["--reproduce", "table2", "--out", str(tmp_path)]) == 130
+    assert reproduce() == 0
+    out = capsys.readouterr().out
+    assert len(untrained.started) == 4 and re.search(r"^ +A +B\n", out, re.M), out
+    assert re.search(r"^x +37\.5 \(25\.0-50\.0\) \[99\] +37\.5 \(", out, re.M), out
+    assert re.search(r"^minutes a seed +0\.1 +0\.1$", out, re.M), out
+  table = (tmp_path/"small"/"table.csv").read_text().splitlines()
+  assert len(table) == 9 and table[1] == "A,x,0,1,25.0,99,0.1"
+  for _ in range(2): arena.show_speed(tmp_path)                         # timed once, kept, shown again
+  out = capsys.readouterr().out
+  assert len(untrained.started) == 13 and out.count("10.00 (1.0x)") == 12, out
+  for untrained.code, status in ((3, 2), (143, 130)):                   # 143: stopped by somebody
+    shutil.rmtree(tmp_path/"small")
+    try: assert reproduce() == status
+    except SystemExit as stop: assert stop.code == status
+    words = {2: "a run failed, see the end of", 130: "the same command goes on"}[status]
+    assert words in capsys.readouterr().err
 
 @slow
 def test_reproduce_stops_and_goes_on(tmp_path):
-  "SIGTERM while two models are trained: both save, and nothing goes on behind one's back; the next start goes on."
-  code = ("import train; small = '--task recall --d-model 8 --n-layer 1 --d-state 4 --steps 60000 --save-every 50';"
-          "train.GRIDS['table2'] = train.Grid('t', 'a', {'A': '--model h3', 'B': '--model s4d'}, "
-          "{'x': (small, 'accuracy')}, {}, seeds=1);"
-          f"train.sys.exit(train.main(['--reproduce', 'table2', '--out', {str(tmp_path)!r}]))")
+  "SIGTERM while two models are trained: both save, nobody trains any more; the next start goes on."
+  code = ("from papers.grid import *; small = '--task recall --steps 60000 --save-every 50 "
+          f"{' '.join(SMALL[:-2])}'; table = Grid('t', 't', 'a', {{'A': '--model h3', 'B': '--model s4d'}}, "
+          "{'x': Column(small, 'accuracy', {})}, seeds=1); sys.exit(run_program('papers/synthetic.py', "
+          f"table, '', ['--reproduce', '--out', {str(tmp_path)!r}]))")
   def steps() -> list[int]:
-    return [int(read_checkpoint(str(f))[1]["step"]) for f in sorted(tmp_path.rglob(gen.CHECKPOINT))]
+    files = sorted(tmp_path.rglob(checkpoints.CHECKPOINT))
+    return [int(read_checkpoint(str(f))[1]["step"]) for f in files]
   before = [0, 0]
   for again in range(2):
-    grid = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, env=os.environ | {"NUM_CPU_THREADS": "2"})
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.STDOUT, env=os.environ | {"NUM_CPU_THREADS": "2"})
     deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and not (len(now := steps()) == 2 and all(a > b for a, b in zip(now, before))):
-      time.sleep(0.2)
-    grid.terminate()
-    assert "the same command goes on" in (said := grid.communicate()[0]) and grid.returncode == 130, said
+    gone_on = lambda now: len(now) == 2 and all(a > b for a, b in zip(now, before))
+    while time.monotonic() < deadline and not gone_on(steps()): time.sleep(0.2)
+    process.terminate()
+    out = process.communicate()[0]
+    assert "the same command goes on" in out and process.returncode == 130, out
     now = steps()
-    assert len(now) == 2 and all(b < a < 60000 for a, b in zip(now, before)), (now, before)
+    assert gone_on(now) and max(now) < 60000, (now, before)
     time.sleep(1)
-    assert steps() == now                                             # nobody trains any more
+    assert steps() == now
     before = now
   outputs = [f.read_text() for f in tmp_path.rglob("output.txt")]
   assert len(outputs) == 2 and all("going on after step" in text for text in outputs)
-  assert not any(train.finished(f.parent) for f in tmp_path.rglob("output.txt"))
+
+def test_filters_and_operations(tmp_path, monkeypatch, capsys):
+  "The picture beside a checkpoint; the table of operations, here of small models."
+  shutil.copytree(BIGS/"flax", tmp_path/"tinyA")
+  if importlib.util.find_spec("matplotlib"):
+    assert bigs.main(["--plot", str(tmp_path/"tinyA")]) == 0
+    assert (tmp_path/"tinyA"/"filters.png").read_bytes().startswith(b"\x89PNG")
+  small = lambda block, length: BiGSConfig(19, 16, 2, block, n_heads=2, max_length=length)
+  monkeypatch.setattr(BiGSConfig, "large", staticmethod(small))
+  monkeypatch.setattr(bigs, "PAPER_OPERATIONS", {16: (1, 2), 24: (3, 4)})
+  capsys.readouterr()
+  assert bigs.main(["--flops"]) == 0
+  assert len(re.findall(r"^ +\d+ .* \d\.\d\dx$", capsys.readouterr().out, re.M)) == 2
+
+def test_readme_of_the_papers(tmp_path, untrained, monkeypatch):
+  "Each command of papers/README.md: grids without training; of other models all but the training."
+  monkeypatch.chdir(tmp_path)
+  labels = [("ab"[i % 2], "ba"[i % 2], "a text") for i in range(9)]
+  tsv(tmp_path/"cola.tsv", [(0, *row) for row in labels])
+  for name in ("train.tsv", "dev.tsv"): tsv(tmp_path/name, [row[1:] for row in labels])
+  np.savez("mnist.npz", x_train=rng.integers(0, 256, (9, 4, 4)), y_train=np.arange(9) % 3)
+  model = BiGS(BiGSConfig(261, 8, 1, max_length=48))
+  meta = dict(model="bigs", config=json.dumps(dataclasses.asdict(model.config)), step="1",
+              args=json.dumps(dict(task="mlm", model="bigs", size="small", tokenizer="bytes", length=48)))
+  Path("masked").mkdir()
+  save_checkpoint("masked/checkpoint.safetensors", get_state_dict(model), meta)
+  looked = []
+  monkeypatch.setattr(arena, "listops", lambda *_: ([1]*20, 1))           # to make them takes long
+  monkeypatch.setattr(bigs, "look", lambda argv: looked.append(argv) or 0)
+  blocks = re.findall(r"```sh\n(.*?)```", (HERE/"papers"/"README.md").read_text(), re.S)
+  for line in "".join(blocks).splitlines():
+    _, program, *options = shlex.split(line.split("  #")[0])
+    module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+    if "--reproduce" in options: assert module.main([*options, "--seeds", "1"]) == 0
+    elif {"--plot", "--flops"} & {*options}: assert module.main(options) == 0
+    else:
+      args, start = train.resolve_args(options, program, "classify")
+      assert train.make_model(args, train.TASKS[args.task].make(args), start)
+  assert len(looked) == 2 and len([*Path("reproduced").glob("*/table.csv")]) == 4
 
 def test_bert_tokens(tmp_path, monkeypatch, capsys):
   "WordPiece of a vocab.txt, which goes along with the checkpoint; a line where the library or the file is missing"

@@ -21,10 +21,10 @@ import argparse, functools, random, re, warnings
 from typing import Callable
 import numpy as np
 from tinygrad import Device
-from papers.grid import (UNVERIFIED, Column, Grid, Run, drawn_from, label_task, pad, print_table,
-                         run_program, stack, to_float, train_all)
+from papers.grid import (UNVERIFIED, Column, Grid, Run, drawn_from, hold_out, label_task, pad,
+                         print_table, run_program, stack, to_float, train_all)
 from support.text import UserError
-from train import Task, hold_out, number, task
+from train import Task, number, task
 
 # ---- ListOps ------------------------------------------------------------------------------------
 
@@ -124,10 +124,8 @@ def pixels_task(args:argparse.Namespace) -> Task:
   if not args.data or len(args.data) != 1:
     raise UserError("--task pixels takes one file of images: --data FILE")
   path = args.data[0]
-  (x, y), test = read_images(Path(path))
-  if test is None:
-    learned, kept = hold_out(args, len(x))
-    x, y, test = x[learned], y[learned], (x[kept], y[kept])
+  images, test = read_images(Path(path))
+  (x, y), test = (images, test) if test else hold_out(images, args)
   L, names = x.shape[1], np.unique(y)
   if args.length not in (None, L):
     raise UserError(f"--length is that of an image here, {L}: leave it out")

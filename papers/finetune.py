@@ -6,7 +6,7 @@ nor the released weights are here; both are read:
 
   python papers/finetune.py --data train.tsv --dev dev.tsv --init masked/checkpoint.safetensors
 
-A thousand short texts take a model of the default size a minute on two cores. With --init the
+A thousand short texts take a model of the default size half a minute on two cores. With --init the
 recipe is GLUE's: learning rate 2e-5, 3 epochs of batches of 16, linear decay after a tenth of
 warm-up. Not here: a grid, the search for the best rate, the mean over GLUE's tasks.
 """
@@ -16,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import argparse, functools, math
 from typing import Callable
 import numpy as np
-from papers.grid import drawn_from, label_task, pad, run_program, stack, take, to_float
+from papers.grid import (drawn_from, hold_out, label_task, pad, run_program, stack,
+                         to_float)
 from support.text import Table, UserError, read_tsv
-from train import Task, hold_out, task, text_options, tokenizer
+from train import Task, task, text_options, tokenizer
 
 RATE, EPOCHS = 2e-5, 3                            # with --init: GLUE's recipe
 
@@ -79,12 +80,9 @@ def classify_task(args:argparse.Namespace) -> Task:
 
   rows = to_rows(table, path)
   if args.dev: held_out = to_rows(read_tsv(args.dev, args.columns, n_texts), args.dev)
-  else:
-    learned, kept = hold_out(args, len(rows[0]))
-    if not len(learned):
-      raise UserError(f"{path} has {len(kept)} line: some are held out, give more, or --dev")
-    rows, held_out = take(rows, learned), take(rows, kept)
+  else: rows, held_out = hold_out(rows, args)
   n = len(rows[0])
+  if not n: raise UserError(f"{path} has 1 line: some are held out, give more, or --dev")
   if args.steps is None: args.steps = math.ceil(EPOCHS * n/args.batch)
   kind = f"labels {', '.join(classes)}" if classes else "real values"
   about = (f"{path}: {n:,} lines to train on, {len(held_out[0]):,} held out, {kind} "

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import argparse, csv, dataclasses, itertools, math, os, re, signal, subprocess, time
+import argparse, csv, dataclasses, functools, itertools, math, os, re, signal, subprocess, time
 from typing import Callable, NamedTuple
 import numpy as np
 from tinygrad import Device
@@ -25,7 +25,7 @@ from support.checkpoints import CHECKPOINT, CheckpointError
 from support.cpu import setup_device
 from support.text import Tokenizer, UserError
 from support.training import PREVIOUS, Interrupt, check_writable, read_newest
-from train import Batch, Parser, Task, cross_entropy, duration, number, read_evals, shuffled
+from train import Batch, Parser, Task, cross_entropy, duration, number, read_evals
 
 COLORS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2")
 ONE_CORE = {"NUM_CPU_THREADS": "1"}
@@ -240,9 +240,21 @@ def take(rows:Batch, index:list[int]|np.ndarray|slice) -> Batch:
   return tuple(array[index] for array in rows)
 
 def drawn_from(rows:Batch, args:argparse.Namespace) -> Callable[[int], Batch]:
-  "A step's batch: each epoch all rows, in an order of its own."
-  order = shuffled(args, len(rows[0]))
-  return lambda step: take(rows, order(step))
+  "A function from the step to its batch: each epoch has all rows, in an order of its own."
+  n = len(rows[0])
+  @functools.lru_cache(2)
+  def order(epoch): return np.random.default_rng([args.seed, 3, epoch]).permutation(n)
+  def batch(step):
+    first = step*args.batch
+    return take(rows, [order(i // n)[i % n] for i in range(first, first + args.batch)])
+  return batch
+
+def hold_out(rows:Batch, args:argparse.Namespace) -> tuple[Batch, Batch]:
+  "Rows to train on, and --holdout of them, at least one, to evaluate on."
+  n = len(rows[0])
+  order = np.random.default_rng([args.seed, 2]).permutation(n)
+  held = max(1, round(n*args.holdout))
+  return take(rows, order[held:]), take(rows, order[:held])
 
 def classification_metrics(targets:np.ndarray, predictions:np.ndarray, K:int) -> dict[str, float]:
   """Accuracy, F1 and Matthews' correlation (Gorodkin's for more than two) of classes 0 to K-1. F1
