@@ -3602,87 +3602,50 @@ def test_readme_loop_of_ones_own(tmp_path, monkeypatch, capsys):
   assert len(losses) == 40 and losses[19] < losses[0]/2 and losses[39] < losses[20] and np.isfinite(losses).all()
 
 def readme_commands() -> dict[str, list[str]]:
-  "Of each section that has some."
+  "The README's commands, by section."
   sections = re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", (HERE/"README.md").read_text(), re.M | re.S)
-  blocks = {title: re.findall(r"```sh\n(.*?)```", text, re.S) for title, text in sections}
-  return {title: [line.split("  #")[0].strip() for block in some for line in block.splitlines() if line.strip()]
-          for title, some in blocks.items() if some}
+  blocks = {title: "".join(re.findall(r"```sh\n(.*?)```", text, re.S)) for title, text in sections}
+  return {title: block.splitlines() for title, block in blocks.items() if block}
+
+# What makes a command short: of the patterns that match, all options, the last ones count.
+ONE_STEP = "--batch 2 --length 48 --sample 0 --steps 1"
+SHORT = [(r"train\.py|--task", ONE_STEP),
+         (r"(train\.py|--task)(?!.*(--init|--resume))", "--d-model 16 --n-layer 1 --n-heads 2 --d-state 4"),
+         (r"--accumulate", "--batch 4"), (r"--truncate", "--truncate 24"), (r"--resume", "--steps 2"),
+         (r"generate\.py", "--tokens 2"), (r"generate\.py.*--perplexity", "--window 16"),
+         (r"--model (125M|1\.3B)", "--tokenizer bytes"), (r"--render", "--lengths 64"),
+         (r"bench\.py conv", "--lengths 16 --batch 2 --channels 4 --plain 0")]
 
 @slow
 @pytest.mark.parametrize("section", readme_commands())
 def test_readme_commands(section, tmp_path, monkeypatch, capfd):
-  "Each runs as written, with small sizes added; what installs or tests is looked up instead. Nothing is left out."
+  "Each command runs as written, made short; what installs and tests is looked up instead."
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, "stdin", None)
+  for m in (flashconv, cpu): monkeypatch.setattr(m, "selfcheck", lambda *a: 0.0)
   (tmp_path/"notes").mkdir()
-  for f in ("book.txt", "notes/a.md"): (tmp_path/f).write_text(TEXT)
-  (tmp_path/"pile.jsonl.gz").write_bytes(gzip.compress(jsonl([TEXT], "content")))
-  tsv(tmp_path/"cola.tsv", [("gj04", i % 2, "*", f"text {i}") for i in range(9)])
-  for f in ("train.tsv", "dev.tsv"): tsv(tmp_path/f, [("ab"[i % 2], f"text {i}") for i in range(9)])
-  project, seen = (HERE/"pyproject.toml").read_text(), 0
-  for m in (flashconv, cpu): monkeypatch.setattr(m, "selfcheck", lambda *a: 0.0)             # has a test of its own
-  if any("--score" in c for c in readme_commands()[section]):
-    (tmp_path/"BoolQ").mkdir()
-    (tmp_path/"BoolQ"/"val.jsonl").write_text('{"question": "is it", "passage": "It is.", "label": true}\n'*7)
-    exec(readme_python("boolq"))
+  for name in ("book.txt", "other.txt", "notes/a.md"): (tmp_path/name).write_text(TEXT)
+  for name in ("train.tsv", "dev.tsv"): tsv(tmp_path/name, [("ab"[i % 2], f"text {i}") for i in range(9)])
+  (tmp_path/"boolq.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 1}\n'*5)
+  if section == "Released models":
     model = H3LM(H3Config(257, 12, 2, (1,), 2))
     meta = {"model": "h3", "config": json.dumps(dataclasses.asdict(model.config))}
     for folder in ("released", "out"): (tmp_path/folder).mkdir()
     save_official(str(tmp_path/"released"/"model.safetensors"), model)
     save_checkpoint(str(tmp_path/"out"/gen.CHECKPOINT), get_state_dict(model), meta)
-    there = tmp_path/"released"/"model.safetensors"
-    monkeypatch.setattr(checkpoints, "download", lambda name: there)
+    monkeypatch.setattr(checkpoints, "download", lambda name: tmp_path/"released"/"model.safetensors")
+  programs = {"train.py": train, "generate.py": gen, "flashconv.py": flashconv, "support/bench.py": bench,
+              **{f"papers/{m.__name__.split('.')[1]}.py": m for m in (bigs, finetune, synthetic)}}
   for command in readme_commands()[section]:
     for part in re.split(r" && | \| ", command):
-      words = [w.removeprefix(".venv/bin/") for w in shlex.split(part) if not re.fullmatch(r"[A-Z_]+=\S*", w)]
-      if words[0] == "echo" or words[:3] in (["python3", "-m", "venv"], ["source", "activate"]): continue
+      switches, words = [], [w.removeprefix(".venv/bin/") for w in shlex.split(part)]
+      while "=" in words[0]: switches.append(words.pop(0))
       if words[0] == "pip":
-        for extra in re.findall(r"\w+", words[-1]): assert re.search(rf"^{extra} = \[", project, re.M), command
-      elif words[1:3] == ["-m", "pytest"]: assert "test_all.py" in words, command
-      elif "--help" in words:
-        module = {"train.py": train, "generate.py": gen, "flashconv.py": flashconv,
-                  "support/bench.py": bench}[words[1]]
-        with pytest.raises(SystemExit) as stop: module.main(words[2:])
-        assert stop.value.code == 0
-      elif words[1] == "support/bench.py": bench.parser().parse_args(words[2:])      # run by test_benchmarks
-      elif "--reproduce" in words:
-        metrics = dict.fromkeys(["accuracy", "accuracy at 40", "1 attractor"], 0.5)
-        metrics |= {f"{n} attractors": 0.5 for n in (0, 2, 3, 4)}
-        meta, asked = dict(held_out=json.dumps([[1, 1.0, metrics]]), seconds="6"), []
-        monkeypatch.setattr(train, "finished", lambda f: meta)
-        monkeypatch.setattr(train, "child", lambda code, **env: asked.append(code) or "step 1/2  64,000 tokens/s")
-        for _ in range(2): assert train.main(words[2:]) == 0 and (Path("reproduced")/words[3]/"table.csv").exists()
-        said = capfd.readouterr().out
-        if words[3] == "lra":                                      # timed once, kept, and shown again
-          assert len(asked) == 9 and said.count("10.00 (1.0x)") == 12 and said.count("8.00 (1.0x)") == 6, said
-      elif words[1] == "train.py" and "pixels" in words:
-        np.savez("mnist.npz", x_train=rng.integers(0, 256, (9, 4, 4)), y_train=np.arange(9) % 3)
-        small = "--d-model 8 --n-layer 1 --d-state 4 --batch 2 --steps 1".split()
-        assert train.main([*words[2:], *small]) == 0, command
-      elif words[1] == "train.py" and "--task" in words:
-        shape = [] if "--init" in words else ["--d-model", "16", "--n-layer", "1", "--d-state", "4"]
-        assert train.main([*words[2:], *shape, *"--batch 2 --length 48 --sample 0 --steps 1".split()]) == 0, command
-      elif words[1] == "bigs_tiny.py":
+        for extra in re.findall(r"\w+", words[-1]):
+          assert re.search(rf"^{extra} = \[", (HERE/"pyproject.toml").read_text(), re.M), command
+      elif words[0] == "python" and words[1] in programs:
         if "--plot" in words and not importlib.util.find_spec("matplotlib"): continue
-        small = lambda block, length: BiGSConfig(19, 16, 2, block, n_heads=2, max_length=length)
-        monkeypatch.setattr(BiGSConfig, "large", staticmethod(small))
-        monkeypatch.setattr(bigs_tiny, "LENGTHS", (16, 200))
-        assert bigs_tiny.main(words[2:]) == 0, command
-        said = capfd.readouterr().out
-        if "--plot" in words: assert (tmp_path/"masked"/"filters.png").read_bytes().startswith(b"\x89PNG")
-        else: assert len(re.findall(r"^ +\d+ .* \d\.\d\dx$", said, re.M)) == 2, said
-      elif words[1] == "train.py":
-        shape = [] if "--init" in words or "--resume" in words else [*TINY[:8], "--n-layer", "1"]
-        with Context(FLASH=int("FLASH=0" not in part)):
-          sizes = ["--steps", "2" if "--resume" in words else "1", *["--truncate", "8"]*("--truncate" in words),
-                   *["--batch", "4"]*bool({"--accumulate", "--devices"} & set(words))]
-          assert train.main([*words[2:], *shape, *TINY[8:], *sizes]) == 0, command
-      elif words[1] == "flashconv.py":
-        sizes = ["--lengths", "64"] if "--render" in words else []
-        assert flashconv.main([*words[2:], *sizes]) == 0, command
-      elif words[1] == "generate.py":
-        released = ["--tokenizer", "bytes"] if {"125M", "1.3B"} & set(words) else []
-        assert gen.main([*words[2:], "--tokens", "2", *released]) == 0, command
-      else: assert False, f"no test for: {command}"
-      seen += 1
-  assert seen
+        options = [o for pattern, more in SHORT if re.search(pattern, part) for o in more.split()]
+        with Context(**{name: int(value) for name, value in (s.split("=") for s in switches)}):
+          assert programs[words[1]].main([*words[2:], *options]) == 0, command
+      else: assert re.match(r"(python3? -m (venv|pytest))|source|echo", " ".join(words)), f"no test for: {command}"
