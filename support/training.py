@@ -15,7 +15,7 @@ from tinygrad.helpers import Context
 from tinygrad.nn.state import get_parameters, get_state_dict
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 from bigs_tiny import BiGS
-from flashconv import capture, machine
+from flashconv import capture, machine, overwrite
 from h3tiny import H3LM
 from support.checkpoints import (CHECKPOINT, CheckpointError, Weights, read_weights,
                                  save_checkpoint)
@@ -42,11 +42,6 @@ def fill(t:Tensor, x:np.ndarray) -> None:
   data = np.ascontiguousarray(x).reshape(t.shape)
   for buffer in [t._buffer()] if isinstance(t.device, str) else t.uop.buffer.bufs:
     buffer.ensure_allocated().copy_from(Buffer("NPY", data.size, t.dtype, opaque=data))
-
-def overwrite(old:Iterable[Tensor], new:Iterable[Tensor]) -> None:
-  "Writes new Tensors into old ones. Can be part of a TinyJit."
-  written = [o.assign(n.detach()) for o, n in zip(old, new)]
-  if written: Tensor.realize(*written)
 
 class Feed:
   """Arrays as Tensors, each made once for its position and shape and then overwritten: making one
