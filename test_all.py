@@ -1987,7 +1987,7 @@ def small_bigs(block:str, **kw) -> BiGS:
     p.replace(Tensor(np.float32(p.numpy() + 0.3*r.standard_normal(p.shape))))
   return model
 
-def swap(layer:object, a:str, b:str) -> None: vars(layer)[a], vars(layer)[b] = vars(layer)[b], vars(layer)[a]
+def exchange(layer:object, a:str, b:str) -> None: vars(layer)[a], vars(layer)[b] = vars(layer)[b], vars(layer)[a]
 
 @pytest.mark.parametrize("block", bigs_tiny.LAYERS)
 def test_bigs_blocks(block):
@@ -2006,7 +2006,7 @@ def test_bigs_blocks(block):
     reach = np.abs(g.numpy()[0]).max(-1)
     assert (reach > 1e-6*reach.max()).all(), f"output {t} sees {reach}"
   for name in ("fs4", "du_forward", "duc_forward"):
-    if hasattr(layer, name): swap(layer, name, name.replace("forward", "backward").replace("fs4", "bs4"))
+    if hasattr(layer, name): exchange(layer, name, name.replace("forward", "backward").replace("fs4", "bs4"))
   if block == "stack": layer.mix.weight = Tensor.cat(*layer.mix.weight.chunk(2, dim=1)[::-1], dim=1).contiguous()
   assert_close(layer(x.flip(1), *model.filters(9)[0]).flip(1), y.numpy(), 1e-5*np.abs(y.numpy()).max())
 
@@ -2769,7 +2769,7 @@ def test_truncate():
     x, y = np.random.default_rng(seed).integers(0, 19, (2, 3, 12)).astype(np.int32)
     state, grads = model.init_carry(3), []
     for i in range(0, 12, 6):
-      logits, state = model.forward(toks(x[:, i:i+6]), h3tiny.copied(state))
+      logits, state = model.forward(toks(x[:, i:i+6]), [type(s)(*map(h3tiny.copied, s)) for s in state])
       loss = train.cross_entropy(logits, toks(y[:, i:i+6]))
       Tensor.realize(*get_parameters(state), *(gs := loss.gradient(*params.values())))
       grads.append(np.concatenate([g.numpy().ravel() for g in gs]))
