@@ -43,6 +43,7 @@ FLASH = ContextVar("FLASH", 1)  # 0: plain tinygrad ops everywhere
 
 Shape = tuple[int, ...]
 Stores = list[UOp]
+Value = Callable[..., UOp]   # a number of a matrix, or a place in one, given its indices
 Body = Callable[..., Stores]    # makes the stores of one place of a kernel, given its indices
 Pair = tuple                 # a complex number (re, im) of Tensors, UOps or Reals; or two real rows
 
@@ -103,18 +104,22 @@ def conv_ref(w:Tensor, k:Tensor, D:Tensor|None) -> Tensor:
   c = fft(cmul(spectrum(w), spectrum(k)), inverse=True)[0][..., :L] / N             # F⁻¹(F w · F k)
   return c if D is None else c + D.reshape(-1, 1)*w
 
-def finish(c:Tensor|UOp, q:Tensor|UOp|None) -> Tensor|UOp:
-  "Makes y of c = k ∗ w + D w, number by number: in plain ops and in the forward kernel alike."
-  return c if q is None else c*q
+class Finish(NamedTuple):
+  """What follows the convolution: y of c = k ∗ w + D w, number by number, and its gradients.
 
-# The gradients of c and of q in `finish`, for the backward kernel, which knows c where q is there.
-def finish_dc(dy:UOp, c:UOp|None, q:UOp|None) -> UOp: return dy if q is None else dy*q
-def finish_dq(dy:UOp, c:UOp|None, q:UOp|None) -> UOp: return c*dy
+  One place for plain ops, the kernel and its gradient. An option, such as an activation, is a field
+  here, which `fftconv` sets; no kernel has to know of it.
+  """
+  gated: bool                   # whether there is a q
+  def y(self, c:Tensor|UOp, q:Tensor|UOp|None) -> Tensor|UOp: return c*q if self.gated else c
+  needs_c = False               # whether dc depends on c, which the backward kernel then makes first
+  def dc(self, dy:UOp, c:UOp|None, q:UOp|None) -> UOp: return dy*q if self.gated else dy
+  def dq(self, dy:UOp, c:UOp, q:UOp) -> UOp: return c*dy
 
 def fftconv_ref(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None,
                 q:Tensor|None=None) -> Tensor:
   "The definition of `fftconv`, same arguments, in plain tinygrad ops."
-  return finish(conv_ref(u if v is None else u*v, k, D), q)
+  return Finish(q is not None).y(conv_ref(u if v is None else u*v, k, D), q)
 
 # ---------------------------------------------------------------- the public function
 def direct(u:Tensor, k:Tensor, D:Tensor, v:Tensor, q:Tensor) -> Tensor:
@@ -142,16 +147,17 @@ def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor
   k = k[:, :L]
   N = fft_length(L, k.shape[1])
   N_short = max(SHORT, fft_length(8*k.shape[1], 1))
-  R = levels(u.device, N) if kernels_serve(u, k, D, v, q) else 0
-  overlap_save = N > 2*N_short and kernels_serve(u, k, D, v, q) and levels(u.device, N_short) == 1
+  serve, finish = kernels_serve(u, k, D, v, q), Finish(q is not None)
+  R = levels(u.device, N) if serve else 0
+  overlap_save = serve and N > 2*N_short and levels(u.device, N_short) == 1
   if R == 1 and not overlap_save:
-    y = conv_one_launch(ConvArgs(k.unsqueeze(0), u, D, v, q), N)
+    y = conv_one_launch(ConvArgs(k.unsqueeze(0), u, D, v, q), N, finish)
   else:
     w = u if v is None else u*v
     if overlap_save: c = conv_overlap_save(w, k, D, N_short)
     elif R: c = conv_two_levels(w, k, D, N, R)
     else: c = conv_ref(w, k, D)
-    y = finish(c, q)
+    y = finish.y(c, q)
   return y.transpose(1, 2) if channels_last else y
 
 def check_shapes(u:Tensor, k:Tensor, D:Tensor|None, v:Tensor|None, q:Tensor|None,
@@ -199,6 +205,7 @@ class ConvSpec(NamedTuple):
   "What a kernel of the convolution is made for, beside the shapes of its buffers."
   names: tuple[str, ...]        # which of ConvArgs there are
   machine: Machine
+  finish: Finish
   layout: type                  # how sequences lie in memory: RowPairs or ComplexRows
   @property
   def gradients(self) -> tuple[str, ...]:
@@ -208,12 +215,13 @@ class ConvSpec(NamedTuple):
 def named(names:Sequence[str], buffers:Sequence[Tensor|UOp]) -> ConvArgs:
   return ConvArgs(**dict(zip(names, buffers)))
 
-def conv_one_launch(args:ConvArgs, N:int, layout:type|None=None) -> Tensor:
+def conv_one_launch(args:ConvArgs, N:int, finish:Finish=Finish(False), layout:type|None=None
+                    ) -> Tensor:
   "y, for sequences laid out as `layout` says, by default rows (B,H,L)."
   names = tuple(n for n, x in args._asdict().items() if x is not None)
   shape, m = args.u.shape, machine(args.k.device)
   if shape[0]*shape[1]*N < ONE_CORE: m = m._replace(cores=1)
-  spec = ConvSpec(names, m, layout or RowPairs)
+  spec = ConvSpec(names, m, finish, layout or RowPairs)
   roots = roots_of_unity(RADIX, N//RADIX, args.k.device)
   y, = launch(bound(conv_kernel, spec=spec), [spec.layout.buffer_shape(shape, N//RADIX)],
               [roots, *(x for x in args if x is not None)], bound(conv_backward, spec=spec))
@@ -235,7 +243,7 @@ def conv_backward(dy:Tensor, y:Tensor, roots:Tensor, *args:Tensor, spec:ConvSpec
 # How a kernel is written. It is a function from UOps, its buffers, to one UOp, the sink, that holds
 # all its stores. UOps are values without an order; what must come first is said in the graph:
 #   mem[i], mem[i].store(x)  a load and a store
-#   mem.after(done, i)       mem, to be used when the stores `done` have been made, and inside loop i.
+#   mem.after(done, i)       mem, to be used when the stores `done` have been made, in the loop i.
 #                            A GPU's threads wait for each other here, if mem is shared memory that
 #                            they have written since: tinygrad puts the barrier
 #   i = UOp.range(n, id)     a loop: all that depends on i, by value or by `after`, is inside it
@@ -250,7 +258,7 @@ def conv_backward(dy:Tensor, y:Tensor, roots:Tensor, *args:Tensor, spec:ConvSpec
 
 @functools.cache
 def conv_kernel(y:UOp, roots:UOp, *args:UOp, spec:ConvSpec) -> UOp:
-  "y = finish(c, q) with c = F* (kf · F w), for one channel: its filter once, then its sequences."
+  "y = finish.y(c, q) with c = F* (kf · F w), for one channel: its filter, then its sequences."
   x = named(spec.names, args)
   buf, kf = filter_spectrum(x, roots, spec)
   n = buf.group.loop(spec.layout.count(x.u.shape), AxisType.REDUCE)    # over sequences
@@ -258,7 +266,7 @@ def conv_kernel(y:UOp, roots:UOp, *args:UOp, spec:ConvSpec) -> UOp:
   buf.forward(lambda j, off: rows.load(j, off, x.u, x.v), n)                       # W = F w
   buf.spectrum(lambda at, W: (times(W, kf.get(at)), []))                           # C = kf · W
   def store(j:UOp, off:int, c:Pair) -> Stores:                                  # c = F* C
-    return rows.store(j, off, y, each_row(finish, c, rows.load(j, off, x.q)))
+    return rows.store(j, off, y, each_row(spec.finish.y, c, rows.load(j, off, x.q)))
   buf.inverse(store)
   return buf.group.finish(buf.done[0].end(n), spec.layout.name)        # here the loop over n ends
 
@@ -272,9 +280,9 @@ def conv_gradient_kernel(*buffers:UOp, spec:ConvSpec) -> UOp:
                            w₀ - i w₁ with e₀ + i e₁ is (w₀ ⋆ e₀ + w₁ ⋆ e₁) + i (…), so that one
                            inverse transform after the last sequence gives the sum over all rows
   """
-  n = len(spec.gradients)
-  d, (roots, dy) = named(spec.gradients, buffers), buffers[n:n+2]
-  x = named(spec.names, buffers[n+2:])
+  count = len(spec.gradients)
+  d, (roots, dy) = named(spec.gradients, buffers), buffers[count:count+2]
+  x = named(spec.names, buffers[count+2:])
   buf, kf = filter_spectrum(x, roots, spec)
   g = buf.group
   W, dkf = Spectrum(g, 2), Spectrum(g, 3)
@@ -282,21 +290,22 @@ def conv_gradient_kernel(*buffers:UOp, spec:ConvSpec) -> UOp:
   n = g.loop(spec.layout.count(x.u.shape), AxisType.REDUCE)            # over sequences
   rows = spec.layout(g, x.u.shape, n)
 
-  def arrive(j:UOp, off:int, c:Pair=(None, None)) -> tuple[Pair, list[UOp]]:
-    "e, and the stores of dq"
-    rows_of = rows.load(j, off, dy), c, rows.load(j, off, x.q)
-    e = each_row(finish_dc, *rows_of)
-    return e, [] if x.q is None else rows.store(j, off, d.q, each_row(finish_dq, *rows_of))
+  def load(f:Callable, j:UOp, off:int, c:Pair=(None, None)) -> Pair:
+    return each_row(f, rows.load(j, off, dy), c, rows.load(j, off, x.q))
+  def store_dq(j:UOp, off:int, c:Pair) -> Stores:
+    return [] if x.q is None else rows.store(j, off, d.q, load(spec.finish.dq, j, off, c))
+  def e_and_dq(j:UOp, off:int, c:Pair) -> tuple[Pair, Stores]:
+    return load(spec.finish.dc, j, off, c), store_dq(j, off, c)
   buf.forward(lambda j, off: rows.load(j, off, x.u, x.v), n)                       # W = F w
-  if x.q is None:
+  if spec.finish.needs_c:
+    buf.spectrum(lambda at, X: (times(kf.get(at), X), W.put(at, X, n)))            # C = kf · W
+    W.done = buf.done
+    buf.inverse_and_forward(e_and_dq)                                              # c = F* C, E = F e
+  else:
     buf.spectrum(lambda at, X: (None, W.put(at, X, n)))
     W.done = buf.done
     buf.free()
-    buf.forward(lambda j, off: arrive(j, off)[0])                                  # E = F e
-  else:
-    buf.spectrum(lambda at, X: (times(kf.get(at), X), W.put(at, X, n)))            # C = kf · W
-    W.done = buf.done
-    buf.inverse_and_forward(arrive)                                              # c = F* C, E = F e
+    buf.forward(lambda j, off: load(spec.finish.dc, j, off))                       # E = F e
 
   def add(at:tuple, E:list[Pair]) -> tuple[list[Pair], list[UOp]]:
     terms = times(map(conj, W.get(at)), E)
@@ -308,6 +317,10 @@ def conv_gradient_kernel(*buffers:UOp, spec:ConvSpec) -> UOp:
     du, dv = (tuple(map(operator.mul, dw, rows.load(j, off, factor))) for factor in (x.v, x.u))
     return rows.store(j, off, d.u, du) + rows.store(j, off, d.v, dv)
   buf.inverse(store)                                                             # dw = F* (kf* · E)
+  if x.q is not None and not spec.finish.needs_c:
+    buf.free()
+    buf.spectrum(lambda at, _: (times(kf.get(at), W.get(at)), []), back_only=True) # C = kf · W
+    buf.inverse(store_dq)                                                          # c = F* C
   buf.free()
   buf.done = dkf.done = buf.done[0].end(n),                            # here the loop over n ends
   filters = spec.layout(g, x.k.shape, 0)                          # a single row: re alone is stored
@@ -681,7 +694,7 @@ def conv_two_levels(w:Tensor, k:Tensor, D:Tensor|None, N:int, R:int) -> Tensor:
   k = k.expand(w.shape[1], k.shape[1])
   if D is not None: k = k + D.unsqueeze(-1).pad((None, (0, k.shape[1]-1)))
   W, K = (to_subtransforms(x, R, N//R) for x in (w, k.unsqueeze(0)))
-  return from_subtransforms(conv_one_launch(ConvArgs(K, W), N//R, ComplexRows), w.shape, R, N//R)/R
+  return from_subtransforms(conv_one_launch(ConvArgs(K, W), N//R, layout=ComplexRows), w.shape, R, N//R)/R
 
 def to_subtransforms(x:Tensor, R:int, M:int) -> Tensor:
   "The first pass: rows (B,H,L) -> R sub-transforms (⌈B/2⌉,H R,2,M)."
@@ -764,7 +777,8 @@ def ssm_conv_ref(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|
     ys.append(conv_ref(piece, van.sum(cmul(C, B)), D) + zero_input)                 # k ∗ w + …
     zero_state = cmul(B, van.final_state(piece))                               # Σ_j A^(n-1-j) B w_j
     x = tuple(map(operator.add, cmul(power(A, n), x), zero_state))                  # A^n x + …
-  return finish(Tensor.cat(*ys, dim=-1), q), x
+  y = Tensor.cat(*ys, dim=-1)
+  return y if q is None else q*y, x
 
 def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None=None,
              q:Tensor|None=None, state:Pair|None=None, chunk:int|None=None) -> tuple[Tensor, Pair]:
@@ -886,7 +900,7 @@ def walk_kernel(out:UOp, x0:UOp, Q:UOp, P:UOp, a:UOp, *args:UOp, spec:WalkSpec) 
   w.g = w.begin(spec.groups)
   w.advance(X, Q, a, x)
   def put(r:UOp, l:UOp, y:UOp) -> Stores:
-    return w.store(r, l, out, finish(y, w.load(r, l, x.q)))
+    return w.store(r, l, out, y if x.q is None else y*w.load(r, l, x.q))
   w.product(R, c, S+c, X, w.table(P), put)                                     # y_n = P x_n + T w_n
   w.end(w.g)
   w.copy(w.state(out, spec.state_at), X.row(spec.last))
@@ -909,7 +923,7 @@ def walk_gradient_kernel(dx0:UOp, dQ:UOp, dP:UOp, da:UOp, kept:UOp, *buffers:UOp
   w.b = w.begin(spec.B)
 
   w.copy(X.row(R), w.state(x0))
-  def kept_state(mem:UOp) -> Callable[[UOp], UOp]:
+  def kept_state(mem:UOp) -> Value:
     return lambda i: mem[(w.h*spec.groups + w.g)*S + i]
   w.g = w.begin(spec.groups)
   w.copy(kept_state(kept), X.row(R))
@@ -964,7 +978,7 @@ class Matrix:
     self.mem = walk.memory(rows*cols) if mem is None else mem
   def __call__(self, r:UOp|int, j:UOp) -> UOp:
     return self.mem.after(*self.walk.done)[r*self.cols + self.first + j]
-  def row(self, r:int) -> Callable[[UOp], UOp]: return lambda i: self(r, i)
+  def row(self, r:int) -> Value: return lambda i: self(r, i)
   def transposed(self, r:UOp, j:UOp) -> UOp: return self(j, r)
   def put(self, r:UOp, j:UOp, x:UOp) -> Stores: return [self(r, j).store(x)]
   def pair(self, r:UOp, i:UOp) -> Pair:
@@ -1002,10 +1016,10 @@ class Walk(Workers):
     s = self.spec
     return super().finish(UOp.group(*self.done), f"{name}_{s.B}x{s.H}x{s.L}")
 
-  def state(self, x:UOp, first:int=0) -> Callable[[UOp], UOp]:
+  def state(self, x:UOp, first:int=0) -> Value:
     "This row's and channel's numbers of x, which from `first` on is a flat (B,H,S)."
     return lambda i: x[first + (self.b*self.spec.H + self.h)*self.spec.S + i]
-  def table(self, x:UOp) -> Callable[[UOp, UOp], UOp]: return lambda r, j: x[self.h, r, j]
+  def table(self, x:UOp) -> Value: return lambda r, j: x[self.h, r, j]
   def place(self, r:UOp, j:UOp) -> tuple[UOp, UOp|None]:
     "Index into a flat (B,H,L) of step j of chunk r, and whether it is there."
     s = self.spec
@@ -1021,9 +1035,9 @@ class Walk(Workers):
     i, ok = self.place(r, j)
     return [only_if(ok, out[i].store(x))]
 
-  def fill(self, to:Callable, rows:int, cols:int, value:Callable[[UOp, UOp], UOp]):
+  def fill(self, to:Callable, rows:int, cols:int, value:Value):
     self.each(rows, cols, lambda r, j: [to(r, j).store(value(r, j))])
-  def copy(self, to:Callable[[UOp], UOp], source:Callable[[UOp], UOp]):
+  def copy(self, to:Value, source:Value):
     self.each(1, self.spec.S, lambda _, i: [to(i).store(source(i))])
   def each(self, rows:int, cols:int, body:Body):
     "The stores of body(row, col), for all."
@@ -1039,7 +1053,7 @@ class Walk(Workers):
     self.done = UOp.group(*stores),
 
   def product(self, rows:int, cols:int, K:int, a:Callable, b:Callable, put:Body,
-              start:Callable[[UOp, UOp], UOp]=lambda r, j: ZERO.uop):
+              start:Value=lambda r, j: ZERO.uop):
     """The stores put(row, col, sum) of a matrix product: sum = start(row, col) + Σ_k a(row, k)
     b(k, col). A tile of sums stays in private memory."""
     tile = self.gpu_tile(rows, cols) if self.m.gpu else self.cpu_tile(rows, cols)
@@ -1410,8 +1424,8 @@ def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, i
   args = filters, rows, D, rows, rows
   X, K = (B//2, 4*H, 2, N), (1, 4*H, 2, N)
   far, long = (2, 4, N), (B, H, 2*N)
-  gated = ConvSpec(("k", "u", "D", "v", "q"), m, RowPairs)
-  parts = ConvSpec(("k", "u"), m, ComplexRows)
+  gated = ConvSpec(("k", "u", "D", "v", "q"), m, Finish(True), RowPairs)
+  parts = ConvSpec(("k", "u"), m, Finish(False), ComplexRows)
   return dict([source(conv_kernel, rows, roots, *args, spec=gated),
                source(conv_gradient_kernel, filters, rows, rows, rows, roots, rows, *args,
                spec=gated), source(split_kernel, X, far, long, m=m),

@@ -13,7 +13,7 @@ import io, itertools, json, lzma, math, os, pickle, pickletools, re, shlex, shut
 import struct, subprocess, sys, threading, zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Callable
+from typing import Callable, NamedTuple
 from unittest import mock
 import numpy as np, pytest
 import flashconv
@@ -145,22 +145,26 @@ def test_kernel_fftconv_launches():
   Tensor.realize(*grads)
   assert GlobalCounters.kernel_count == 2
 
-def test_kernel_finish_may_be_any_function(monkeypatch):
-  "What follows the convolution, fused: its definition and the two gradients are all that there is to it."
-  x = [Tensor(normal(*s)).realize() for s in ((3, 4, 40), (4, 40), (4,), (3, 4, 40), (3, 4, 40))]
-  dy, caches = Tensor(normal(3, 4, 40)).realize(), ("conv_kernel", "conv_gradient_kernel", "function_body")
-  def slope(c): return 1 - c.tanh()*c.tanh()
-  new = {"finish": lambda c, q: c.tanh()*q, "finish_dc": lambda dy, c, q: dy*q*slope(c),
-         "finish_dq": lambda dy, c, q: dy*c.tanh()}
-  def results() -> list[Tensor]:
-    for name in caches: getattr(flashconv, name).cache_clear()
+class Tanh(NamedTuple):
+  "y = tanh(c) q: what else might follow the convolution"
+  gated: bool
+  activation: str = "tanh"
+  needs_c = True
+  def y(self, c, q): return c.tanh()*q if self.gated else c.tanh()
+  def dc(self, dy, c, q): return (dy*q if self.gated else dy)*(1 - c.tanh()*c.tanh())
+  def dq(self, dy, c, q): return dy*c.tanh()
+
+@pytest.mark.parametrize("gate", [(), ((3, 4, 40),)])
+def test_kernel_finish_may_be_any_function(gate, monkeypatch):
+  "Defined in one place, it is fused, with its gradient."
+  x = [Tensor(normal(*s)).realize() for s in ((3, 4, 40), (4, 40), (4,), (3, 4, 40), *gate)]
+  monkeypatch.setattr(flashconv, "Finish", Tanh)
+  dy = Tensor(normal(3, 4, 40)).realize()
+  def results() -> list[np.ndarray]:
     y = fftconv(*x)
-    return [y, *y.gradient(*x, gradient=dy)]
-  with monkeypatch.context() as patch:
-    for name, f in new.items(): patch.setattr(flashconv, name, f)
-    got = [t.numpy() for t in results()]
-    with Context(FLASH=0): want = [t.numpy() for t in results()]
-  results()
+    return [t.numpy() for t in (y, *y.gradient(*x, gradient=dy))]
+  got = results()
+  with Context(FLASH=0): want = results()
   for a, b in zip(got, want): assert np.abs(a - b).max() <= 1e-5*np.abs(b).max()
 
 @pytest.mark.parametrize("R,sign", [(2, 1), (8, -1), (8, 1), (16, -1)])
@@ -3661,8 +3665,7 @@ def test_readme_commands(section, tmp_path, monkeypatch, capfd):
                    *["--batch", "4"]*bool({"--accumulate", "--devices"} & set(words))]
           assert train.main([*words[2:], *shape, *TINY[8:], *sizes]) == 0, command
       elif words[1] == "flashconv.py":
-        sizes = ["--lengths", *"16 --batch 2 --channels 4 --plain 0".split(), *["--long", "40"]*("--long" in words)]
-        if "--render" in words: sizes = ["--lengths", "64"]
+        sizes = ["--lengths", "64"] if "--render" in words else []
         assert flashconv.main([*words[2:], *sizes]) == 0, command
       elif words[1] == "generate.py":
         released = ["--tokenizer", "bytes"] if {"125M", "1.3B"} & set(words) else []
