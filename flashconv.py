@@ -43,8 +43,9 @@ FLASH = ContextVar("FLASH", 1)  # 0: plain tinygrad ops everywhere
 
 Shape = tuple[int, ...]
 Stores = list[UOp]
+Value = Callable[..., UOp]   # a number of a matrix, or a place in one, given its indices
 Body = Callable[..., Stores]    # makes the stores of one place of a kernel, given its indices
-Pair = tuple                    # a complex number (re, im) of Tensors, UOps or Reals; or two real rows
+Pair = tuple                 # a complex number (re, im) of Tensors, UOps or Reals; or two real rows
 
 # What `selfcheck` runs: by name, a function of Tensors, its definition in plain ops (None: itself
 # with FLASH=0), the shape of its output, and those of its inputs.
@@ -103,18 +104,22 @@ def conv_ref(w:Tensor, k:Tensor, D:Tensor|None) -> Tensor:
   c = fft(cmul(spectrum(w), spectrum(k)), inverse=True)[0][..., :L] / N             # F⁻¹(F w · F k)
   return c if D is None else c + D.reshape(-1, 1)*w
 
-def finish(c:Tensor|UOp, q:Tensor|UOp|None) -> Tensor|UOp:
-  "Makes y of c = k ∗ w + D w, number by number: in plain ops and in the forward kernel alike."
-  return c if q is None else c*q
+class Finish(NamedTuple):
+  """What follows the convolution: y of c = k ∗ w + D w, number by number, and its gradients.
 
-# The gradients of c and of q in `finish`, for the backward kernel, which knows c where q is there.
-def finish_dc(dy:UOp, c:UOp|None, q:UOp|None) -> UOp: return dy if q is None else dy*q
-def finish_dq(dy:UOp, c:UOp|None, q:UOp|None) -> UOp: return c*dy
+  One place for plain ops, the kernel and its gradient. An option, such as an activation, is a field
+  here, which `fftconv` sets; no kernel has to know of it.
+  """
+  gated: bool                   # whether there is a q
+  def y(self, c:Tensor|UOp, q:Tensor|UOp|None) -> Tensor|UOp: return c*q if self.gated else c
+  needs_c = False               # whether dc depends on c, which the backward kernel then makes first
+  def dc(self, dy:UOp, c:UOp|None, q:UOp|None) -> UOp: return dy*q if self.gated else dy
+  def dq(self, dy:UOp, c:UOp, q:UOp) -> UOp: return c*dy
 
 def fftconv_ref(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None,
                 q:Tensor|None=None) -> Tensor:
   "The definition of `fftconv`, same arguments, in plain tinygrad ops."
-  return finish(conv_ref(u if v is None else u*v, k, D), q)
+  return Finish(q is not None).y(conv_ref(u if v is None else u*v, k, D), q)
 
 # ---------------------------------------------------------------- the public function
 def direct(u:Tensor, k:Tensor, D:Tensor, v:Tensor, q:Tensor) -> Tensor:
@@ -142,16 +147,17 @@ def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor
   k = k[:, :L]
   N = fft_length(L, k.shape[1])
   N_short = max(SHORT, fft_length(8*k.shape[1], 1))
-  R = levels(u.device, N) if kernels_serve(u, k, D, v, q) else 0
-  overlap_save = N > 2*N_short and kernels_serve(u, k, D, v, q) and levels(u.device, N_short) == 1
+  serve, finish = kernels_serve(u, k, D, v, q), Finish(q is not None)
+  R = levels(u.device, N) if serve else 0
+  overlap_save = serve and N > 2*N_short and levels(u.device, N_short) == 1
   if R == 1 and not overlap_save:
-    y = conv_one_launch(ConvArgs(k.unsqueeze(0), u, D, v, q), N)
+    y = conv_one_launch(ConvArgs(k.unsqueeze(0), u, D, v, q), N, finish)
   else:
     w = u if v is None else u*v
     if overlap_save: c = conv_overlap_save(w, k, D, N_short)
     elif R: c = conv_two_levels(w, k, D, N, R)
     else: c = conv_ref(w, k, D)
-    y = finish(c, q)
+    y = finish.y(c, q)
   return y.transpose(1, 2) if channels_last else y
 
 def check_shapes(u:Tensor, k:Tensor, D:Tensor|None, v:Tensor|None, q:Tensor|None,
@@ -171,7 +177,8 @@ def whole(*tensors:Tensor|None) -> bool:
 
 def kernels_serve(*tensors:Tensor|None) -> bool:
   "Whether kernels are on, and all is float32, and whole."
-  return bool(FLASH) and whole(*tensors) and all(t is None or t.dtype == dtypes.float for t in tensors)
+  exact = all(t is None or t.dtype == dtypes.float for t in tensors)
+  return bool(FLASH) and whole(*tensors) and exact
 
 MAX_N = 1 << 16                 # FFT length on a CPU: 2 MB of stack in the backward pass
 SHORT = 1 << 12                 # length of a short filter's transform on a long sequence
@@ -198,6 +205,7 @@ class ConvSpec(NamedTuple):
   "What a kernel of the convolution is made for, beside the shapes of its buffers."
   names: tuple[str, ...]        # which of ConvArgs there are
   machine: Machine
+  finish: Finish
   layout: type                  # how sequences lie in memory: RowPairs or ComplexRows
   @property
   def gradients(self) -> tuple[str, ...]:
@@ -207,12 +215,13 @@ class ConvSpec(NamedTuple):
 def named(names:Sequence[str], buffers:Sequence[Tensor|UOp]) -> ConvArgs:
   return ConvArgs(**dict(zip(names, buffers)))
 
-def conv_one_launch(args:ConvArgs, N:int, layout:type|None=None) -> Tensor:
+def conv_one_launch(args:ConvArgs, N:int, finish:Finish=Finish(False), layout:type|None=None
+                    ) -> Tensor:
   "y, for sequences laid out as `layout` says, by default rows (B,H,L)."
   names = tuple(n for n, x in args._asdict().items() if x is not None)
   shape, m = args.u.shape, machine(args.k.device)
   if shape[0]*shape[1]*N < ONE_CORE: m = m._replace(cores=1)
-  spec = ConvSpec(names, m, layout or RowPairs)
+  spec = ConvSpec(names, m, finish, layout or RowPairs)
   roots = roots_of_unity(RADIX, N//RADIX, args.k.device)
   y, = launch(bound(conv_kernel, spec=spec), [spec.layout.buffer_shape(shape, N//RADIX)],
               [roots, *(x for x in args if x is not None)], bound(conv_backward, spec=spec))
@@ -233,22 +242,23 @@ def conv_backward(dy:Tensor, y:Tensor, roots:Tensor, *args:Tensor, spec:ConvSpec
 
 # How a kernel is written. It is a function from UOps, its buffers, to one UOp, the sink, that holds
 # all its stores. UOps are values without an order; what must come first is said in the graph:
-#   mem[i], mem[i].store(x)   a load and a store
-#   mem.after(done, i)        mem, to be used when the stores `done` have been made, and inside loop i.
-#                             A GPU's workers wait for each other here, if mem is shared memory that
-#                             they have written since: tinygrad puts the barrier.
-#   i = UOp.range(n, id)      a loop. All that depends on i, by value or by `after`, is inside it.
-#   stores.end(i)             the loop over i ends behind these stores; after(stores.end(i)) is outside.
-#   UOp.group(*stores)        all of them; .barrier() a barrier in so many words, needed where workers
-#                             write what others may still be *reading*: tinygrad sees only the reverse.
-#   UOp.special(n, "lidx0")   a GPU's thread number, "gidx0" that of its work group.
+#   mem[i], mem[i].store(x)  a load and a store
+#   mem.after(done, i)       mem, to be used when the stores `done` have been made, in the loop i.
+#                            A GPU's threads wait for each other here, if mem is shared memory that
+#                            they have written since: tinygrad puts the barrier
+#   i = UOp.range(n, id)     a loop: all that depends on i, by value or by `after`, is inside it
+#   stores.end(i)            the loop ends behind these stores: after(stores.end(i)) is outside
+#   UOp.group(*stores)       all of them
+#   group.barrier()          a barrier in so many words, needed where threads write what others may
+#                            still be *reading*: tinygrad sees only the reverse
+#   UOp.special(n, "lidx0")  the number of a GPU's thread; "gidx0" that of its work group
 # So each stage below uses `mem.after(*done)`, and leaves in `done` what the next has to wait for.
 # A loop that holds stages is an AxisType.REDUCE: of a LOOP that ends in stores to global memory
 # tinygrad would make a grid axis.
 
 @functools.cache
 def conv_kernel(y:UOp, roots:UOp, *args:UOp, spec:ConvSpec) -> UOp:
-  "y = finish(c, q) with c = F* (kf · F w), for one channel: its filter once, then its sequences."
+  "y = finish.y(c, q) with c = F* (kf · F w), for one channel: its filter, then its sequences."
   x = named(spec.names, args)
   buf, kf = filter_spectrum(x, roots, spec)
   n = buf.group.loop(spec.layout.count(x.u.shape), AxisType.REDUCE)    # over sequences
@@ -256,7 +266,7 @@ def conv_kernel(y:UOp, roots:UOp, *args:UOp, spec:ConvSpec) -> UOp:
   buf.forward(lambda j, off: rows.load(j, off, x.u, x.v), n)                       # W = F w
   buf.spectrum(lambda at, W: (times(W, kf.get(at)), []))                           # C = kf · W
   def store(j:UOp, off:int, c:Pair) -> Stores:                                  # c = F* C
-    return rows.store(j, off, y, each_row(finish, c, rows.load(j, off, x.q)))
+    return rows.store(j, off, y, each_row(spec.finish.y, c, rows.load(j, off, x.q)))
   buf.inverse(store)
   return buf.group.finish(buf.done[0].end(n), spec.layout.name)        # here the loop over n ends
 
@@ -267,11 +277,12 @@ def conv_gradient_kernel(*buffers:UOp, spec:ConvSpec) -> UOp:
   With e = dy ∂y/∂c (e = q dy) and E = F e, kf* the conjugate of kf, over the sequences n:
     dw = F* (kf* · E)      the correlation of e with the filter;  du = v dw, dv = u dw
     dk = F⁻¹ Σ_n W* · E    of two packed rows w₀ + i w₁, e₀ + i e₁ the real part: the correlation of
-                           w₀ - i w₁ with e₀ + i e₁ is (w₀ ⋆ e₀ + w₁ ⋆ e₁) + i (…), so that one inverse
-                           transform after the last sequence gives the sum over all rows
+                           w₀ - i w₁ with e₀ + i e₁ is (w₀ ⋆ e₀ + w₁ ⋆ e₁) + i (…), so that one
+                           inverse transform after the last sequence gives the sum over all rows
   """
-  n = len(spec.gradients)
-  d, (roots, dy), x = named(spec.gradients, buffers), buffers[n:n+2], named(spec.names, buffers[n+2:])
+  count = len(spec.gradients)
+  d, (roots, dy) = named(spec.gradients, buffers), buffers[count:count+2]
+  x = named(spec.names, buffers[count+2:])
   buf, kf = filter_spectrum(x, roots, spec)
   g = buf.group
   W, dkf = Spectrum(g, 2), Spectrum(g, 3)
@@ -279,21 +290,22 @@ def conv_gradient_kernel(*buffers:UOp, spec:ConvSpec) -> UOp:
   n = g.loop(spec.layout.count(x.u.shape), AxisType.REDUCE)            # over sequences
   rows = spec.layout(g, x.u.shape, n)
 
-  def arrive(j:UOp, off:int, c:Pair=(None, None)) -> tuple[Pair, list[UOp]]:
-    "e, and the stores of dq"
-    rows_of = rows.load(j, off, dy), c, rows.load(j, off, x.q)
-    e = each_row(finish_dc, *rows_of)
-    return e, [] if x.q is None else rows.store(j, off, d.q, each_row(finish_dq, *rows_of))
+  def load(f:Callable, j:UOp, off:int, c:Pair=(None, None)) -> Pair:
+    return each_row(f, rows.load(j, off, dy), c, rows.load(j, off, x.q))
+  def store_dq(j:UOp, off:int, c:Pair) -> Stores:
+    return [] if x.q is None else rows.store(j, off, d.q, load(spec.finish.dq, j, off, c))
+  def e_and_dq(j:UOp, off:int, c:Pair) -> tuple[Pair, Stores]:
+    return load(spec.finish.dc, j, off, c), store_dq(j, off, c)
   buf.forward(lambda j, off: rows.load(j, off, x.u, x.v), n)                       # W = F w
-  if x.q is None:
+  if spec.finish.needs_c:
+    buf.spectrum(lambda at, X: (times(kf.get(at), X), W.put(at, X, n)))            # C = kf · W
+    W.done = buf.done
+    buf.inverse_and_forward(e_and_dq)                                              # c = F* C, E = F e
+  else:
     buf.spectrum(lambda at, X: (None, W.put(at, X, n)))
     W.done = buf.done
     buf.free()
-    buf.forward(lambda j, off: arrive(j, off)[0])                                  # E = F e
-  else:
-    buf.spectrum(lambda at, X: (times(kf.get(at), X), W.put(at, X, n)))            # C = kf · W
-    W.done = buf.done
-    buf.inverse_and_forward(arrive)                                                # c = F* C, E = F e
+    buf.forward(lambda j, off: load(spec.finish.dc, j, off))                       # E = F e
 
   def add(at:tuple, E:list[Pair]) -> tuple[list[Pair], list[UOp]]:
     terms = times(map(conj, W.get(at)), E)
@@ -302,13 +314,16 @@ def conv_gradient_kernel(*buffers:UOp, spec:ConvSpec) -> UOp:
   buf.spectrum(add)
   def store(j:UOp, off:int, dw:Pair) -> Stores:
     if x.v is None: return rows.store(j, off, d.u, dw)
-    both = (d.u, x.v), (d.v, x.u)
-    return [s for out, factor in both
-            for s in rows.store(j, off, out, tuple(map(operator.mul, dw, rows.load(j, off, factor))))]
-  buf.inverse(store)                                                               # dw = F* (kf* · E)
+    du, dv = (tuple(map(operator.mul, dw, rows.load(j, off, factor))) for factor in (x.v, x.u))
+    return rows.store(j, off, d.u, du) + rows.store(j, off, d.v, dv)
+  buf.inverse(store)                                                             # dw = F* (kf* · E)
+  if x.q is not None and not spec.finish.needs_c:
+    buf.free()
+    buf.spectrum(lambda at, _: (times(kf.get(at), W.get(at)), []), back_only=True) # C = kf · W
+    buf.inverse(store_dq)                                                          # c = F* C
   buf.free()
   buf.done = dkf.done = buf.done[0].end(n),                            # here the loop over n ends
-  filters = spec.layout(g, x.k.shape, 0)                               # a single row: re alone is stored
+  filters = spec.layout(g, x.k.shape, 0)                          # a single row: re alone is stored
   buf.spectrum(lambda at, _: ([scaled(a, 1/g.N) for a in dkf.get(at)], []), back_only=True)
   buf.inverse(lambda j, off, dk: filters.store(j, off, d.k, dk))                   # dk = F* (dkf/N)
   return g.finish(buf.done[0], f"{spec.layout.name}_grad")
@@ -331,7 +346,7 @@ def times(a:Sequence[Pair], b:Sequence[Pair]) -> list[Pair]: return list(map(cmu
 def scaled(z:Pair, c:float) -> Pair: return z[0]*c, z[1]*c
 
 def each_row(f:Callable, *pairs:Pair) -> Pair:
-  "f, of UOps or None, for each of two packed rows; where the first argument is ZERO, so is the result."
+  "f, of UOps or None, for each of two packed rows; where the first is ZERO, so is the result."
   def row(x:Real, *others:Real|None) -> Real:
     if not x.sign: return ZERO
     return Real(f(x.uop, *(None if o is None else o.uop for o in others)))
@@ -349,7 +364,8 @@ class RowPairs:
   def __init__(self, group:Group, shape:Shape, n:UOp|int):
     (B, _, self.L), self.group = shape, group
     second = 2*n + 1
-    self.rows = [(2*n, None), (second, second < B if B % 2 else None)][:B]  # row, condition that it is there
+    there = second < B if B % 2 else None
+    self.rows = [(2*n, None), (second, there)][:B]           # a row, and whether it is there
   @staticmethod
   def count(shape:Shape) -> int: return -(-shape[0]//2)
   @staticmethod
@@ -363,8 +379,8 @@ class RowPairs:
   def load(self, j:UOp, off:int, *factors:UOp|None) -> Pair:
     """The product of the factors at j + off, j < M, in both rows; of no factor (None, None).
 
-    off is known when the kernel is made: blocks past the end are no loads at all, and the butterflies
-    drop what they would have to do with such zeros.
+    off is known when the kernel is made: blocks past the end are no loads at all, and the
+    butterflies drop what they would have to do with such zeros.
     """
     factors = [f for f in factors if f is not None]
     if not factors: return None, None
@@ -404,7 +420,8 @@ def product(factors:Sequence[UOp]) -> UOp: return functools.reduce(operator.mul,
 
 # ---------------------------------------------------------------- the block FFT
 class FFTBuffer:
-  """N complex numbers in a GPU's shared memory, or a core's stack, and the passes over them, in place.
+  """N complex numbers in a GPU's shared memory, or a core's stack, and the passes over them, in
+  place.
 
   Forward by decimation in frequency (natural order in, digit-reversed out), back by decimation in
   time (the reverse): with spectra kept digit-reversed nothing is ever reordered. A butterfly writes
@@ -416,8 +433,8 @@ class FFTBuffer:
     gpu, M = group.m.gpu, group.M
     # LOCAL on a CPU puts a fence at every loop's end, and nothing is vectorised: 6x slower
     space = AddrSpace.LOCAL if gpu else AddrSpace.REG
-    # a row left free on a CPU, so that the stores to 8 sub-transforms come out in order: clang makes
-    # one shuffled store of them, not 8 scattered ones; a twentieth faster
+    # a row left free on a CPU, so that the stores to 8 sub-transforms come out in order: clang
+    # makes one shuffled store of them, not 8 scattered ones; a twentieth faster
     self.first = 0 if gpu else 1
     # on a GPU a ninth column, where it fits: with 8, a column's stores meet on 4 of 32 banks
     fits = 2*4*M*(RADIX+1) <= group.m.shared
@@ -428,7 +445,7 @@ class FFTBuffer:
   def put(self, mem:UOp, i:UOp, sub:UOp|int, z:Pair) -> Stores:
     return [mem[c, i + self.first, sub].store(z[c].uop) for c in range(2)]
   def free(self):
-    "Lets others write next where somebody may still read: that takes a barrier of its own on a GPU."
+    "Lets others write where somebody may still read: a barrier of its own on a GPU."
     if self.group.m.gpu: self.done = UOp.group(*self.done).barrier(),
 
   def forward(self, load:Callable[[UOp, int], Pair], *after:UOp):
@@ -474,13 +491,13 @@ class FFTBuffer:
   def join(self, mem:UOp, j:UOp) -> list[Pair]:
     "The last pass back."
     x = [self.get(mem, j, r) for r in range(RADIX)]
-    return dft(twiddle(self.roots, x, j, +1), +1)                                  # x = F₈* (T* · x)
+    return dft(twiddle(self.roots, x, j, +1), +1)                                 # x = F₈* (T* · x)
   def inner_forward(self):
     for M in self.group.passes:
       self.inner(M, lambda x, j: twiddle(self.roots, dft(x, -1), j, -1))           # x = T · (F₈ x)
   def inner_inverse(self):
     for M in reversed(self.group.passes):
-      self.inner(M, lambda x, j: dft(twiddle(self.roots, x, j, +1), +1))           # x = F₈* (T* · x)
+      self.inner(M, lambda x, j: dft(twiddle(self.roots, x, j, +1), +1))          # x = F₈* (T* · x)
   def inner(self, M:int, butterfly:Callable):
     """A radix-8 pass over pieces of length M in each sub-transform.
 
@@ -517,8 +534,8 @@ class Spectrum:
     self.done = g.subtransforms(g.M//g.R, lambda slot, t, sub: self.put((slot, sub), zeros)),
 
 class Workers:
-  """One channel and who works on it: the threads of a work group (GPU), or one turn of the outermost
-  loop (CPU), which the cores share. h is the channel."""
+  """One channel and who works on it: the threads of a work group (GPU), or one turn of the
+  outermost loop (CPU), which the cores share. h is the channel."""
   def __init__(self, m:Machine, H:int):
     self.m, self.ids, self.outer = m, itertools.count(), ()
     if m.gpu: self.h = UOp.special(H, "gidx0")
@@ -527,7 +544,8 @@ class Workers:
       core, me = _cores(cores, next(self.ids))
       i = self.loop(H//cores)
       self.h, self.outer = me*(H//cores) + i, (i, core)
-  def loop(self, n:int, axis:AxisType=AxisType.LOOP) -> UOp: return UOp.range(n, next(self.ids), axis)
+  def loop(self, n:int, axis:AxisType=AxisType.LOOP) -> UOp:
+    return UOp.range(n, next(self.ids), axis)
   def finish(self, done:UOp, name:str) -> UOp:
     "The sink: here the loops over channels and cores end."
     sink = done.end(*self.outer).sink(arg=KernelInfo(name=name, opts_to_apply=()))
@@ -546,7 +564,7 @@ class Group(Workers):
     super().__init__(m, H)
     self.N, self.M = N, N//RADIX
     self.threads = min(self.M, 256)
-    self.passes, R = [], self.M      # lengths of the pieces in the radix-8 passes over sub-transforms
+    self.passes, R = [], self.M    # lengths of the pieces in the radix-8 passes over sub-transforms
     while R > RADIX:
       self.passes.append(R)
       R //= RADIX
@@ -556,7 +574,7 @@ class Group(Workers):
       self.sub, self.row = UOp.special(RADIX, "lidx0"), UOp.special(self.threads//RADIX, "lidx1")
       self.thread = self.row*RADIX + self.sub
   def columns(self, body:Body) -> UOp:
-    "body(j) for j < M, whose column j has a number of each sub-transform; clang makes vectors along j."
+    "body(j) for j < M: column j has a number of each sub-transform; clang makes vectors along j."
     if not self.m.gpu:
       j = self.loop(self.M)
       return UOp.group(*body(j)).end(j)
@@ -566,8 +584,8 @@ class Group(Workers):
     if not self.m.gpu:
       t, sub = self.loop(n), self.loop(RADIX)
       return UOp.group(*body(t, t, sub)).end(sub, t)
-    turns = range(0, n, self.threads//RADIX)
-    return UOp.group(*[s for slot, t in enumerate(turns) for s in body(slot, self.row + t, self.sub)])
+    turns = enumerate(range(0, n, self.threads//RADIX))
+    return UOp.group(*[s for slot, t in turns for s in body(slot, self.row + t, self.sub)])
   def everywhere(self, P:int, body:Body) -> UOp:
     "body(n, j) for n < P, j < M: columns that don't meet in shared memory."
     if not self.m.gpu:
@@ -630,9 +648,9 @@ def roots_of_unity(R:int, S:int, device:str) -> Tensor:
   w = np.exp(-2j*np.pi/(R*S) * np.outer(np.arange(R), np.arange(S)))
   return constant(np.stack([w.real, w.imag]), device)
 
-# The radix, measured: forward / with gradients, ms, and seconds until both are compiled and captured,
-# the three in turns on a busy machine (only ratios count); B=8, H=256 (CPU: two cores of a Xeon,
-# clang 14), H=64 (PoCL, the same machine):
+# The radix, measured: forward / with gradients, ms, and seconds until both are compiled and
+# captured, the three in turns on a busy machine (only ratios count); B=8, H=256 (CPU: two cores
+# of a Xeon, clang 14), H=64 (PoCL, the same machine):
 #   radix   CPU L=256        L=1024          L=4096          OpenCL L=256     L=1024
 #     4     1.1 /  3.9  5s   6.5 / 33   5s   31 / 131   8s   1.3 / 4.4   6s   8.5 / 21  14s
 #     8     0.8 /  2.3  4s   5.2 / 23   5s   29 / 132   7s   0.9 / 2.8   8s   5.3 / 18  12s
@@ -666,17 +684,17 @@ def _cores(n:int, axis:int) -> tuple[UOp, UOp]:
   core = UOp.range(n, axis, AxisType.THREAD if n > 1 else AxisType.LOOP)
   return core, core & ((1 << (n-1).bit_length()) - 1)
 
-# ---------------------------------------------------------------- longer sequences: two levels, and pieces
+# -------------------------------------------------------- longer sequences: two levels, and pieces
 # A transform of length N = R M that does not fit into shared memory: a first pass of radix R, a
-# launch of its own, leaves R transforms of length M, of which each convolves as a sequence by itself
-# (`ComplexRows`), as a channel of its own; a last pass joins them. The two passes are each other's
-# adjoint, hence each other's gradient.
+# launch of its own, leaves R transforms of length M, of which each convolves as a sequence by
+# itself (`ComplexRows`), as a channel of its own; a last pass joins them. The two passes are each
+# other's adjoint, hence each other's gradient.
 def conv_two_levels(w:Tensor, k:Tensor, D:Tensor|None, N:int, R:int) -> Tensor:
   "c = k ∗ w + D w, by R transforms of length N/R."
   k = k.expand(w.shape[1], k.shape[1])
   if D is not None: k = k + D.unsqueeze(-1).pad((None, (0, k.shape[1]-1)))
   W, K = (to_subtransforms(x, R, N//R) for x in (w, k.unsqueeze(0)))
-  return from_subtransforms(conv_one_launch(ConvArgs(K, W), N//R, ComplexRows), w.shape, R, N//R)/R
+  return from_subtransforms(conv_one_launch(ConvArgs(K, W), N//R, layout=ComplexRows), w.shape, R, N//R)/R
 
 def to_subtransforms(x:Tensor, R:int, M:int) -> Tensor:
   "The first pass: rows (B,H,L) -> R sub-transforms (⌈B/2⌉,H R,2,M)."
@@ -686,14 +704,16 @@ def to_subtransforms(x:Tensor, R:int, M:int) -> Tensor:
 
 def from_subtransforms(X:Tensor, shape:Shape, R:int, M:int) -> Tensor:
   "The last pass, without its 1/R, to rows (B,H,L) of this shape."
-  y, = launch(bound(join_kernel, m=machine(X.device), shape=shape), [RowPairs.buffer_shape(shape, M)],
-              [roots_of_unity(R, M, X.device), X], bound(join_backward, shape=shape))
+  kernel = bound(join_kernel, m=machine(X.device), shape=shape)
+  y, = launch(kernel, [RowPairs.buffer_shape(shape, M)], [roots_of_unity(R, M, X.device), X],
+              bound(join_backward, shape=shape))
   return RowPairs.trimmed(y, shape)
 
 def split_backward(dX:Tensor, X:Tensor, roots:Tensor, x:Tensor) -> tuple[Tensor|None, ...]:
   return None, from_subtransforms(dX, x.shape, *roots.shape[1:])
 
-def join_backward(dy:Tensor, y:Tensor, roots:Tensor, X:Tensor, shape:Shape) -> tuple[Tensor|None, ...]:
+def join_backward(dy:Tensor, y:Tensor, roots:Tensor, X:Tensor, shape:Shape
+                  ) -> tuple[Tensor|None, ...]:
   return None, to_subtransforms(RowPairs.trimmed(dy, shape), *roots.shape[1:])
 
 @functools.cache
@@ -703,7 +723,8 @@ def split_kernel(X:UOp, roots:UOp, x:UOp, m:Machine) -> UOp:
   def body(n:UOp, j:UOp) -> Stores:
     rows = RowPairs(g, x.shape, n)
     z = twiddle(roots, dft([rows.load(j, r*M, x) for r in range(R)], -1), j, -1)    # T · (F_R x)
-    return [X[n, g.h*R + r, c, j].store(x.uop) for r in range(R) for c, x in enumerate(z[r])]
+    places = [X[n, g.h*R + r, c, j] for r in range(R) for c in range(2)]
+    return [place.store(x.uop) for place, x in zip(places, itertools.chain(*z))]
   return g.finish(g.everywhere(X.shape[0], body), "fft_split")
 
 @functools.cache
@@ -732,18 +753,19 @@ def conv_overlap_save(w:Tensor, k:Tensor, D:Tensor|None, N:int) -> Tensor:
   c = conv_one_launch(ConvArgs(k.unsqueeze(0), w, D), N)[..., N-n:]                 # (B P,H,n)
   return c.reshape(B, P, H, n).transpose(1, 2).reshape(B, H, P*n)[..., :L]
 
-# ---------------------------------------------------------------- state passing: an SSM's convolution at any length
-# A sequence is walked in chunks of c steps, R of them at a time. With w = u v and the state x, of S = 2M
-# reals, of a chunk n, and k[l] = 2 Re C A^l B:
-#   y_n = P x_n + T w_n        P: 2 Re C A^(l+1), the zero-input response;  T: k[l-j], a Toeplitz matrix
+# ----------------------------------------------- state passing: an SSM's convolution at any length
+# A sequence is walked in chunks of c steps, R of them at a time. With w = u v and the state x, of
+# S = 2M reals, of a chunk n, and k[l] = 2 Re C A^l B:
+#   y_n = P x_n + T w_n        P: 2 Re C A^(l+1), the zero-input response;  T: k[l-j], Toeplitz
 #   x_(n+1) = a x_n + Q w_n    a: A^c;  Q: A^(c-1-j) B, the chunk's share of the state
 # and backward, with e = q dy:
 #   dx_n = a* dx_(n+1) + Pᵀ e_n     dw_n = Tᵀ e_n + Qᵀ dx_(n+1)
 #   dP, dT = Σ_n x_n e_nᵀ, w_n e_nᵀ   dQ = Σ_n w_n dx_(n+1)ᵀ   da = Σ_n x_n* dx_(n+1)
 # All but what `a` does are products of small matrices, done for R chunks at once.
 def ssm_conv_ref(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None=None,
-                 q:Tensor|None=None, state:Pair|None=None, chunk:int|None=None) -> tuple[Tensor, Pair]:
-  "The definition of `ssm_conv`, same arguments: a convolution for each chunk (default: 4096 steps)."
+                 q:Tensor|None=None, state:Pair|None=None, chunk:int|None=None
+                 ) -> tuple[Tensor, Pair]:
+  "The definition of `ssm_conv`, same arguments: a convolution for each chunk (of 4096 steps)."
   w = u if v is None else u*v
   L, c, ys = u.shape[2], chunk or 4096, []
   x = state or tuple(Tensor.zeros(u.shape[0], *A[0].shape, device=u.device) for _ in range(2))
@@ -751,15 +773,16 @@ def ssm_conv_ref(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|
     piece = w[..., i:i+c]
     n = piece.shape[2]
     van = Vandermonde(A, n)
-    zero_input = van.sum(cmul(cmul(C, A), x))                                       # 2 Re C A^(l+1) x
+    zero_input = van.sum(cmul(cmul(C, A), x))                                     # 2 Re C A^(l+1) x
     ys.append(conv_ref(piece, van.sum(cmul(C, B)), D) + zero_input)                 # k ∗ w + …
-    zero_state = cmul(B, van.final_state(piece))                                    # Σ_j A^(n-1-j) B w_j
+    zero_state = cmul(B, van.final_state(piece))                               # Σ_j A^(n-1-j) B w_j
     x = tuple(map(operator.add, cmul(power(A, n), x), zero_state))                  # A^n x + …
-  return finish(Tensor.cat(*ys, dim=-1), q), x
+  y = Tensor.cat(*ys, dim=-1)
+  return y if q is None else q*y, x
 
 def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None=None,
              q:Tensor|None=None, state:Pair|None=None, chunk:int|None=None) -> tuple[Tensor, Pair]:
-  """`fftconv` with the filter of a diagonal SSM, k[l] = 2 Re Σ C B A^l, and the state after the last step.
+  """`fftconv` with the filter k[l] = 2 Re Σ C B A^l of a diagonal SSM, and its final state.
 
   u, v, q, y (B,H,L); A, B, C discretised modes, pairs (re, im) of (H,M); D (H,); state a pair of
   (B,H,M), None: zeros. Exact for any L, in memory that does not grow with L beyond inputs and
@@ -786,7 +809,7 @@ def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None
                 [x0.flatten(), Q, P, a, *inputs], bound(walk_backward, spec=spec))
   y, x = out[:u.numel()].reshape(u.shape), out[spec.state_at:].reshape(states)
   x = x[..., :M], x[..., M:]
-  if rest := spec.L % spec.c:          # after the last whole chunk: A^rest x + Σ_j A^(rest-1-j) B w_j
+  if rest := spec.L % spec.c:        # after the last whole chunk: A^rest x + Σ_j A^(rest-1-j) B w_j
     w = u[..., -rest:] if v is None else u[..., -rest:]*v[..., -rest:]
     new = (w.unsqueeze(-1)*Q[:, spec.c-rest:]).sum(2)                               # (B,H,S)
     re, im = cmul(power(A, rest), x)
@@ -803,8 +826,9 @@ def check_ssm_shapes(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None, v:Tensor|N
   if fits and 0 not in (n, H, L) and (chunk is None or chunk >= 1): return
   got = [f"{k} {x.shape}" for k, x in zip("uvqD", (u, v, q, D)) if x is not None]
   raise ValueError("ssm_conv: u, v, q are (B,H,L), A, B, C pairs of (H,M), D (H,), state a pair of "
-                   f"(B,H,M), chunk at least 1; got {', '.join(got)}, A, B, C {[x.shape for x in modes]}, "
-                   f"state {[x.shape for x in states]}, chunk {chunk}")
+                   f"(B,H,M), chunk at least 1; got {', '.join(got)}, "
+                   f"A, B, C {[x.shape for x in modes]}, state {[x.shape for x in states]}, "
+                   f"chunk {chunk}")
 
 class WalkSpec(NamedTuple):
   "What a kernel of the walk is made for."
@@ -846,7 +870,7 @@ def walk_tables(A:Pair, B:Pair, C:Pair, D:Tensor|None, c:int) -> tuple[Tensor, T
   def column(z:Pair) -> Pair: return z[0].unsqueeze(-1), z[1].unsqueeze(-1)
   k = 2*cmul(column(cmul(C, B)), from0)[0].sum(-2)                                  # (H,c)
   if D is not None: k = k + D.unsqueeze(-1).pad((None, (0, c-1)))
-  T = k.pad((None, (c-1, 0))).unfold(-1, c, 1).flip(1)                              # T[j,l] = k[l-j]
+  T = k.pad((None, (c-1, 0))).unfold(-1, c, 1).flip(1)                             # T[j,l] = k[l-j]
   P, Q = cmul(column(C), from1), cmul(column(B), from0)
   Q = Tensor.cat(*Q, dim=1).flip(-1).transpose(1, 2)
   P = Tensor.cat(2*P[0], -2*P[1], T, dim=1)
@@ -860,9 +884,10 @@ def walk_backward(dout:Tensor, out:Tensor, *inputs:Tensor, spec:WalkSpec) -> lis
   sizes = [(x.numel(),) for x in inputs]
   kept = (spec.H*spec.groups*S,)               # states at the beginning of each group, of one row
   # tinygrad's OpenCL counts an argument that a kernel does not use wrongly: only dq needs P
+  last = [P] if "q" in spec.names else []
   dx0, dQ, dP, da, _, *d = launch(
     bound(walk_gradient_kernel, spec=spec), [*sizes[:4], kept, *sizes[4:]],
-    [dout, x0, Q, a, PT, TQ, *args, *([P] if "q" in spec.names else [])], no_second_gradient("ssm_conv"))
+    [dout, x0, Q, a, PT, TQ, *args, *last], no_second_gradient("ssm_conv"))
   return [d.reshape(x.shape) for d, x in zip((dx0, dQ, dP, da, *d), inputs)]
 
 @functools.cache
@@ -875,37 +900,39 @@ def walk_kernel(out:UOp, x0:UOp, Q:UOp, P:UOp, a:UOp, *args:UOp, spec:WalkSpec) 
   w.g = w.begin(spec.groups)
   w.advance(X, Q, a, x)
   def put(r:UOp, l:UOp, y:UOp) -> Stores:
-    return w.store(r, l, out, finish(y, w.load(r, l, x.q)))
-  w.product(R, c, S+c, X, w.table(P), put)                                          # y_n = P x_n + T w_n
+    return w.store(r, l, out, y if x.q is None else y*w.load(r, l, x.q))
+  w.product(R, c, S+c, X, w.table(P), put)                                     # y_n = P x_n + T w_n
   w.end(w.g)
   w.copy(w.state(out, spec.state_at), X.row(spec.last))
   w.end(w.b)
   return w.finish("ssm_walk")
 
 @functools.cache
-def walk_gradient_kernel(dx0:UOp, dQ:UOp, dP:UOp, da:UOp, kept:UOp, *buffers:UOp, spec:WalkSpec) -> UOp:
-  """The gradients of `walk_kernel`'s inputs. States are made anew: on a walk forward, which keeps those
-  at the beginning of each group, then group by group on the way back."""
+def walk_gradient_kernel(dx0:UOp, dQ:UOp, dP:UOp, da:UOp, kept:UOp, *buffers:UOp, spec:WalkSpec
+                         ) -> UOp:
+  """The gradients of `walk_kernel`'s inputs. States are made anew: on a walk forward, which keeps
+  those at the beginning of each group, then group by group on the way back."""
   n = len(spec.names)
   d, x = named(spec.names, buffers), named(spec.names, buffers[n+6:])
   dout, x0, Q, a, PT, TQ = buffers[n:n+6]
   w, S, c, R = Walk(spec), spec.S, spec.c, spec.R
-  X, E = Matrix(w, R+1, S+c), Matrix(w, R+1, S+c)                  # rows [x_n | w_n], [e_(n-1) | dx_n]
+  X, E = Matrix(w, R+1, S+c), Matrix(w, R+1, S+c)               # rows [x_n | w_n], [e_(n-1) | dx_n]
   e, dx, next_dx = E.part(1, 0), E.part(0, c), E.part(1, c)        # row n: e_n, dx_n, dx_(n+1)
   sP, sQ, sa = Matrix(w, S+c, c), Matrix(w, c, S), Matrix(w, 1, S) # sums over all chunks
   for total in (sP, sQ, sa): w.fill(total, total.rows, total.cols, lambda r, j: ZERO.uop)
   w.b = w.begin(spec.B)
 
   w.copy(X.row(R), w.state(x0))
-  def kept_state(i:UOp) -> UOp: return kept.after(*w.done)[(w.h*spec.groups + w.g)*S + i]
+  def kept_state(mem:UOp) -> Value:
+    return lambda i: mem[(w.h*spec.groups + w.g)*S + i]
   w.g = w.begin(spec.groups)
-  w.copy(kept_state, X.row(R))
+  w.copy(kept_state(kept), X.row(R))
   w.advance(X, Q, a, x)
   w.end(w.g)
 
-  back = w.begin(spec.groups)                                      # from the last group to the first
+  back = w.begin(spec.groups)                                     # from the last group to the first
   w.g = spec.groups - 1 - back
-  w.copy(X.row(R), kept_state)
+  w.copy(X.row(R), kept_state(kept.after(*w.done)))
   w.advance(X, Q, a, x)
   final = w.state(dout, spec.state_at)
   def own(r:UOp, i:UOp) -> UOp:
@@ -918,17 +945,20 @@ def walk_gradient_kernel(dx0:UOp, dQ:UOp, dP:UOp, da:UOp, kept:UOp, *buffers:UOp
   w.fill(e, R, c, lambda r, j: w.load(r, j, dout, x.q))                            # e = q dy
   w.product(R, S, c, e, w.table(PT), dx.put, own)                                  # Pᵀ e_n
   w.scan(dx, a, back=True)                                                         # += a* dx_(n+1)
-  def put_dq(r:UOp, l:UOp, y:UOp) -> Stores: return w.store(r, l, d.q, y*w.load(r, l, dout))
+  def put_dq(r:UOp, l:UOp, y:UOp) -> Stores:
+    return w.store(r, l, d.q, y*w.load(r, l, dout))
   if x.q is not None: w.product(R, c, S+c, X, w.table(buffers[-1]), put_dq)        # dq = y dy
   def put_dw(r:UOp, j:UOp, dw:UOp) -> Stores:
     if x.v is None: return w.store(r, j, d.u, dw)
     du, dv = dw*w.load(r, j, x.v), dw*w.load(r, j, x.u)
     return [*w.store(r, j, d.u, du), *w.store(r, j, d.v, dv)]
-  w.product(R, c, S+c, e, w.table(TQ), put_dw)                                     # Tᵀ e_n + Qᵀ dx_(n+1)
+  w.product(R, c, S+c, e, w.table(TQ), put_dw)                                # Tᵀ e_n + Qᵀ dx_(n+1)
   w.product(S+c, c, R, X.transposed, e, sP.put, sP)                                # dP, dT
   w.product(c, S, R, X.part(0, S).transposed, next_dx, sQ.put, sQ)                 # dQ
   r = w.begin(R)
-  w.each(1, S//2, lambda _, i: sa.add(0, i, cmul(conj(X.pair(r, i)), next_dx.pair(r, i))))  # da
+  def add_da(_:UOp, i:UOp) -> Stores:
+    return sa.add(0, i, cmul(conj(X.pair(r, i)), next_dx.pair(r, i)))
+  w.each(1, S//2, add_da)
   w.end(r, barrier=False)
   w.end(back)
 
@@ -940,14 +970,15 @@ def walk_gradient_kernel(dx0:UOp, dQ:UOp, dP:UOp, da:UOp, kept:UOp, *buffers:UOp
   return w.finish("ssm_walk_grad")
 
 class Matrix:
-  """A matrix, or a part of one, in shared memory (GPU) or on a core's stack, that workers use after all
-  that is done. It is flat: of two indices tinygrad would lose the condition of a store."""
+  """A matrix, or a part of one, in shared memory (GPU) or on a core's stack, that workers use
+  after all that is done. It is flat: of two indices tinygrad would lose the condition of a
+  store."""
   def __init__(self, walk:Walk, rows:int, cols:int, mem:UOp|None=None, first:int=0):
     self.walk, self.rows, self.cols, self.first = walk, rows, cols, first
     self.mem = walk.memory(rows*cols) if mem is None else mem
   def __call__(self, r:UOp|int, j:UOp) -> UOp:
     return self.mem.after(*self.walk.done)[r*self.cols + self.first + j]
-  def row(self, r:int) -> Callable[[UOp], UOp]: return lambda i: self(r, i)
+  def row(self, r:int) -> Value: return lambda i: self(r, i)
   def transposed(self, r:UOp, j:UOp) -> UOp: return self(j, r)
   def put(self, r:UOp, j:UOp, x:UOp) -> Stores: return [self(r, j).store(x)]
   def pair(self, r:UOp, i:UOp) -> Pair:
@@ -960,8 +991,8 @@ class Matrix:
     return Matrix(self.walk, self.rows, self.cols, self.mem, self.first + r*self.cols + j)
 
 class Walk(Workers):
-  """The workers on one channel, walking along its sequences: b is the row of the batch, g the group of
-  R chunks. `done` is what has to be finished before the next stage."""
+  """The workers on one channel, walking along its sequences: b is the row of the batch, g the
+  group of R chunks. `done` is what has to be finished before the next stage."""
   b: UOp
   g: UOp
   def __init__(self, spec:WalkSpec):
@@ -977,18 +1008,18 @@ class Walk(Workers):
     self.done = *self.done, i
     return i
   def end(self, i:UOp, barrier:bool=True):
-    """The loop over i ends here. What one turn has read the next one may overwrite: that takes a barrier
-    of its own on a GPU, unless each worker has places of its own."""
+    """The loop over i ends here. What one turn has read the next one may overwrite: that takes a
+    barrier of its own on a GPU, unless each worker has places of its own."""
     done = UOp.group(*self.done)
     self.done = (done.barrier() if self.m.gpu and barrier else done).end(i),
   def finish(self, name:str) -> UOp:
     s = self.spec
     return super().finish(UOp.group(*self.done), f"{name}_{s.B}x{s.H}x{s.L}")
 
-  def state(self, x:UOp, first:int=0) -> Callable[[UOp], UOp]:
+  def state(self, x:UOp, first:int=0) -> Value:
     "This row's and channel's numbers of x, which from `first` on is a flat (B,H,S)."
     return lambda i: x[first + (self.b*self.spec.H + self.h)*self.spec.S + i]
-  def table(self, x:UOp) -> Callable[[UOp, UOp], UOp]: return lambda r, j: x[self.h, r, j]
+  def table(self, x:UOp) -> Value: return lambda r, j: x[self.h, r, j]
   def place(self, r:UOp, j:UOp) -> tuple[UOp, UOp|None]:
     "Index into a flat (B,H,L) of step j of chunk r, and whether it is there."
     s = self.spec
@@ -1004,9 +1035,9 @@ class Walk(Workers):
     i, ok = self.place(r, j)
     return [only_if(ok, out[i].store(x))]
 
-  def fill(self, to:Callable, rows:int, cols:int, value:Callable[[UOp, UOp], UOp]):
+  def fill(self, to:Callable, rows:int, cols:int, value:Value):
     self.each(rows, cols, lambda r, j: [to(r, j).store(value(r, j))])
-  def copy(self, to:Callable[[UOp], UOp], source:Callable[[UOp], UOp]):
+  def copy(self, to:Value, source:Value):
     self.each(1, self.spec.S, lambda _, i: [to(i).store(source(i))])
   def each(self, rows:int, cols:int, body:Body):
     "The stores of body(row, col), for all."
@@ -1022,9 +1053,9 @@ class Walk(Workers):
     self.done = UOp.group(*stores),
 
   def product(self, rows:int, cols:int, K:int, a:Callable, b:Callable, put:Body,
-              start:Callable[[UOp, UOp], UOp]=lambda r, j: ZERO.uop):
-    """The stores put(row, col, sum) of a matrix product: sum = start(row, col) + Σ_k a(row, k) b(k, col).
-    A tile of sums stays in private memory."""
+              start:Value=lambda r, j: ZERO.uop):
+    """The stores put(row, col, sum) of a matrix product: sum = start(row, col) + Σ_k a(row, k)
+    b(k, col). A tile of sums stays in private memory."""
     tile = self.gpu_tile(rows, cols) if self.m.gpu else self.cpu_tile(rows, cols)
     rows, width = list(enumerate(tile.rows)), tile.width
     sums = self.memory(len(rows)*width, shared=False)
@@ -1054,7 +1085,7 @@ class Walk(Workers):
     def columns(body:Callable) -> UOp: return UOp.group(*body(self.t % cols, 0))
     return Tile([r.minimum(rows-1) for r in places], conditions, 1, (), columns)
   def cpu_tile(self, rows:int, cols:int) -> Tile:
-    "A tile in three quarters of the registers, of a size that divides the product, with the fewest loads."
+    "A tile in three quarters of the registers, which divides the product, with the fewest loads."
     def vectors(n:int) -> int: return -(-n//self.m.lanes)
     def divisors(n:int) -> list[int]: return [d for d in range(1, n+1) if n % d == 0]
     n, width = min(((r, c) for r in divisors(rows) for c in divisors(cols)
@@ -1099,13 +1130,14 @@ def only_if(ok:UOp|None, store:UOp) -> UOp:
   (mem, i), x = store.src[0].src, store.src[1]
   return mem[i.valid(ok)].store(x)
 
-# So short a chunk needs no FFT: at 32 steps T is a quarter of the work, and an FFT of 2,048 steps alone
-# takes 1.8 ns a step and channel where all of this takes 1.4 to 2.1 (README). H=256, L=16384, chunks of
-# 8, 16, 32, 64, 128, two cores: 9.0, 7.2, 6.3, 9.3, 15.3 ms forward, with gradients 39, 32, 39, 51, 76.
+# So short a chunk needs no FFT: at 32 steps T is a quarter of the work, and an FFT of 2,048 steps
+# alone takes 1.8 ns a step and channel where all of this takes 1.4 to 2.1 (README). H=256,
+# L=16384, chunks of 8, 16, 32, 64, 128, two cores: 9.0, 7.2, 6.3, 9.3, 15.3 ms forward, with
+# gradients 39, 32, 39, 51, 76.
 CHUNK = 32
 WALK_THREADS = 128                   # of a GPU's work group
 
-# ---------------------------------------------------------------- powers of complex numbers, and sums over them
+# --------------------------------------------------- powers of complex numbers, and sums over them
 def power(a:Pair, n:int) -> Pair: return tuple(p[..., 1] for p in powers(a, 2, n))
 
 def powers(a:Pair, n:int, step:int=1) -> Pair:
@@ -1178,25 +1210,26 @@ def launch(kernel:Callable, outputs:Sequence[Shape|Tensor], inputs:Sequence[Tens
   `stores.end(*ranges).sink(arg=KernelInfo(name=..., opts_to_apply=()))`.
   outputs: shapes, as tuples, of new float32 Tensors; or Tensors, which are overwritten.
   inputs: of any type; views and expressions are written to memory first, in each realisation.
-  gradient(dy, y, *inputs) returns a Tensor for each input, usually by another `launch`, or None where
-  there is no gradient; y is the output and dy its gradient. A str is the message of the RuntimeError
-  that is raised instead: with `no_second_gradient`, and for several outputs, which can't have one.
-  kernel and gradient are the same objects at each call: functions of a module, or `bound` ones.
-  """
+  gradient(dy, y, *inputs) returns a Tensor for each input, usually by another `launch`, or None
+  where there is no gradient; y is the output and dy its gradient. A str is the message of the
+  RuntimeError that is raised instead: with `no_second_gradient`, and for several outputs, which
+  can't have one. kernel and gradient are the same objects at each call: functions of a module, or
+  `bound` ones. """
   if callable(gradient) and len(outputs) > 1:
     raise ValueError("launch: with several outputs there is no gradient.")
   gradient = tinygrad_gradient(gradient)
   if any(isinstance(x, Tensor) for x in outputs):
-    outputs = [x if isinstance(x, Tensor) else Tensor.empty(*x, dtype=dtypes.float, device=inputs[0].device)
-               for x in outputs]
+    def new(shape:Shape) -> Tensor:
+      return Tensor.empty(*shape, dtype=dtypes.float, device=inputs[0].device)
+    outputs = [x if isinstance(x, Tensor) else new(x) for x in outputs]
     # contiguous() of a part of a buffer is a view, without it there would be a copy
     inputs = [x.contiguous() if x.uop.base.op is Ops.BUFFER else x for x in inputs]
     return Tensor.custom_kernel(*outputs, *inputs, fxn=kernel, grad_fxn=gradient)[:len(outputs)]
   params = tuple(x.uop.param_like(i) for i, x in enumerate(inputs))
   body = function_body(kernel, tuple(outputs), params)
   call = body.call(*(x.uop for x in inputs), grad_fxn=gradient, precompile=True)
-  # tinygrad 0.14.0 replaces no GETTUPLE by the buffer it was realised in, and would compute it again
-  # at each use. It replaces an op that stands on it, and contiguous_backward costs nothing.
+  # tinygrad 0.14.0 replaces no GETTUPLE by the buffer it was realised in, and would compute it
+  # again at each use. It replaces an op that stands on it, and contiguous_backward costs nothing.
   return [Tensor(call.gettuple(i)).contiguous_backward() for i in range(len(outputs))]
 
 @functools.cache
@@ -1204,8 +1237,8 @@ def function_body(kernel:Callable, shapes:tuple[Shape, ...], params:tuple[UOp, .
   "The body of a FUNCTION: float32 buffers of these shapes, after the kernel has written them."
   device = params[0].device
   # tinygrad puts the buffers of a caller in their place; slots below 0 are those of no other
-  buffers = [UOp(Ops.BUFFER, src=(shape_to_shape_arg(s),), arg=ParamArg(-1-i, dtypes.float, device=device))
-             for i, s in enumerate(shapes)]
+  args = [ParamArg(-1-i, dtypes.float, device=device) for i in range(len(shapes))]
+  buffers = [UOp(Ops.BUFFER, src=(shape_to_shape_arg(s),), arg=a) for s, a in zip(shapes, args)]
   written = UOp.custom_kernel(*buffers, *params, fxn=kernel)[:len(shapes)]
   if not isinstance(written[0].src[1].src[0].arg, KernelInfo):
     raise ValueError("launch: the sink of a kernel needs a KernelInfo, or nothing would run.")
@@ -1213,7 +1246,7 @@ def function_body(kernel:Callable, shapes:tuple[Shape, ...], params:tuple[UOp, .
 
 @functools.cache
 def tinygrad_gradient(gradient:Callable|str) -> Callable:
-  "Turns gradient(dy, y, *inputs) over Tensors, see `launch`, into tinygrad's grad_fxn(dy, call) over UOps."
+  "Turns gradient(dy, y, *inputs), of `launch`, into tinygrad's grad_fxn(dy, call) over UOps."
   def grad_fxn(dy:UOp, *rest:UOp, call:UOp|None=None) -> tuple[UOp|None, ...]:
     if call is None: call = rest[0]                  # by name, if several outputs have gradients
     if isinstance(gradient, str): raise RuntimeError(gradient)
@@ -1269,12 +1302,14 @@ def on_one_device(*tensors:Tensor|None) -> list[Tensor|None]:
   tinygrad gives constants (`Tensor.eye`, `arange`, `linspace`, `Tensor(3)`) no device and no
   storage; a kernel needs both. Adding a zero that has them keeps the value and the gradient.
   """
-  device = next((t.device for t in tensors if t is not None and t.device is not None), Device.DEFAULT)
-  return [t if t is None or t.device is not None else t + device_zero(device).cast(strong_dtype(t.dtype))
-          for t in tensors]
+  given = [t.device for t in tensors if t is not None and t.device is not None]
+  zero = device_zero(given[0] if given else Device.DEFAULT)
+  def placed(t:Tensor) -> Tensor: return t + zero.cast(strong_dtype(t.dtype))
+  return [t if t is None or t.device is not None else placed(t) for t in tensors]
 
 @functools.cache
-def device_zero(device:str|tuple[str, ...]) -> Tensor: return constant(np.zeros(1), device).reshape(())
+def device_zero(device:str|tuple[str, ...]) -> Tensor:
+  return constant(np.zeros(1), device).reshape(())
 
 def constant(x:np.ndarray, device:str, dtype:type=np.float32) -> Tensor:
   "A Tensor realised at once, even while a TinyJit captures, so that replays do not make it again."
@@ -1286,21 +1321,21 @@ def constant(x:np.ndarray, device:str, dtype:type=np.float32) -> Tensor:
 LOCK = threading.RLock()        # held by the thread that realises Tensors or calls a TinyJit
 
 def capture(f:Callable, **options) -> TinyJit:
-  """A TinyJit that captures at its first call, not its second: f is scheduled and compiled once, and the
-  buffers of a run without memory planning never exist (1.4 GB at the peak of a training step where 0.5
-  do). Where f draws random numbers, draw one before: a counter made while capturing would start anew at
-  every call."""
+  """A TinyJit that captures at its first call, not its second: f is scheduled and compiled once,
+  and the buffers of a run without memory planning never exist (1.4 GB at the peak of a training
+  step where 0.5 do). Where f draws random numbers, draw one before: a counter made while
+  capturing would start anew at every call."""
   jit = TinyJit(f, **options)
   jit.cnt = 1
   return jit
 
 # ---------------------------------------------------------------- the seam for faster versions
-FAST: dict[str, Callable] = {}   # by name, faster versions of `replaceable` functions: support/cpu.py fills it
+FAST: dict[str, Callable] = {}  # by name, faster versions, which support/cpu.py brings
 
 def replaceable(f:Callable) -> Callable:
-  """Marks a definition in plain ops that may have a faster version in FAST, which takes the same arguments.
+  """Marks a definition in plain ops that may have a faster version in FAST.
 
-  A faster version returns None where it does not serve. FLASH=0 turns all of them off.
+  That takes the same arguments and returns None where it does not serve. FLASH=0 turns all off.
   """
   @functools.wraps(f)
   def call(*args, **options):
@@ -1315,22 +1350,23 @@ def matmul(x:Tensor, w:Tensor) -> Tensor:
 
 @replaceable
 def lookup(table:Tensor, ids:Tensor) -> Tensor:
-  """Returns table[ids] as float32: table (V,D), of any type of WEIGHTS, ids (…) int from 0 to V-1 -> (…,D).
+  """Returns table[ids] as float32: table (V,D) of any of WEIGHTS, ids (…) int below V -> (…,D).
 
   Differentiable in the table.
   """
   ids, table = on_one_device(ids, table)
   onehot = ids.unsqueeze(-1) == Tensor.arange(table.shape[0])
-  if table.shape[0] <= 1024: return matmul(onehot.float(), widened(table))         # for the sake of its gradient
-  return widened(onehot.unsqueeze(-1).where(table, 0).sum(-2, dtype=table.dtype))  # tinygrad makes this a look-up
+  if table.shape[0] <= 1024: return matmul(onehot.float(), widened(table))   # for its gradient
+  rows = onehot.unsqueeze(-1).where(table, 0).sum(-2, dtype=table.dtype)     # a look-up
+  return widened(rows)
 
 def overwrite(old:Sequence[Tensor], new:Sequence[Tensor]) -> None:
-  "Writes each new Tensor, which has been realised, into the old one; nothing where a kernel has done so already."
+  "Writes new, realised Tensors into old ones; nothing where a kernel has done so already."
   moved = [o.assign(n.detach()) for o, n in zip(old, new) if n.uop.base is not o.uop.base]
   if moved: Tensor.realize(*moved)
 
-# What a matrix of weights may be kept in; all else is float32. A bfloat16 is the upper half of a float32
-# and kept as a uint16, as clang 14, for one, knows no such type on a PC.
+# What a matrix of weights may be kept in; all else is float32. A bfloat16 is the upper half of a
+# float32 and kept as a uint16, as clang 14, for one, knows no such type on a PC.
 WEIGHTS = {"float32": dtypes.float, "float16": dtypes.half, "bfloat16": dtypes.ushort}
 
 def widened(x:Tensor|UOp) -> Tensor|UOp:
@@ -1338,7 +1374,7 @@ def widened(x:Tensor|UOp) -> Tensor|UOp:
   if x.dtype == dtypes.ushort: return (x.cast(dtypes.uint) << 16).bitcast(dtypes.float)
   return x.cast(dtypes.float) if x.dtype == dtypes.half else x
 
-# ---------------------------------------------------------------- selfcheck, and the kernels' sources
+# ------------------------------------------------------------- selfcheck, and the kernels' sources
 def selfcheck(device:str|None=None) -> float:
   """Runs what is in CHECKS, forward and backward, against plain ops on the device, at small sizes.
 
@@ -1366,11 +1402,16 @@ def selfcheck(device:str|None=None) -> float:
   return worst
 
 def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, int]]:
-  """Returns {name: (source, bytes of shared memory)} of the convolution's kernels for "cuda", "metal" or
-  "opencl", on any machine: rows of length L in one launch, and a two-level transform of four times that."""
-  language = {"cuda": cstyle.CUDARenderer, "metal": cstyle.MetalRenderer, "opencl": cstyle.OpenCLRenderer}[backend]
+  """Returns {name: (source, bytes of shared memory)} of the convolution's kernels, on any machine.
+
+  backend: "cuda", "metal" or "opencl". Rows of length L in one launch, and a two-level transform of
+  four times that.
+  """
+  language = {"cuda": cstyle.CUDARenderer, "metal": cstyle.MetalRenderer,
+              "opencl": cstyle.OpenCLRenderer}[backend]
+  arch = "sm_86" if backend == "cuda" else ""
   r = object.__new__(language)       # without its compiler, which another machine may have
-  cstyle.CStyleLanguage.__init__(r, Target(backend.upper(), arch="sm_86" if backend == "cuda" else ""))
+  cstyle.CStyleLanguage.__init__(r, Target(backend.upper(), arch=arch))
   r.tensor_cores = []
   m, N = Machine(True, 1, r.shared_max, True), fft_length(L, L)
   def source(kernel:Callable, *shapes:Shape, **options) -> tuple[str, tuple[str, int]]:
@@ -1383,17 +1424,19 @@ def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, i
   args = filters, rows, D, rows, rows
   X, K = (B//2, 4*H, 2, N), (1, 4*H, 2, N)
   far, long = (2, 4, N), (B, H, 2*N)
-  gated = ConvSpec(("k", "u", "D", "v", "q"), m, RowPairs)
-  parts = ConvSpec(("k", "u"), m, ComplexRows)
+  gated = ConvSpec(("k", "u", "D", "v", "q"), m, Finish(True), RowPairs)
+  parts = ConvSpec(("k", "u"), m, Finish(False), ComplexRows)
   return dict([source(conv_kernel, rows, roots, *args, spec=gated),
-               source(conv_gradient_kernel, filters, rows, rows, rows, roots, rows, *args, spec=gated),
-               source(split_kernel, X, far, long, m=m), source(join_kernel, long, far, X, m=m, shape=long),
+               source(conv_gradient_kernel, filters, rows, rows, rows, roots, rows, *args,
+               spec=gated), source(split_kernel, X, far, long, m=m),
+               source(join_kernel, long, far, X, m=m, shape=long),
                source(conv_kernel, X, roots, K, X, spec=parts),
                source(conv_gradient_kernel, K, X, roots, X, K, X, spec=parts)])
 
 def main(argv:list[str]|None=None) -> int:
-  ap = argparse.ArgumentParser(prog="flashconv.py", description="Checks the kernels against plain ops on this "
-                               "device. `python support/bench.py conv` times them.")
+  ap = argparse.ArgumentParser(
+    prog="flashconv.py", description="Checks the kernels against plain ops on this device. "
+                                     "`python support/bench.py conv` times them.")
   def fail(message:str):
     print(f"error: {message} (--help; timings: python support/bench.py conv)", file=sys.stderr)
     sys.exit(2)
@@ -1408,9 +1451,10 @@ def main(argv:list[str]|None=None) -> int:
     if max(lengths) > 2048 or min(lengths) < 64:
       ap.error("--render takes lengths from 64 to 2048, what one launch takes at 32 KB")
     for L in lengths:
-      for source, shared in render(a.render, L).values(): print(f"// {shared} bytes of shared memory\n{source}\n")
+      for source, shared in render(a.render, L).values():
+        print(f"// {shared} bytes of shared memory\n{source}\n")
     return 0
-  sys.modules.setdefault("flashconv", sys.modules[__name__])    # support.cpu imports this very module
+  sys.modules.setdefault("flashconv", sys.modules[__name__])  # support.cpu imports this very module
   from support.cpu import setup_device
   setup_device()
   try: print(f"selfcheck on {Device.DEFAULT}: worst relative error {selfcheck():.1e}")
@@ -1420,8 +1464,8 @@ def main(argv:list[str]|None=None) -> int:
   return 0
 
 # ---------------------------------------------------------------- what support/cpu.py uses alone
-HALF = ContextVar("HALF", 0)    # what products with weights take in. 1: float16, 2: bfloat16; their sums are float32
-WIDE = "prefer-vector-width=512"       # clang leaves half of an AVX-512 register empty unless told so
+HALF = ContextVar("HALF", 0)  # what products with weights take in. 1: float16, 2: bfloat16; their sums are float32
+WIDE = "prefer-vector-width=512"     # clang leaves half of an AVX-512 register empty unless told so
 
 @functools.cache
 def _compiler_macros() -> str:
@@ -1439,8 +1483,8 @@ def _vectors(r:Renderer) -> tuple[int, int]:
           32 if _compiler_says("__AVX512VL__") or _compiler_says("__ARM_NEON") else 16)
 
 def _float_on_cpu(*tensors:Tensor|None, small:tuple[Tensor, ...]=()) -> bool:
-  """Whether the CPU's matrix product and layer norm serve: float32, or what WEIGHTS has, not empty, on a device without
-  local memory."""
+  """Whether the CPU's matrix product and layer norm serve: float32, or what WEIGHTS has, not
+  empty, on a device without local memory."""
   return bool(FLASH) and all(t is None or t.dtype == dtypes.float for t in tensors) \
     and all(t.dtype in WEIGHTS.values() for t in small) \
     and all(t is None or 0 not in t.shape for t in tensors + small) \

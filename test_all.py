@@ -14,7 +14,7 @@ import io, itertools, json, lzma, math, os, pickle, pickletools, re, shlex, shut
 import struct, subprocess, sys, threading, zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Callable
+from typing import Callable, NamedTuple
 import numpy as np, pytest
 import flashconv
 from support import cpu
@@ -51,67 +51,72 @@ def flash(request):
 def np_fftconv(u, k, D, v, q, dy) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   "y and the gradients of (y * dy).sum(), float64, by numpy's FFT of a length at which nothing wraps around"
   u, k, D, v, q, dy = (np.asarray(x, np.float64) for x in (u, k, D, v, q, dy))
-  L, K, w, g = u.shape[-1], min(k.shape[-1], u.shape[-1]), u*v, q*dy
-  F, I = (lambda x: np.fft.rfft(x, 2*L)), (lambda x: np.fft.irfft(x, 2*L)[..., :L])
-  S = F(k[:, :K])
-  c, dw = I(F(w)*S) + D[:, None]*w, I(F(g)*S.conj()) + D[:, None]*g
-  dk = np.zeros(np.broadcast_shapes(k.shape, (u.shape[1], 1)))
-  dk[:, :K] = I(F(w).conj()*F(g)).sum(0)[:, :K]
+  L, K, w, e = u.shape[-1], min(k.shape[-1], u.shape[-1]), u*v, q*dy
+  def F(x:np.ndarray) -> np.ndarray: return np.fft.rfft(x, 2*L)
+  def I(x:np.ndarray) -> np.ndarray: return np.fft.irfft(x, 2*L)[..., :L]
+  S, D = F(k[:, :K]), D[:, None]
+  c, dw = I(F(w)*S) + D*w, I(F(e)*S.conj()) + D*e
+  dk = np.zeros((u.shape[1], k.shape[1]))
+  dk[:, :K] = I(F(w).conj()*F(e)).sum(0)[:, :K]
   if len(k) == 1: dk = dk.sum(0, keepdims=True)
-  return q*c, {"u": dw*v, "v": dw*u, "q": dy*c, "D": (w*g).sum((0, 2)), "k": dk}
+  return q*c, {"u": dw*v, "v": dw*u, "q": dy*c, "D": (w*e).sum((0, 2)), "k": dk}
 
-# B, H, L, K, and what optional arguments are given; 1: one filter for all channels. Lengths on both sides of a power
-# of two, K shorter and longer than L, odd batches, one channel; from 4096 on a GPU does it in two levels; a short
-# filter on a long sequence, which is cut
+# B, H, L, K, and what optional arguments are given; 1: one filter for all channels; T: channels last. Lengths on
+# both sides of a power of two, K shorter and longer than L, odd batches, one channel; from 4096 on a GPU does it in
+# two levels; a short filter on a long sequence, which is cut
 CASES = [(1, 1, 1, 1, "Dvq"), (2, 5, 2, 2, "v"), (3, 1, 3, 9, "D"), (1, 5, 7, 5, "vq"), (2, 64, 64, 64, "Dvq"),
          (3, 5, 100, 130, "Dq"), (2, 8, 33, 33, "1"), (1, 3, 33, 33, "1Dvq"), (3, 5, 1000, 1000, "Dvq"),
          (2, 64, 1024, 64, ""), (1, 5, 2047, 2047, "Dv"), (3, 1, 4096, 4096, "Dvq"), (2, 5, 8192, 8192, "q"),
-         (1, 1, 20000, 20000, "1Dvq"), (2, 3, 9000, 64, "Dvq"), (1, 2, 12300, 100, "")]
+         (1, 1, 20000, 20000, "1Dvq"), (2, 3, 9000, 64, "Dvq"), (1, 2, 12300, 100, ""), (3, 8, 20, 20, "DvqT")]
 
-def check_fftconv(B:int, H:int, L:int, K:int, what:str, channels_last:bool=False) -> None:
+@pytest.mark.parametrize("B,H,L,K,what", CASES)
+def test_kernel_fftconv(B:int, H:int, L:int, K:int, what:str) -> None:
   x = {"u": normal(B, H, L), "k": normal(1 if "1" in what else H, K)}
   x |= {n: normal(*((H,) if n == "D" else (B, H, L))) for n in "Dvq" if n in what}
   ones, dy = np.ones((B, H, L)), normal(B, H, L)
   y, want = np_fftconv(x["u"], x["k"], x.get("D", np.zeros(H)), x.get("v", ones), x.get("q", ones), dy)
-  turn = lambda a: a.swapaxes(1, 2) if channels_last and a.ndim == 3 else a
-  t = {n: Tensor(turn(a).copy()).realize() for n, a in x.items()}
-  got = fftconv(**t, channels_last=channels_last)
-  grads = (got * Tensor(turn(dy).copy())).sum().gradient(*t.values())
+  last = "T" in what
+  def turned(a:np.ndarray) -> np.ndarray: return a.swapaxes(1, 2).copy() if last and a.ndim == 3 else a
+  t = {n: Tensor(turned(a)).realize() for n, a in x.items()}
+  got = fftconv(**t, channels_last=last)
+  grads = (got * Tensor(turned(dy))).sum().gradient(*t.values())
   Tensor.realize(got, *grads)
-  def near(a:np.ndarray, b:np.ndarray, tolerance:float, name:str):
-    assert a.shape == b.shape and (e := np.abs(a - b).max() / np.abs(b).max()) <= tolerance, (name, e)
-  near(turn(got.numpy()), y, 2e-6, "y")
-  for n, g in zip(t, grads): near(turn(g.numpy()), want[n], 1e-5, "d" + n)
-
-@pytest.mark.parametrize("B,H,L,K,what", CASES)
-def test_kernel_fftconv(B, H, L, K, what): check_fftconv(B, H, L, K, what)
-
-def test_kernel_fftconv_channels_last(): check_fftconv(3, 8, 20, 20, "Dvq", channels_last=True)
+  for name, g, want, tolerance in [("y", got, y, 2e-6), *((n, g, want[n], 1e-5) for n, g in zip(t, grads))]:
+    g = turned(g.numpy())
+    assert g.shape == want.shape and np.abs(g - want).max() <= tolerance*np.abs(want).max(), name
 
 @on_cpu
 def test_kernel_fftconv_on_all_cores(monkeypatch):
   "4 threads take part, at the same time: each waits for the others; and the result is right"
   monkeypatch.setattr(flashconv, "ONE_CORE", 0)
   monkeypatch.setattr(flashconv, "machine", lambda device, m=flashconv.machine: m(device)._replace(cores=4))
-  check_fftconv(3, 12, 20, 20, "Dvq")
+  test_kernel_fftconv(3, 12, 20, 20, "Dvq")
   all_here, seen = threading.Barrier(4), []
   @ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint64)
   def share(a:int, i:int) -> None:
     all_here.wait(timeout=10)
     seen.append((a, i))
-  program = SimpleNamespace(runtimevars={"core_id": 1}, lvp=False, addr=ctypes.cast(share, ctypes.c_void_p).value)
+  address = ctypes.cast(share, ctypes.c_void_p).value
+  program = SimpleNamespace(runtimevars={"core_id": 1}, lvp=False, addr=address)
   CPUProgram.__call__(program, SimpleNamespace(va_addr=7), global_size=(4, 1, 1), vals=(None,))
   assert sorted(seen) == [(7, i) for i in range(4)]
 
 def test_kernel_fftconv_in_two_levels(monkeypatch):
   "at a length where one would do, so on every device"
   monkeypatch.setattr(flashconv, "levels", lambda device, N: 4)
-  check_fftconv(3, 2, 100, 100, "Dvq")
-  check_fftconv(2, 3, 130, 100, "1")
+  test_kernel_fftconv(3, 2, 100, 100, "Dvq")
+  test_kernel_fftconv(2, 3, 130, 100, "1")
 
 @pytest.mark.parametrize("B,H,L,K,what", CASES[3:7])
 def test_fftconv_ref(B, H, L, K, what):
-  with Context(FLASH=0): check_fftconv(B, H, L, K, what)
+  with Context(FLASH=0): test_kernel_fftconv(B, H, L, K, what)
+
+def test_fftconv_of_float64_is_exact_to_float64():
+  shapes = dict(u=(2, 3, 300), k=(3, 300), D=(3,), v=(2, 3, 300), q=(2, 3, 300))
+  x = {n: rng.standard_normal(s) for n, s in shapes.items()}
+  want = np_fftconv(**x, dy=x["u"])[0]
+  y = fftconv(**{n: Tensor(a) for n, a in x.items()})
+  assert y.dtype == dtypes.double and np.abs(y.numpy() - want).max() <= 1e-13*np.abs(want).max()
 
 def test_kernel_fftconv_takes_views_and_the_jit():
   "Pieces of one unfinished product as inputs, replayed with other data: the same as plain ops."
@@ -128,23 +133,58 @@ def test_kernel_fftconv_takes_views_and_the_jit():
 
 def test_kernel_fftconv_launches():
   "One launch forward, one back (but dD, a column of dk); forward no bytes but the tensors', at a power of two."
-  u, v, q, r = (Tensor(normal(2, 16, 64)).realize() for _ in range(4))
+  u, v, q, dy = (Tensor(normal(2, 16, 64)).realize() for _ in range(4))
   k, D = Tensor(normal(16, 64)).realize(), Tensor(normal(16)).realize()
   fftconv(u, k).realize()                                                  # the table of roots is made once
   y, roots = fftconv(u, k, D, v, q), 4*2*128
-  grads = y.gradient(u, k, D, v, q, gradient=r)
+  grads = y.gradient(u, k, v, q, gradient=dy)
   GlobalCounters.reset()
   y.realize()
   assert GlobalCounters.kernel_count == 1
   assert GlobalCounters.global_mem <= 4*u.nbytes() + k.nbytes() + D.nbytes() + roots
-  Tensor.realize(*(g for g in grads if g is not grads[2]))
+  Tensor.realize(*grads)
   assert GlobalCounters.kernel_count == 2
 
-def test_fftconv_refuses_shapes():
-  u = Tensor(normal(2, 4, 8))
-  for bad in ({"k": (3, 8)}, {"k": (4, 8), "D": (2,)}, {"k": (4, 8), "v": (2, 4, 7)}, {"k": (8,)}):
-    with pytest.raises(ValueError, match="fftconv: u, v, q are"):
-      fftconv(u, **{n: Tensor(normal(*shape)) for n, shape in bad.items()})
+class Tanh(NamedTuple):
+  "y = tanh(c) q: what else might follow the convolution"
+  gated: bool
+  activation: str = "tanh"
+  needs_c = True
+  def y(self, c, q): return c.tanh()*q if self.gated else c.tanh()
+  def dc(self, dy, c, q): return (dy*q if self.gated else dy)*(1 - c.tanh()*c.tanh())
+  def dq(self, dy, c, q): return dy*c.tanh()
+
+@pytest.mark.parametrize("gate", [(), ((3, 4, 40),)])
+def test_kernel_finish_may_be_any_function(gate, monkeypatch):
+  "Defined in one place, it is fused, with its gradient."
+  x = [Tensor(normal(*s)).realize() for s in ((3, 4, 40), (4, 40), (4,), (3, 4, 40), *gate)]
+  monkeypatch.setattr(flashconv, "Finish", Tanh)
+  dy = Tensor(normal(3, 4, 40)).realize()
+  def results() -> list[np.ndarray]:
+    y = fftconv(*x)
+    return [t.numpy() for t in (y, *y.gradient(*x, gradient=dy))]
+  got = results()
+  with Context(FLASH=0): want = results()
+  for a, b in zip(got, want): assert np.abs(a - b).max() <= 1e-5*np.abs(b).max()
+
+@pytest.mark.parametrize("R,sign", [(2, 1), (8, -1), (8, 1), (16, -1)])
+def test_kernel_butterflies_keep_signs(R, sign):
+  "Reals of either sign, and zeros, against numpy's transform"
+  z = normal(R) + 1j*normal(R)
+  z[R//2:] = 0
+  def real(x:float, flip:int) -> flashconv.Real:
+    return flashconv.Real(UOp.const(float(x)*flip, dtypes.float), flip) if x else flashconv.ZERO
+  X = flashconv.dft([(real(a.real, 1), real(a.imag, -1)) for a in z], sign)
+  got = [[x.uop.simplify().arg if x.sign else 0.0 for x in pair] for pair in X]
+  want = np.fft.fft(z) if sign < 0 else np.fft.ifft(z)*R
+  np.testing.assert_allclose(np.array(got) @ [1, 1j], want, atol=1e-5)
+  with pytest.raises(AttributeError): X[0][0].x                # what lacks its sign can't be had
+
+@pytest.mark.parametrize("bad", [{"k": (3, 8)}, {"D": (2,)}, {"v": (2, 4, 7)}, {"k": (8,)}, {"u": (4, 8)}])
+def test_fftconv_refuses_shapes(bad):
+  shapes = {"u": (2, 4, 8), "k": (4, 8)} | bad
+  with pytest.raises(ValueError, match="fftconv: u, v, q are"):
+    fftconv(**{n: Tensor(normal(*shape)) for n, shape in shapes.items()})
 
 def test_kernel_selfcheck(monkeypatch, capsys):
   "within rounding as things are; a kernel that computes something else is named, and then done without"
@@ -182,8 +222,9 @@ def test_kernel_barriers_are_needed(monkeypatch):
       to_program_cache.clear()
       y = fftconv(Tensor(u).realize(), Tensor(k).realize()).numpy()
     to_program_cache.clear()
-    with np.errstate(all="ignore"): return float(np.nan_to_num(np.abs(y - want), nan=1e9).max()/np.abs(want).max())
-  # the filter: F₈ | F₈ | F₂ to registers |  the rows: F₈ | F₈ | F₂, product, F₂* | F₈* | F₈* and out
+    with np.errstate(all="ignore"):
+      return float(np.nan_to_num(np.abs(y - want), nan=1e9).max()/np.abs(want).max())
+  # the filter: F₈ | F₈ | F₂, kept |  the rows: F₈ | F₈ | F₂, product, F₂* | F₈* | F₈* and out
   assert error(-1) <= 2e-6
   for i in range(7): assert error(i) > 1e-3, f"barrier {i} is not missed"
 
@@ -211,31 +252,31 @@ namespace metal {
 
 @pytest.mark.skipif(not shutil.which("clang++"), reason="no clang++")
 def test_metal_sources_are_well_formed(tmp_path):
-  "as C++, under a header that stands in for Metal's; local memory within 32 KB at the longest that one launch takes"
+  "as C++, under a header that stands in for Metal's; shared memory within 32 KB at the longest that one launch takes"
   (tmp_path/"metal_stdlib").write_text(METAL)
-  for name, (source, scratch) in flashconv.render("metal", L=256).items():
+  check = ["clang++", "-std=c++17", "-fsyntax-only", "-w", f"-I{tmp_path}", tmp_path/"k.cpp"]
+  for name, (source, shared) in flashconv.render("metal", L=256).items():
     (tmp_path/"k.cpp").write_text(source)
-    subprocess.run(["clang++", "-std=c++17", "-fsyntax-only", "-w", f"-I{tmp_path}", tmp_path/"k.cpp"], check=True)
-    assert scratch in (0, 4*2*64*9), name
-  m, tw = flashconv.Machine(True, 1, 32768, True), UOp.placeholder((2, 8, 512), dtypes.float, slot=9)
-  assert flashconv.FFTBuffer(flashconv.Group(m, 1, 4096), tw).mem.max_numel()*4 == 32768
+    subprocess.run(check, check=True)
+    assert shared in (0, 4*2*64*9), name
+  m, roots = flashconv.Machine(True, 1, 32768, True), UOp.placeholder((2, 8, 512), dtypes.float, slot=9)
+  assert flashconv.FFTBuffer(flashconv.Group(m, 1, 4096), roots).mem.max_numel()*4 == 32768
 
 @slow
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 def test_cuda_sources_compile_without_spills(tmp_path):
-  "at the longest that one launch takes, where registers are most needed; local memory within 48 KB"
-  for name, (source, scratch) in flashconv.render("cuda", L=2048).items():
+  "at the longest that one launch takes, where registers are most needed; shared memory within 48 KB"
+  check = ["nvcc", "-arch=sm_86", "-Xptxas", "-v", "-cubin", "-o", os.devnull, tmp_path/"k.cu"]
+  for name, (source, shared) in flashconv.render("cuda", L=2048).items():
     (tmp_path/"k.cu").write_text(source)
-    said = subprocess.run(["nvcc", "-arch=sm_86", "-Xptxas", "-v", "-cubin", "-o", os.devnull, tmp_path/"k.cu"],
-                          check=True,
-                          capture_output=True, text=True).stderr
+    said = subprocess.run(check, check=True, capture_output=True, text=True).stderr
     assert "0 bytes spill stores, 0 bytes spill loads" in said, (name, said)
-    assert scratch <= 49152 and (f"{scratch} bytes smem" in said) == (scratch > 0), (name, said)
+    assert shared <= 49152 and (f"{shared} bytes smem" in said) == (shared > 0), (name, said)
 
-@pytest.mark.parametrize("argv", [["--lengths", "0"], ["--lengths", "x"], ["--lengths", "99999"], ["--render", "glsl"],
-                                  ["--render", "cuda", "--lengths", "4096"], ["--batch", "0"], ["--fast"]])
+@pytest.mark.parametrize("argv", ["--lengths 256", "--render cuda --lengths x", "--render glsl", "--batch 8",
+                                  "--render cuda --lengths 4096", "--render cuda --lengths 0", "--fast"])
 def test_flashconv_command_bad_input(argv, capsys):
-  with pytest.raises(SystemExit) as stop: flashconv.main(argv)
+  with pytest.raises(SystemExit) as stop: flashconv.main(argv.split())
   said = capsys.readouterr()
   assert stop.value.code == 2 and said.err.startswith("error: ") and said.err.count("\n") == 1 and not said.out
 
@@ -585,7 +626,7 @@ def test_programs_on_disk_are_right_or_missing(monkeypatch):
   helpers.diskcache_put(table, row, whole)
   assert key in cpu.Programs()
 
-# ---------------------------------------------------------------- how kernels are run
+# ---------------------------------------------------------------- state passing
 
 def np_ssm_conv(u, v, q, A, B, C, D, x, dy, dx):
   "float64: the recurrence and its reverse. Complex gradients are d/dre + i d/dim."
@@ -613,35 +654,32 @@ def ssm(H:int, N:int) -> tuple[np.ndarray, ...]:
 def pair(z:np.ndarray) -> tuple[Tensor, Tensor]:
   return tuple(Tensor(np.ascontiguousarray(p, np.float32)).realize() for p in (z.real, z.imag))
 
-# whole groups of chunks; parts of chunks and of groups; shorter than a chunk; chunks given; state sizes;
-# one step. A^c by squaring errs by c eps, and the memory of the slowest mode is 2000 steps long: 2e-5 at L=2048
-@pytest.mark.parametrize("B,H,N,L,chunk", [(2, 2, 64, 2048, None), (2, 3, 8, 70, None), (1, 2, 64, 100, 33),
-                                           (3, 1, 128, 300, None), (2, 2, 4, 1, None)])
-def test_kernel_ssm_conv(B, H, N, L, chunk, flash):
+# whole groups of chunks; parts of chunks and of groups; shorter than a chunk; chunks given; state sizes; one step; without
+# D, gates and a state. A^c by squaring errs by c eps, and the memory of the slowest mode is 2000 steps long: 2e-5 at L=2048
+@pytest.mark.parametrize("B,H,N,L,chunk,given", [
+  (2, 2, 64, 2048, None, "Dvqx"), (2, 3, 8, 70, None, "Dvqx"), (1, 2, 64, 100, 33, "v"), (3, 2, 16, 90, None, "q"),
+  (3, 2, 128, 300, None, "Dvqx"), (2, 2, 4, 1, None, "")])
+def test_kernel_ssm_conv(B, H, N, L, chunk, given, flash):
   slow = L == 2048 or Device[Device.DEFAULT].renderer.has_local
   if slow and not flash: pytest.skip("the same in plain ops takes long")
-  A, Bc, C = ssm(H, N)
-  u, v, q, dy, D = *(normal(B, H, L) for _ in range(4)), normal(H)
-  x, dx = (normal(B, H, N//2) + 1j*normal(B, H, N//2) for _ in range(2))
-  y64, x64, want = np_ssm_conv(*(z.astype(float) for z in (u, v, q)), A, Bc, C, D.astype(float), x, dy, dx)
-  t = {k: Tensor(z).realize() for k, z in zip("uvqD", (u, v, q, D))}
-  ABCx = [pair(z) for z in (A, Bc, C, x)]
-  y, last = ssm_conv(t["u"], *ABCx[:3], t["D"], t["v"], t["q"], ABCx[3], chunk)
-  loss = (y*Tensor(dy)).sum() + sum((a*b).sum() for a, b in zip(last, pair(dx)))
-  grads = loss.gradient(*t.values(), *(p for z in ABCx for p in z))
-  Tensor.realize(y, *last, *grads)
-  got = dict(zip("uvqD", grads)) | dict(zip("ABCx", zip(grads[4::2], grads[5::2])))
-  for name, a, b in [("y", y, y64), ("state", last, x64), *((k, got[k], want[k]) for k in want)]:
-    a = a[0].numpy() + 1j*a[1].numpy() if isinstance(a, tuple) else a.numpy()
-    assert np.abs(a - b).max() <= 1e-4*np.abs(b).max(), name
-
-@pytest.mark.parametrize("gates", ["", "v", "q"])
-def test_kernel_ssm_conv_is_fftconv_with_the_filter(gates):
-  A, Bc, C = ssm(4, 16)
-  u, x = Tensor(normal(3, 4, 90)), {k: Tensor(normal(3, 4, 90)) for k in gates}
-  K = Tensor((2*np.einsum("hm,hml->hl", C*Bc, A[..., None]**np.arange(90)).real).astype(np.float32))
-  a, b = ssm_conv(u, *map(pair, (A, Bc, C)), **x)[0], fftconv(u, K, **x)
-  np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-5*np.abs(b.numpy()).max())
+  a = dict(zip("ABC", ssm(H, N))) | {"u": normal(B, H, L), "dy": normal(B, H, L)}
+  a["dx"] = normal(B, H, N//2) + 1j*normal(B, H, N//2)
+  for name, absent in dict(v=np.ones((B, H, L)), q=np.ones((B, H, L)), D=np.zeros(H),
+                           x=np.zeros((B, H, N//2), complex)).items():
+    a[name] = absent
+    if name == "x" and name in given: a[name] = normal(B, H, N//2) + 1j*normal(B, H, N//2)
+    elif name in given: a[name] = normal(*absent.shape)
+  y64, x64, want = np_ssm_conv(**{k: z if np.iscomplexobj(z) else z.astype(float) for k, z in a.items()})
+  t = {k: pair(a[k]) if k in "ABCx" else Tensor(a[k]).realize() for k in "uABC" + given}
+  y, last = ssm_conv(**{"state" if k == "x" else k: z for k, z in t.items()}, chunk=chunk)
+  loss = (y*Tensor(a["dy"])).sum() + sum((p*r).sum() for p, r in zip(last, pair(a["dx"])))
+  flat = [p for z in t.values() for p in (z if isinstance(z, tuple) else (z,))]
+  grads = dict(zip(flat, loss.gradient(*flat)))
+  Tensor.realize(y, *last, *grads.values())
+  got = {k: tuple(grads[p] for p in z) if isinstance(z, tuple) else grads[z] for k, z in t.items()}
+  for name, g, r in [("y", y, y64), ("state", last, x64), *((k, got[k], want[k]) for k in got)]:
+    g = g[0].numpy() + 1j*g[1].numpy() if isinstance(g, tuple) else g.numpy()
+    assert np.abs(g - r).max() <= 1e-4*np.abs(r).max(), name
 
 def test_kernel_ssm_conv_in_pieces():
   A, Bc, C = map(pair, ssm(3, 64))
@@ -655,40 +693,41 @@ def test_kernel_ssm_conv_in_pieces():
 
 def test_kernel_ssm_conv_on_a_million_steps(monkeypatch):
   "200 places of 2^20 steps against a scan in float64; the memory beyond inputs and outputs is that of 2^14 steps"
-  ABC, allocate, most = ssm(64, 64), Buffer.allocate, [0]
+  ABC, allocate, most, L = ssm(64, 64), Buffer.allocate, [0], 1 << 20
   def allocated(self, *args, **kw):
     out, most[0] = allocate(self, *args, **kw), max(most[0], GlobalCounters.mem_used)
     return out
   monkeypatch.setattr(Buffer, "allocate", allocated)
   pairs, D = [*map(pair, ABC)], normal(64)
-  Tensor.realize(d := Tensor(D))
+  d = Tensor(D).realize()
   def run(u:np.ndarray) -> tuple:
     t, most[0] = Tensor(u).realize(), 0
     before = GlobalCounters.mem_used
     y, x = ssm_conv(t, *pairs, d)
     Tensor.realize(y, *x)
     return y, x, most[0] - before - y.nbytes() - sum(z.nbytes() for z in x)
-  u, L = rng.standard_normal((1, 64, 1 << 20), dtype=np.float32), 1 << 20
+  u = rng.standard_normal((1, 64, L), dtype=np.float32)
   beyond = run(np.ascontiguousarray(u[..., :1 << 14]))[2]
   y, x, again = run(u)
   assert again == beyond
   some, at = rng.permutation(64)[:8], {*rng.integers(0, L, 24).tolist(), L-1}
   (A, Bc, C), s, error, y = (z[some] for z in ABC), np.zeros((8, 32), complex), 0.0, y.numpy()[0, some]
-  w = u[0, some].astype(np.float64)
-  for i, column in enumerate(np.ascontiguousarray(w.T)[..., None]):
-    s = A*s + Bc*column
-    if i in at: error = max(error, np.abs(2*(C*s).sum(-1).real + D[some]*column[:, 0] - y[:, i]).max())
+  for i, w in enumerate(np.ascontiguousarray(u[0, some].astype(np.float64).T)[..., None]):
+    s = A*s + Bc*w
+    if i in at: error = max(error, np.abs(2*(C*s).sum(-1).real + D[some]*w[:, 0] - y[:, i]).max())
   assert len(at)*8 >= 190 and error <= 1e-4*np.abs(y).max()
   last = x[0].numpy()[0, some] + 1j*x[1].numpy()[0, some]
   assert np.abs(last - s).max() <= 1e-4*np.abs(s).max()
 
-def test_ssm_conv_refuses_shapes():
-  A, Bc, C = map(pair, ssm(3, 8))
-  u, x = Tensor(normal(2, 3, 10)), tuple(Tensor(normal(2, 3, 4)) for _ in range(2))
-  for bad in (lambda: ssm_conv(u[0], A, Bc, C), lambda: ssm_conv(u, A, Bc, C, state=(x[0], x[1][:1])),
-              lambda: ssm_conv(u, A, Bc, (C[0][:2], C[1])), lambda: ssm_conv(u, A, Bc, C, v=u[:1]),
-              lambda: ssm_conv(u, A, Bc, C, chunk=0), lambda: ssm_conv(u, A, Bc, C, D=u[0, 0])):
-    with pytest.raises(ValueError, match="ssm_conv"): bad()
+@pytest.mark.parametrize("bad", [{"u": (3, 10)}, {"state": ((2, 3, 4), (1, 3, 4))}, {"C": ((2, 4), (3, 4))},
+                                 {"v": (1, 3, 10)}, {"D": (10,)}, {"chunk": 0}])
+def test_ssm_conv_refuses_shapes(bad):
+  def tensor(x): return x if x == 0 else Tensor(normal(*x)) if isinstance(x[0], int) else tuple(map(tensor, x))
+  modes = (3, 4), (3, 4)
+  with pytest.raises(ValueError, match="ssm_conv"):
+    ssm_conv(**{k: tensor(x) for k, x in ({"u": (2, 3, 10), "A": modes, "B": modes, "C": modes} | bad).items()})
+
+# ---------------------------------------------------------------- how kernels are run
 
 # ================================================================ kernels: in a loop of one's own
 
@@ -723,43 +762,33 @@ def own(request, monkeypatch):
 
 every_kernel = pytest.mark.parametrize("own", OWN, indirect=True)
 
-# What may come between the loss and its gradient: loss, output and inputs -> gradients of the inputs
-def nothing_read(loss, y, x): return loss.gradient(*x)
-def loss_read(loss, y, x):
-  loss.item()
-  return loss.gradient(*x)
-def output_read(loss, y, x):
-  y.numpy()
-  return loss.gradient(*x)
-def intermediate_read(loss, y, x):
-  (y*2 + 1).numpy()
-  return loss.gradient(*x)
-def gradient_then_read(loss, y, x):
-  grads = loss.gradient(*x)
-  loss.item(), y.numpy()
-  return grads
-def backward_twice(loss, y, x):
-  for t in x: t.grad = None
-  for _ in range(2):
-    loss.item()
-    loss.backward()
-  return [t.grad/2 for t in x]
-READS = [nothing_read, loss_read, output_read, intermediate_read, gradient_then_read, backward_twice]
+# What may be done between the loss and its gradient, in this order; "backward": twice, summed up in .grad
+READS = ["", "loss", "output", "intermediate", "gradient loss output", "loss backward"]
 
 @every_kernel
 def test_kernel_gradients_survive_what_is_read(own):
   "in any order, to the bit; and they are those of plain ops"
   f, x = own
   w = Tensor(normal(*f(*x).shape)).realize()
-  def gradients(read:Callable) -> list[np.ndarray]:
-    y = f(*x)
-    return [g.numpy() for g in read((y*w).square().sum(), y, x)]
-  ours = {read.__name__: gradients(read) for read in READS}
-  with Context(FLASH=0): plain = gradients(nothing_read)
-  for name, grads in ours.items():
-    for got, first, want in zip(grads, ours["nothing_read"], plain):
-      assert (got == first).all() and np.abs(want).max() > 0, name
-      assert np.abs(got - want).max() <= 1e-5*np.abs(want).max(), name
+  def gradients(reads:str) -> list[np.ndarray]:
+    y, grads = f(*x), None
+    loss = (y*w).square().sum()
+    for t in x: t.grad = None
+    for read in reads.split():
+      if read == "gradient": grads = loss.gradient(*x)
+      elif read == "backward":
+        for _ in range(2):
+          loss.item()
+          loss.backward()
+        grads = [t.grad/2 for t in x]
+      else: {"loss": loss, "output": y, "intermediate": y*2 + 1}[read].numpy()
+    return [g.numpy() for g in grads or loss.gradient(*x)]
+  ours = {reads: gradients(reads) for reads in READS}
+  with Context(FLASH=0): plain = gradients("")
+  for reads, grads in ours.items():
+    for got, first, want in zip(grads, ours[""], plain):
+      assert (got == first).all() and np.abs(want).max() > 0, reads
+      assert np.abs(got - want).max() <= 1e-5*np.abs(want).max(), reads
 
 @every_kernel
 def test_kernel_output_realised_and_used_again(own):
@@ -783,22 +812,22 @@ def test_kernel_gradients_in_the_jit(own):
   for _ in range(3):
     x = [Tensor(normal(*t.shape)).realize() for t in x]
     got = [t.numpy() for t in jit(*x)]
-    with Context(FLASH=0): want = [f(*x).numpy()*2, *(g.numpy() for g in (f(*x)*w).square().sum().gradient(*x))]
+    with Context(FLASH=0): want = [t.numpy() for t in step(*x)]
     for a, b in zip(got, want): assert np.abs(a - b).max() <= 1e-5*np.abs(b).max()
 
 @every_kernel
 def test_kernel_second_derivative(own):
   "is that of plain ops, or one sentence that says how to get it; read or not"
   f, x = own
-  def second() -> list[Tensor]:
+  def second() -> list[np.ndarray]:
     g = f(*x).square().sum().gradient(*x)
     g[-1].numpy()
-    return sum(t.square().sum() for t in g).gradient(*x)
-  try: ours = [g.numpy() for g in second()]
+    return [h.numpy() for h in sum(t.square().sum() for t in g).gradient(*x)]
+  try: ours = second()
   except RuntimeError as e:
     assert re.fullmatch(r"\w+ can be differentiated once: .*Context\(FLASH=0\)\.", str(e)), e
     return
-  with Context(FLASH=0): plain = [g.numpy() for g in second()]
+  with Context(FLASH=0): plain = second()
   for a, b in zip(ours, plain): assert np.abs(a - b).max() <= 1e-4*max(np.abs(b).max(), 1e-3)
 
 @on_cpu                                  # which can be as many devices as one likes
@@ -855,13 +884,8 @@ def test_kernel_inputs_without_a_device(impulse, flash):
 
 def layernorm_of(u:Tensor) -> Tensor: return cpu.layernorm(u, Tensor.ones(8), Tensor.zeros(8))
 
-def test_fftconv_of_float64_is_exact_to_float64():
-  x = {n: rng.standard_normal(s) for n, s in dict(u=(2, 3, 300), k=(3, 300), D=(3,), v=(2, 3, 300), q=(2, 3, 300)).items()}
-  want = np_fftconv(*(x[n] for n in "ukDvq"), x["u"])[0]
-  y = fftconv(**{n: Tensor(a) for n, a in x.items()})
-  assert y.dtype == dtypes.double and np.abs(y.numpy() - want).max() <= 1e-13*np.abs(want).max()
-
 # ---------------------------------------------------------------- threads, forks, interrupts
+
 
 # Programs of their own, with a limit of time: a process that hangs says where and fails
 OWN_PROCESS = """
