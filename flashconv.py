@@ -191,6 +191,17 @@ def matmul(x:Tensor, w:Tensor) -> Tensor:
   "Returns x @ w, for x (…,M,K) and w (K,N) or (…,K,N). Differentiable in both."
   return x @ w
 
+@replaceable
+def lookup(table:Tensor, ids:Tensor) -> Tensor:
+  """Returns table[ids] as float32: table (V,D), of any type of WEIGHTS, ids (…) int from 0 to V-1 -> (…,D).
+
+  Differentiable in the table.
+  """
+  ids, table = on_one_device(ids, table)
+  onehot = ids.unsqueeze(-1) == Tensor.arange(table.shape[0])
+  if table.shape[0] <= 1024: return matmul(onehot.float(), widened(table))         # for the sake of its gradient
+  return widened(onehot.unsqueeze(-1).where(table, 0).sum(-2, dtype=table.dtype))  # tinygrad makes this a look-up
+
 def overwrite(old:Sequence[Tensor], new:Sequence[Tensor]) -> None:
   "Writes each new Tensor, which has been realised, into the old one; nothing where a kernel has done so already."
   moved = [o.assign(n.detach()) for o, n in zip(old, new) if n.uop.base is not o.uop.base]
