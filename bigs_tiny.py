@@ -42,10 +42,9 @@ from types import SimpleNamespace
 import numpy as np
 from numpy.random import Generator
 from tinygrad import Tensor
-from flashconv import Vandermonde, cmul, fftconv, stored
+from flashconv import Vandermonde, cmul, fftconv, lookup, stored
 from h3tiny import (Attention, Blank, DiagSSM, Embedding, LayerNorm, Linear, check_choice,
                     check_whole, filters_of, param, require)
-from support.cpu import embedding
 
 BLOCKS = ("gated", "stack", "gated-attention", "attention")
 HEADS = ("mlm", "classify", "choose", "span", "tag")
@@ -75,7 +74,8 @@ class BiGSConfig:
   def __post_init__(self):
     check_choice(self, block=(*BLOCKS, "s4d"), gelu=("tanh", "erf"),
                  pooler=("non_padding_mean", "mean"))
-    self.d_inner = self.d_inner or self.d_model * {"stack": 5, "attention": 4}.get(self.block, 3)
+    mult = {"stack": 5, "attention": 4}.get(self.block, 3)
+    self.d_inner = self.d_inner or mult * self.d_model
     check_whole(self, "vocab_size", "d_model", "n_layer", "d_inner", "n_heads", "d_state",
                 "max_length", "n_types", "n_labels")
     require("attention" not in self.block or self.d_model % self.n_heads == 0,
@@ -110,8 +110,10 @@ class S4D:
   def __init__(self, N:int, rng:Generator):
     self.D = param(np.ones(1))
     self.kernel = SimpleNamespace(
-      C=param(rng.normal(0, 0.5**0.5, (N, 2))), A_re=param(np.full(N, -0.5)),
-      A_im=param(hippo(N)), log_step=param(rng.uniform(math.log(0.01), 0, 1)))
+      C=param(rng.normal(0, 0.5**0.5, (N, 2))),
+      A_re=param(np.full(N, -0.5)),
+      A_im=param(hippo(N)),
+      log_step=param(rng.uniform(math.log(0.01), 0, 1)))
 
 def filters(ssms:list[S4D], L:int) -> Tensor:
   """K of each SSM with D added to its first tap, so that y = K ∗ u is all of it: (S,L).
@@ -128,14 +130,16 @@ def filters(ssms:list[S4D], L:int) -> Tensor:
   dB = cmul((dA[0] - 1, dA[1]), (re*over_A, -im*over_A))            # (exp(dt A) - 1)/A
   w = cmul((C[..., 0], C[..., 1]), dB)
   K = Vandermonde(dA, L).sum((0.5*w[0], 0.5*w[1]))                  # its sum is 2 Re
-  return K + Tensor.stack(*[s.D for s in ssms]).pad((None, (0, L-1)))
+  skips = Tensor.stack(*[s.D for s in ssms])                        # (S,1)
+  return K + skips.pad((None, (0, L-1)))
 
 def toeplitz(K:Tensor) -> Tensor:
   "T[t,s] = K[t-s], 0 above the diagonal: (S,L) -> (S,L,L)."
   S, L = K.shape
   c = K.flip(-1).pad((None, (0, L)))                                # c[L-1-l] = K[l], then zeros
   # rows of 2L-1 numbers out of rows of 2L: each starts one later, [t,j] = c[j-t]
-  rows = c.unsqueeze(1).expand(S, L, 2*L).reshape(S, -1)[:, :L*(2*L-1)].reshape(S, L, 2*L-1)
+  repeated = c.unsqueeze(1).expand(S, L, 2*L).reshape(S, -1)
+  rows = repeated[:, :L*(2*L-1)].reshape(S, L, 2*L-1)
   return rows[..., L-1:]
 
 def convolve(u:Tensor, K:Tensor, backward:bool=False) -> Tensor:
@@ -143,9 +147,9 @@ def convolve(u:Tensor, K:Tensor, backward:bool=False) -> Tensor:
 
   K is the SSM's Toeplitz matrix (L,L), or its filter (1,L) for `fftconv`: `BiGS.filters` chooses.
   """
-  if K.shape[0] > 1 or K.shape == (1, 1): return (K.transpose(0, 1) if backward else K) @ u
-  y = fftconv(u.flip(1) if backward else u, K, channels_last=True)
-  return y.flip(1) if backward else y
+  if K.shape[0] > 1: return (K.transpose(0, 1) if backward else K) @ u
+  if backward: return convolve(u.flip(1), K).flip(1)
+  return fftconv(u, K, channels_last=True)
 
 # ---------------------------------------------------------------- the four blocks, and S4's
 
@@ -175,12 +179,14 @@ class GatedSSM:
     x + do( gelu(dol(forward * backward)) * gelu(dv(h)) )
   """
   def __init__(self, cfg:BiGSConfig, rng:Generator):
-    D, I, self.gelu = cfg.d_model, cfg.d_inner, gelu(cfg)
+    D, I = cfg.d_model, cfg.d_inner
+    self.gelu = gelu(cfg)
     self.LayerNorm = LayerNorm(D, cfg.norm_eps)
     self.fs4, self.bs4 = S4D(cfg.d_state, rng), S4D(cfg.d_state, rng)
     self.du_forward, self.du_backward = dense(D, D, rng), dense(D, D, rng)
     self.duc_forward, self.duc_backward = dense(D, D, rng), dense(D, D, rng)
-    self.dv, self.dol, self.do = dense(D, I, rng), dense(D, I, rng), dense(I, D, rng)
+    self.dv, self.dol = dense(D, I, rng), dense(D, I, rng)
+    self.do = dense(I, D, rng)
 
   def __call__(self, x:Tensor, K_f:Tensor, K_b:Tensor) -> Tensor:
     h = self.LayerNorm(x)
@@ -192,9 +198,12 @@ class GatedSSM:
 class GatedAttention:
   "x + do( gelu(dol(attention(h))) * gelu(dv(h)) ), h = LayerNorm(x)."
   def __init__(self, cfg:BiGSConfig, rng:Generator):
-    D, I, self.gelu = cfg.d_model, cfg.d_inner, gelu(cfg)
-    self.LayerNorm, self.attention = LayerNorm(D, cfg.norm_eps), attention(cfg, rng)
-    self.dv, self.dol, self.do = dense(D, I, rng), dense(D, I, rng), dense(I, D, rng)
+    D, I = cfg.d_model, cfg.d_inner
+    self.gelu = gelu(cfg)
+    self.LayerNorm = LayerNorm(D, cfg.norm_eps)
+    self.attention = attention(cfg, rng)
+    self.dv, self.dol = dense(D, I, rng), dense(D, I, rng)
+    self.do = dense(I, D, rng)
 
   def __call__(self, x:Tensor) -> Tensor:
     h = self.LayerNorm(x)
@@ -204,9 +213,12 @@ class GatedAttention:
 class StackAttention:
   "BERT's layer with the norms in front: x + attention(LayerNorm x), then + MLP(norm2 x)."
   def __init__(self, cfg:BiGSConfig, rng:Generator):
-    D, I, self.gelu = cfg.d_model, cfg.d_inner, gelu(cfg)
-    self.LayerNorm, self.attention = LayerNorm(D, cfg.norm_eps), attention(cfg, rng)
-    self.norm2, self.fc1, self.fc2 = LayerNorm(D, cfg.norm_eps), dense(D, I, rng), dense(I, D, rng)
+    D, I = cfg.d_model, cfg.d_inner
+    self.gelu = gelu(cfg)
+    self.LayerNorm = LayerNorm(D, cfg.norm_eps)
+    self.attention = attention(cfg, rng)
+    self.norm2 = LayerNorm(D, cfg.norm_eps)
+    self.fc1, self.fc2 = dense(D, I, rng), dense(I, D, rng)
 
   def __call__(self, x:Tensor) -> Tensor:
     x = x + self.attention(self.LayerNorm(x))[0]
@@ -221,15 +233,18 @@ class StackSSM:
   SSMs would add nothing: a filter that all channels share changes places with it.
   """
   def __init__(self, cfg:BiGSConfig, rng:Generator):
-    D, I, self.gelu = cfg.d_model, cfg.d_inner, gelu(cfg)
+    D, I = cfg.d_model, cfg.d_inner
+    self.gelu = gelu(cfg)
     self.LayerNorm = LayerNorm(D, cfg.norm_eps)
     self.fs4, self.bs4 = S4D(cfg.d_state, rng), S4D(cfg.d_state, rng)
     self.mix = dense(2*D, D, rng)
-    self.norm2, self.fc1, self.fc2 = LayerNorm(D, cfg.norm_eps), dense(D, I, rng), dense(I, D, rng)
+    self.norm2 = LayerNorm(D, cfg.norm_eps)
+    self.fc1, self.fc2 = dense(D, I, rng), dense(I, D, rng)
 
   def __call__(self, x:Tensor, K_f:Tensor, K_b:Tensor) -> Tensor:
     h = self.LayerNorm(x)
-    x = x + self.mix(Tensor.cat(convolve(h, K_f), convolve(h, K_b, backward=True), dim=-1))
+    both = Tensor.cat(convolve(h, K_f), convolve(h, K_b, backward=True), dim=-1)
+    x = x + self.mix(both)
     return x + self.fc2(self.gelu(self.fc1(self.norm2(x))))
 
 class S4DLayer:
@@ -239,7 +254,8 @@ class S4DLayer:
   def __init__(self, cfg:BiGSConfig, rng:Generator):
     D = cfg.d_model
     self.LayerNorm = LayerNorm(D, cfg.norm_eps)
-    self.D, self.mix = param(rng.normal(0, 1, D)), dense(D, 2*D, rng)
+    self.D = param(rng.normal(0, 1, D))
+    self.mix = dense(D, 2*D, rng)
     self.fs4, self.bs4 = (SimpleNamespace(kernel=DiagSSM(D, cfg.d_state, rng, skip=False))
                           for _ in range(2))
 
@@ -324,7 +340,8 @@ class BiGS:
     head, x = self.cls.predictions, self.encode(tokens, token_type)
     if at is not None:
       B, L, D = x.shape
-      x = embedding(at + Tensor.arange(B).unsqueeze(1)*L, x.reshape(B*L, D))
+      rows = at + Tensor.arange(B).unsqueeze(1)*L
+      x = lookup(x.reshape(B*L, D), rows)
     x = head.transform.LayerNorm(head.transform.dense(x).gelu("none"))
     return x.linear(self.bigs.embeddings.word_embeddings.weight.transpose(), head.bias)
 

@@ -44,9 +44,8 @@ from numpy.random import Generator
 from tinygrad import Tensor, dtypes, nn
 from tinygrad.engine.realize import capturing
 from tinygrad.nn.state import get_parameters
-from flashconv import (Pair, Vandermonde, cmul, constant, fftconv, fftconv_ref, overwrite,
+from flashconv import (Pair, Vandermonde, cmul, constant, fftconv, fftconv_ref, lookup, overwrite,
                        replaceable, ssm_conv, stored)
-from support.cpu import embedding
 
 BY_FFT = 2048     # training takes sequences up to this length by FFT, longer ones by state passing
 
@@ -114,11 +113,11 @@ class H3Config:
   @staticmethod
   def named(name:str) -> H3Config:
     "The released shapes: 125M, 355M, 1.3B, 2.7B, 2.7B-rotary. ValueError for another name."
-    shapes = {  # d_model, n_layer, attn_layers, n_heads, rotary_dim
-      "125M": (768, 12, (6,), 12, 0),
-      "355M": (1024, 24, (8, 16), 16, 0),
-      "1.3B": (2048, 24, (8, 16), 16, 0),
-      "2.7B": (2560, 32, (8, 16, 24), 20, 0),
+    shapes = {  # d_model, n_layer, attn_layers, n_heads, rotary_dim if any
+      "125M": (768, 12, (6,), 12),
+      "355M": (1024, 24, (8, 16), 16),
+      "1.3B": (2048, 24, (8, 16), 16),
+      "2.7B": (2560, 32, (8, 16, 24), 20),
       "2.7B-rotary": (2560, 32, (10, 21), 20, 64)}
     require(name in shapes, f"no model is called {name!r}, only {', '.join(shapes)}.")
     return H3Config(50257, *shapes[name], embed_dropout=0.1)
@@ -220,7 +219,8 @@ def copied(x:Tensor) -> Tensor: return x.clone().realize()
 
 def pad_or_trim(x:Tensor, L:int) -> Tensor:
   "Cuts the last axis to length L, or fills it with zeros."
-  return x[..., :L].pad((None,)*(x.ndim-1) + ((0, max(0, L - x.shape[-1])),))
+  missing = max(0, L - x.shape[-1])
+  return x[..., :L].pad((None,)*(x.ndim-1) + ((0, missing),))
 
 class ShiftSSM:
   """y_t = C s_t + D k_t,  s_t = shift(s_{t-1}) + B k_t:  a causal FIR filter of N taps and a skip.
@@ -238,25 +238,25 @@ class ShiftSSM:
   def filter(self) -> Tensor:
     "S[i] = sum_m B[m] C[m+i], i < N: (D,N). A convolution of C with B reversed."
     N = self.B.shape[-1]
-    C = self.C.pad((None, None, (0, N-1)))
-    return fftconv(C, self.B.flip(-1))[0, :, N-1:]
+    return fftconv(pad_or_trim(self.C, 2*N-1), self.B.flip(-1))[0, :, N-1:]
 
   def response(self, s:Tensor, L:int) -> Tensor:
     "Zero-input response: sum_j C[j+l+1] s[j], l < L, what later outputs owe to the state s. (B,D,L)"
     N = s.shape[-1]
-    inputs = s.flip(-1).pad((None, None, (0, N-1)))            # the oldest first, and then zeros
+    inputs = pad_or_trim(s.flip(-1), 2*N-1)                    # the oldest first, and then zeros
     return pad_or_trim(fftconv(inputs, self.C[0])[..., N:], L)
 
   def final_state(self, s:Tensor, k:Tensor) -> Tensor:
     "The state after inputs k (B,D,L): s[j] = s_old[j-L] + sum_{i<=j} B[j-i] k[L-1-i]."
     N, L = s.shape[-1], k.shape[-1]
-    newest_first = pad_or_trim(k[..., max(0, L-N):].flip(-1), N)
-    new = fftconv(newest_first, self.B)                        # along j
-    return new if L >= N else new + s.pad((None, None, (L, 0)))[..., :N]
+    newest_first = pad_or_trim(k.flip(-1), N)                  # fftconv runs along j
+    older = s.pad((None, None, (L, 0)))[..., :N]
+    return fftconv(newest_first, self.B) + older
 
   def step(self, s:Tensor, k:Tensor) -> tuple[Tensor, Tensor]:
     "One input k (B,D): output (B,D) and the new state."
-    s = s.pad((None, None, (1, 0)))[..., :-1] + self.B * k.unsqueeze(-1)
+    shifted = s.pad((None, None, (1, 0)))[..., :-1]
+    s = shifted + self.B * k.unsqueeze(-1)
     return (s * self.C[0]).sum(-1) + self.D * k, s
 
 class Modes(NamedTuple):
@@ -356,7 +356,7 @@ def official_names(mixer:H3Mixer|S4DMixer) -> dict:
   for attribute, part in vars(mixer).items():
     if isinstance(part, (ShiftSSM, DiagSSM)):
       weights = dict(vars(part))
-      named |= {part.skip_name: weights.pop("D"), part.kernel_name: {"kernel": weights}}
+      named |= {part.kernel_name: {"kernel": weights}, part.skip_name: weights.pop("D")}
     else: named[attribute] = part
   return named
 
@@ -451,13 +451,10 @@ class H3Mixer:
     if positions and u.shape[1] == 1:
       token = (x.squeeze(1) for x in (q, k, v))
       z, new = h3_step(*token, state, weights or step_weights(self))
-      z = self.ordered(z).unsqueeze(1)
-    else:
-      sequence = (x.transpose(1, 2) for x in (q, k, v))
-      filters = weights or Filters(self.shift_ssm.filter(), None)
-      z, new = self.convolve(*sequence, state, filters)
-      z = self.ordered(z).transpose(1, 2)
-    return self.output_linear(z), new
+      return self.output_linear(self.ordered(z).unsqueeze(1)), new
+    sequence = (x.transpose(1, 2) for x in (q, k, v))
+    z, new = self.convolve(*sequence, state, weights or Filters(self.shift_ssm.filter(), None))
+    return self.output_linear(self.ordered(z).transpose(1, 2)), new
 
 class S4DMixer:
   """y = Wo gelu( diag_ssm(u) ), an ungated SSM for each channel: what H3 is compared with.
@@ -509,20 +506,19 @@ def attend(q:Tensor, k:Tensor, v:Tensor, pos:Tensor|None=None, start:Tensor|None
 @replaceable
 def write_cache(cache:Tensor, x:Tensor, pos:Tensor) -> Tensor:
   "cache (B,heads,T,hd) with rows pos, pos+1, … made x (B,heads,L,hd); pos (1,) int."
-  T, L = cache.shape[2], x.shape[2]
-  offset = Tensor.arange(T) - pos                                      # (T,): which row of x
-  onto = (offset.unsqueeze(-1) == Tensor.arange(L)).float()            # (T,L)
-  written = (offset >= 0) & (offset < L)
-  return written.unsqueeze(-1).where(onto @ x, cache)
+  row_of_x = Tensor.arange(cache.shape[2]).unsqueeze(-1) - pos         # (T,1)
+  onto = (row_of_x == Tensor.arange(x.shape[2])).float()               # (T,L)
+  return (onto.sum(-1, keepdim=True) > 0).where(onto @ x, cache)
 
 @functools.cache
-def rotary_tables(n:int, dim:int, device:str) -> tuple[Tensor, Tensor]:
-  "cos and sin of t * 10000^(-2j/dim), (n, dim/2) each, for t < n."
+def rotary_table(n:int, dim:int, device:str) -> Tensor:
+  "cos and, beside it, sin of t * 10000^(-2j/dim), j < dim/2, for t < n: (n,dim)."
   angle = np.outer(np.arange(n), 10000.0 ** (-np.arange(0, dim, 2) / dim))
-  return constant(np.cos(angle), device), constant(np.sin(angle), device)
+  return constant(np.concatenate([np.cos(angle), np.sin(angle)], -1), device)
 
-def rotated(x:Tensor, cos:Tensor, sin:Tensor) -> Tensor:
-  "Rotates dims j and r+j of x (…,hd) as a pair; cos and sin are (…,r), later dims stay."
+def rotated(x:Tensor, table:Tensor) -> Tensor:
+  "Rotates dims j and r+j of x (…,hd) as a pair; table (…,2r) holds cos and sin, later dims stay."
+  cos, sin = table.chunk(2, dim=-1)
   r = cos.shape[-1]
   a, b, rest = x[..., :r], x[..., r:2*r], x[..., 2*r:]
   return Tensor.cat(a*cos - b*sin, a*sin + b*cos, rest, dim=-1)
@@ -534,32 +530,30 @@ class Attention:
   """
   def __init__(self, d_model:int, n_heads:int, rng:Generator, std:float, out_std:float,
                rotary_dim:int=0, causal:bool=True):
-    self.n_heads, self.rotary_dim, self.causal = n_heads, rotary_dim, causal
+    self.n_heads, self.head_size = n_heads, d_model // n_heads
+    self.rotary_dim, self.causal = rotary_dim, causal
     self.Wqkv = Linear(d_model, 3*d_model, rng, std)
     self.out_proj = Linear(d_model, d_model, rng, out_std)
 
   def init_state(self, batch:int, capacity:int) -> KVCache:
-    d_model = self.out_proj.weight.shape[0]
-    rows = (batch, self.n_heads, capacity, d_model // self.n_heads)
-    return KVCache(zeros(*rows), zeros(*rows))
+    shape = (batch, self.n_heads, capacity, self.head_size)
+    return KVCache(zeros(*shape), zeros(*shape))
 
-  def angles(self, L:int, positions:Positions|None, device:str) -> tuple[Tensor, Tensor]:
-    "cos and sin at the positions of L tokens: (L,r), or (B,1,L,r) with left padding."
-    tables = rotary_tables(positions.visible if positions else L, self.rotary_dim, device)
-    if positions is None: return tables
+  def rotary(self, L:int, positions:Positions|None, device:str) -> Tensor:
+    "cos and sin at the positions of L tokens: (L,2r), or (B,1,L,2r) with left padding."
+    table = rotary_table(positions.visible if positions else L, self.rotary_dim, device)
+    if positions is None: return table
     t = positions.of(L).maximum(0)
-    if t.ndim == 2: t = t.unsqueeze(1)
-    return tuple(embedding(t, table) for table in tables)
+    return lookup(table, t.unsqueeze(1) if t.ndim == 2 else t)
 
   def qkv(self, u:Tensor, positions:Positions|None) -> tuple[Tensor, Tensor, Tensor]:
     "u (B,L,D) -> q, k, v (B,heads,L,hd), q and k rotated by their positions."
     B, L, _ = u.shape
-    by_head = (x.reshape(B, L, self.n_heads, -1).transpose(1, 2)
+    q, k, v = (x.reshape(B, L, self.n_heads, -1).transpose(1, 2)
                for x in self.Wqkv(u).chunk(3, dim=-1))
-    q, k, v = by_head
     if self.rotary_dim == 0: return q, k, v
-    angles = self.angles(L, positions, u.device)
-    return rotated(q, *angles), rotated(k, *angles), v
+    table = self.rotary(L, positions, u.device)
+    return rotated(q, table), rotated(k, table), v
 
   def __call__(self, u:Tensor, cache:State=None, positions:Positions|None=None,
                weights:Weights=None) -> tuple[Tensor, State]:
@@ -583,17 +577,14 @@ class MLP:
 
   def __call__(self, x:Tensor) -> Tensor: return self.fc2(self.fc1(x).gelu())
 
-def make_mixer(cfg:H3Config, i:int, rng:Generator) -> H3Mixer|S4DMixer|Attention:
-  "The mixer of layer i."
-  if i not in cfg.attn_layers: return (H3Mixer if cfg.ssm == "h3" else S4DMixer)(cfg, rng)
-  return Attention(cfg.d_model, cfg.n_heads, rng, cfg.init_std, cfg.out_std, cfg.rotary_dim)
-
 class Block:
   "x + mixer(norm1 x), then + mlp(norm2 x): pre-norm (flash_attn/modules/block.py:102-150)."
   def __init__(self, cfg:H3Config, i:int, rng:Generator):
     self.dropout = cfg.resid_dropout
     self.norm1, self.norm2 = (LayerNorm(cfg.d_model, cfg.norm_eps) for _ in range(2))
-    self.mixer = make_mixer(cfg, i, rng)
+    if i in cfg.attn_layers:
+      self.mixer = Attention(cfg.d_model, cfg.n_heads, rng, cfg.init_std, cfg.out_std, cfg.rotary_dim)
+    else: self.mixer = {"h3": H3Mixer, "s4d": S4DMixer}[cfg.ssm](cfg, rng)
     self.mlp = MLP(cfg, rng)
 
   def __call__(self, x:Tensor, state:State=None, positions:Positions|None=None,

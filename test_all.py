@@ -1076,6 +1076,12 @@ def assert_grads(got, want, size=np.linalg.norm):
   assert got.keys() == want.keys()
   for k, g in want.items(): assert_close(got[k], g, 1e-4 * size(g), k)
 
+def gradients(loss:Tensor, params:dict[str, Tensor], *also:Tensor) -> dict[str, np.ndarray]:
+  "By name; loss and `also` are realised with them."
+  grads = loss.gradient(*params.values())
+  Tensor.realize(loss, *also, *grads)
+  return {k: g.numpy() for k, g in zip(params, grads)}
+
 def shaken(config, seed=1):
   "A model in which no parameter is at a trivial value."
   model, rng = H3LM(config), np.random.default_rng(seed)
@@ -1092,17 +1098,15 @@ S4D = H3Config(19, 12, 2, (1,), n_heads=2, d_state=10, max_length=12, ssm="s4d")
 @slow
 def test_flash_switch_on_a_whole_model():
   "logits, loss and every gradient to 1e-5 of the largest, with kernels and without"
-  model, t = H3LM(HYBRIDS[0]), toks(tokens_of(19, 3, 11))
-  params = get_state_dict(model)
-  def results() -> list[np.ndarray]:
-    logits = model(t)
-    loss = train.cross_entropy(logits[:, :-1], t[:, 1:])
-    Tensor.realize(*(all := [logits, loss, *loss.gradient(*params.values())]))
-    return [a.numpy() for a in all]
-  with Context(FLASH=1): ours = results()
-  with Context(FLASH=0): plain = results()
-  for name, a, b in zip(["logits", "loss", *params], ours, plain):
-    assert np.abs(a - b).max() <= 1e-5*max(np.abs(b).max(), 1e-3), name
+  model, t, results = H3LM(HYBRIDS[0]), toks(tokens_of(19, 3, 11)), []
+  for flash in (1, 0):
+    with Context(FLASH=flash):
+      logits = model(t)
+      loss = train.cross_entropy(logits[:, :-1], t[:, 1:])
+      grads = gradients(loss, get_state_dict(model), logits)
+      results.append({"logits": logits.numpy(), "loss": loss.numpy()} | grads)
+  for name, plain in results[1].items():
+    assert_close(results[0][name], plain, 1e-5*max(np.abs(plain).max(), 1e-3), name)
 
 def language_model(**kw) -> Callable:
   return lambda: H3LM(H3Config(20, 16, 2, n_heads=2, d_state=8, **kw))
@@ -1119,18 +1123,17 @@ def test_gradients_of_models_survive_what_is_read(make):
   "every parameter's, to the bit, after reading the loss or the logits; with dropout"
   model, x, y = make(), *map(toks, tokens_of(20, 2, 2, 12))
   params = get_state_dict(model)
-  def gradients(read:Callable) -> list[np.ndarray]:
+  def after(read:Callable) -> dict[str, np.ndarray]:
     Tensor.manual_seed(3)
     logits = model.mlm(x) if isinstance(model, BiGS) else model(x)
     loss = logits.sparse_categorical_crossentropy(y)
     read(loss, logits)
-    Tensor.realize(*(grads := loss.gradient(*params.values())))
-    return [g.numpy() for g in grads]
+    return gradients(loss, params)
   reads = (lambda loss, _: loss.item(), lambda loss, _: loss.numpy(), lambda _, logits: logits.numpy())
   with Context(TRAINING=1):
-    want = gradients(lambda loss, logits: None)
+    want = after(lambda loss, logits: None)
     for read in reads:
-      for name, a, b in zip(params, gradients(read), want): assert (a == b).all() and a.any(), name
+      for name, got in after(read).items(): assert (got == want[name]).all() and got.any(), name
 
 def own_loop(model:H3LM, batches:list, jit:bool) -> list[float]:
   "tinygrad's own optimizer; without TinyJit the loss is read before `backward`."
@@ -1174,11 +1177,9 @@ def test_golden_logits(tiny, L, atol):
 
 def test_golden_logits_loss_and_gradients(tiny):
   t, want = toks(golden("tiny_h3/tokens_L64.npy")), tensors("tiny_h3/grads_L64")
-  params = get_state_dict(tiny)
   logits = tiny(t)
   loss = logits[:, :-1].sparse_categorical_crossentropy(t[:, 1:])
-  grads = dict(zip(params, loss.gradient(*params.values())))
-  Tensor.realize(logits, loss, *grads.values())
+  grads = gradients(loss, get_state_dict(tiny), logits)
   assert_close(logits, golden("tiny_h3/logits_L64.npy"), 5e-5)
   assert_close(loss.reshape(1), want.pop("loss"), 1e-5, "loss")
   assert_grads(grads, want)
@@ -1218,13 +1219,11 @@ def test_golden_layer(name):
   config = H3Config(d_model=c["d_model"], d_state=c["d_state"], head_dim=c["head_dim"])
   layer = H3Mixer(config, np.random.default_rng(0))
   load_weights(layer, read_checkpoint(f"{GOLDEN}/layers/{name}/params.safetensors")[0])
-  x, params = Tensor(golden(f"layers/{name}/x.npy")).realize(), get_state_dict(layer)
-  out = layer(x)[0]
-  gx, *grads = (out * Tensor(golden(f"layers/{name}/r.npy"))).sum().gradient(x, *params.values())
-  Tensor.realize(out, gx, *grads)
-  assert_close(out, golden(f"layers/{name}/out.npy"), 5e-6)
-  assert_close(gx, (want := golden(f"layers/{name}/grad_x.npy")), 1e-4*np.linalg.norm(want), "x")
-  assert_grads(dict(zip(params, grads)), tensors(f"layers/{name}/grads"))
+  x, r, out, gx = (golden(f"layers/{name}/{part}.npy") for part in ("x", "r", "out", "grad_x"))
+  y = layer(x := Tensor(x).realize())[0]
+  grads = gradients((y * Tensor(r)).sum(), {"x": x} | get_state_dict(layer), y)
+  assert_close(y, out, 5e-6)
+  assert_grads(grads, {"x": gx} | tensors(f"layers/{name}/grads"))
 
 # ---------------------------------------------------------------- a second oracle: the recurrences, in float64
 
@@ -1319,8 +1318,7 @@ def test_against_torch():
   other = bench.TorchLM(model.config, {k: v.numpy() for k, v in names.items()})
   loss, want = train.cross_entropy(model(toks(x)), toks(y)), other.loss(torch.tensor(x), torch.tensor(y))
   want.backward()
-  grads = dict(zip(names, loss.gradient(*names.values())))
-  assert_grads(grads, {k: w.grad.numpy() for k, w in other.weights.items()})
+  assert_grads(gradients(loss, names), {k: w.grad.numpy() for k, w in other.weights.items()})
   assert abs(loss.item() - want.item()) < 1e-5
   state, theirs = model.init_state(2, 8), other.init_state(2, 8)
   for i in range(4):
@@ -1939,13 +1937,10 @@ def test_bigs_golden_gradients(tinyA):
   fs4, bs4 = layer.fs4, layer.bs4
   def check(f:Callable, name:str, params:dict) -> None:
     z = np.load(f"{BIGS}/{name}.npz")
-    x, r = Tensor(z["input"]), Tensor(z["fixed_random"])
-    y = f(x)
-    grads = (y*r).sum().gradient(x, *params.values())
-    Tensor.realize(y, *grads)
+    y = f(x := Tensor(z["input"]))
+    grads = gradients((y*Tensor(z["fixed_random"])).sum(), {"input": x} | params, y)
     assert_close(y, z["output"], 2e-5*largest(z["output"]))   # the golden SSM's taps are off by 1e-5 themselves
-    want = {"grad_input": z["grad_input"]} | {k: z["grad."+k] for k in params}
-    assert_grads({k: g.numpy() for k, g in zip(want, grads)}, want, largest)
+    assert_grads(grads, {"input": z["grad_input"]} | {k: z["grad."+k] for k in params}, largest)
   K = bigs_tiny.filters([fs4], 100)
   check(lambda x: bigs_tiny.convolve(x, K), "s4d_layer0_fs4_L100", get_state_dict(fs4))
   matrices = bigs_tiny.toeplitz(bigs_tiny.filters([fs4, bs4], 16))
@@ -1956,9 +1951,8 @@ def test_bigs_golden_gradients(tinyA):
     assert_close(got, bigs_golden(f"kernel_layer0_{name}_L128_f64").ravel(), 2e-5)
   want, params = dict(np.load(f"{BIGS}/mlm_grads16.npz")), get_state_dict(model)
   labels = toks(np.load(f"{BIGS}/inputs.npz")["mlm_labels16"])
-  grads = train.cross_entropy(model.mlm(ids("ids16")), labels).gradient(*(params[k] for k in want))
-  Tensor.realize(*grads)
-  assert_grads({k: g.numpy() for k, g in zip(want, grads)}, want, largest)
+  loss = train.cross_entropy(model.mlm(ids("ids16")), labels)
+  assert_grads(gradients(loss, {k: params[k] for k in want}), want, largest)
 
 def np_s4d(w, u, reverse=False):
   "BiGS's SSM, one step at a time: u (B,L,D)."
