@@ -558,17 +558,7 @@ def run(args:argparse.Namespace) -> None:
     cure = "" if meta else ": give another --tokenizer"
     raise UserError(f"{path} has a vocabulary of {model.config.vocab_size}, not the "
                     f"{tokenizer.vocab_size} of {name}{cure}")
-  if action in ("perplexity", "score"):
-    most = model.config.max_positions or math.inf
-    window = args.window or min(most, length or model.config.max_length)
-    if window > most:
-      raise UserError(f"--window {window}: the model has learned positions for {most} tokens")
-    if action == "score": return print_score(model, tokenizer, args.score, args.shots, window)
-    stride = args.stride or -(-window//2)
-    if stride > window:
-      raise UserError(f"--stride {stride} is longer than a window of {window}: tokens would be "
-                      "left out")
-    return print_perplexity(model, tokenizer, args.perplexity, window, stride, args.text_key)
+  if action in ("perplexity", "score"): return print_likelihood(args, model, tokenizer, length)
   if args.max_length and not model.config.attn_layers:
     raise UserError(f"--max-length is for models with attention: {path} has no cache and no limit")
   of_python = name == "bytes" and not trained.get("data")
@@ -578,6 +568,20 @@ def run(args:argparse.Namespace) -> None:
     temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
   print(f"[{path}: {read} tokens of prompt, {generated} generated, {speed:.0f} tokens/s, "
         f"{peak_memory()/1e9:.2f} GB of memory at the peak]", file=sys.stderr)
+
+def print_likelihood(args:argparse.Namespace, model:H3LM, tokenizer:Tokenizer, length:int|None
+                     ) -> None:
+  "--score or --perplexity, in windows of the length that the model was trained on."
+  most = model.config.max_positions or math.inf
+  window = args.window or min(most, length or model.config.max_length)
+  if window > most:
+    raise UserError(f"--window {window}: the model has learned positions for {most} tokens")
+  if args.score is not None: return print_score(model, tokenizer, args.score, args.shots, window)
+  stride = args.stride or -(-window//2)
+  if stride > window:
+    raise UserError(f"--stride {stride} is longer than a window of {window}: tokens would be left "
+                    "out")
+  print_perplexity(model, tokenizer, args.perplexity, window, stride, args.text_key)
 
 # a .safetensors file as the .pt that the authors' scripts load
 TO_PT = """import torch, safetensors.torch
