@@ -27,7 +27,7 @@ from tinygrad import GlobalCounters, Tensor
 from bigs_tiny import BiGS, BiGSConfig, filters
 from papers.grid import COLORS, UNVERIFIED, Column, Grid, pad, panels, run_program
 from support.checkpoints import CheckpointError, find
-from support.cpu import check_kernels, setup_device
+from support.cpu import setup_device
 from support.text import UserError
 from train import Parser, Task, cross_entropy, is_causal, number, task
 
@@ -215,7 +215,6 @@ def look(argv:list[str]) -> int:
   add("--flops", action="store_true", help="count operations by length, BiGS and BERT (3 minutes)")
   args = parser.parse_args(argv)
   setup_device()
-  check_kernels()
   try:
     if args.plot: print(f"wrote {plot_filters(args.plot, args.offsets)}")
     if args.flops: print_operations()
