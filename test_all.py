@@ -3502,6 +3502,7 @@ def test_filters_and_operations(tmp_path, monkeypatch, capsys):
   assert bigs.main(["--flops"]) == 0
   assert len(re.findall(r"^ +\d+ .* \d\.\d\dx$", capsys.readouterr().out, re.M)) == 2
 
+@slow
 def test_readme_of_the_papers(tmp_path, untrained, monkeypatch):
   "Each command of papers/README.md: grids without training; of other models all but the training."
   monkeypatch.chdir(tmp_path)
@@ -3518,8 +3519,8 @@ def test_readme_of_the_papers(tmp_path, untrained, monkeypatch):
   monkeypatch.setattr(arena, "listops", lambda *_: ([1]*20, 1))           # to make them takes long
   monkeypatch.setattr(bigs, "look", lambda argv: looked.append(argv) or 0)
   blocks = re.findall(r"```sh\n(.*?)```", (HERE/"papers"/"README.md").read_text(), re.S)
-  for line in "".join(blocks).splitlines():
-    _, program, *options = shlex.split(line.split("  #")[0])
+  for command in {line.split("  #")[0].strip() for line in "".join(blocks).splitlines()}:
+    _, program, *options = shlex.split(command)
     module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
     if "--reproduce" in options: assert module.main([*options, "--seeds", "1"]) == 0
     elif {"--plot", "--flops"} & {*options}: assert module.main(options) == 0

@@ -36,7 +36,7 @@ DEPTH, ARGUMENTS = 10, 10
 def listops(rng:random.Random, low:int, high:int) -> tuple[list[int], int]:
   """Nested operations on digits as low < n < high tokens, and their value. An operator's token has
   its opening bracket in it. Tay et al. 2020, arXiv 2011.04006; Nangia and Bowman 2018."""
-  tokens: list[int] = []
+  tokens = []
   def node(depth):
     "Appends a digit or an operation to the tokens; returns its value."
     if len(tokens) >= high: return 0                                # too long already

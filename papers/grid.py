@@ -2,9 +2,9 @@
 
 Each program is one claim of a paper, with its data and its models:
 
-  python papers/NAME.py --task TASK --out DIR  trains one model, by train.py's and its task's options
-  python papers/NAME.py --reproduce            trains the grid, prints its table beside the paper's,
-                                               draws the curves; --seeds N, --out DIR
+  python papers/NAME.py --task TASK --out DIR   trains one model; --help has its other options
+  python papers/NAME.py --reproduce             trains the grid, prints its table beside the
+                                                paper's, draws the curves; --seeds N, --out DIR
 
 A new task is one function under train.py's decorator `@task`, which returns a `Task`;
 synthetic.py is an example. A grid trains each of its models with several seeds, on a CPU as many
@@ -84,8 +84,7 @@ class Grid:
 
   def plan(self, out:Path, seeds:int) -> Cells:
     "The runs of each cell, seed by seed. Columns with the same options share a run."
-    runs: dict[Path, Run] = {}
-    cells: Cells = {}
+    runs, cells = {}, {}                          # runs by their folder
     for seed, row, column in itertools.product(range(seeds), self.rows, self.columns):
       options = f"{self.columns[column].options} {self.rows[row]}"
       slug = re.sub("[^a-z0-9]+", "-", options.replace("--", "").lower())
@@ -105,15 +104,17 @@ def train_all(program:str, runs:list[Run], at_once:int) -> None:
   """Trains the runs that are not finished, some at once. A signal stops them all: they save, and
   KeyboardInterrupt is raised. UserError if one fails."""
   waiting = [run for run in runs if not run.finished()]
-  training: dict[Run, subprocess.Popen] = {}
+  training = {}                                   # the process of each run
   with Interrupt(signal.default_int_handler):
     try:
       while waiting or training:
         while waiting and len(training) < at_once:
           run = waiting.pop(0)
           training[run] = run.start(program)
-        for run in [run for run, process in training.items() if process.poll() is not None]:
-          code = training.pop(run).returncode
+        for run, process in [*training.items()]:
+          code = process.poll()
+          if code is None: continue
+          del training[run]
           if run.finished():
             took = duration(60*run.minutes())
             print(f"{run.title}: {int(run.meta['step']):,} steps in {took}", flush=True)
@@ -188,7 +189,7 @@ def plot_curves(grid:Grid, cells:Cells, path:Path) -> None:
 # ---- a program's command line -------------------------------------------------------------------
 
 def run_program(program:str, grid:Grid|None, default:str, argv:list[str]|None=None,
-                then:Callable[[Path], None]|None=None) -> int:
+                then:Callable|None=None) -> int:
   """With --reproduce trains the grid; else one model, by train.py's options and the tasks' own.
 
   default: the task where the command line names none. then: what follows the table, given the
@@ -228,7 +229,7 @@ def to_float(text:str) -> float|None:
   except ValueError: return None
   return x if math.isfinite(x) else None
 
-def pad(tokens:list[int], length:int, filler:int) -> tuple[np.ndarray, np.ndarray]:
+def pad(tokens:list[int], length:int, filler:int) -> Batch:
   "Tokens and fillers (length,), and a mask that is 1 where the tokens are."
   x = np.full(length, filler, np.int32)
   x[:len(tokens)] = tokens
@@ -236,8 +237,7 @@ def pad(tokens:list[int], length:int, filler:int) -> tuple[np.ndarray, np.ndarra
 
 def stack(rows:list[tuple]) -> Batch: return tuple(map(np.stack, zip(*rows)))
 
-def take(rows:Batch, index:list[int]|np.ndarray|slice) -> Batch:
-  return tuple(array[index] for array in rows)
+def take(rows:Batch, index) -> Batch: return tuple(array[index] for array in rows)
 
 def drawn_from(rows:Batch, args:argparse.Namespace) -> Callable[[int], Batch]:
   "A function from the step to its batch: each epoch has all rows, in an order of its own."

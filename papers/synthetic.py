@@ -37,7 +37,7 @@ def induction(rng:np.random.Generator, n:int, length:int, symbols:int) -> np.nda
 
 def recall(rng:np.random.Generator, n:int, length:int, symbols:int) -> np.ndarray:
   """Associative recall, (n, length+3): pairs of a key and its value, by a map of the row's own;
-  then the special symbol, a key and its value. Each key that occurred is as likely, however often."""
+  then the special symbol, a key and its value. Each key that occurred is as likely."""
   special, half = symbols - 2, (symbols - 2)//2
   keys = rng.integers(0, half, (n, length//2))
   values = rng.integers(half, 2*half, (n, half))                      # of each key
