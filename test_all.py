@@ -2120,7 +2120,6 @@ import sys, time, generate
 from huggingface_hub import constants
 from support import checkpoints
 time.sleep = lambda seconds: None                     # between its attempts
-generate.check_kernels = lambda: None
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 16
 size, sha, *repos = sys.argv[1:]
 for repo in [*repos, "125M"]:
