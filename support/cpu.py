@@ -81,7 +81,7 @@ def finished(stores:UOp, name:str) -> UOp:
   return stores.sink(arg=KernelInfo(name=name, opts_to_apply=()))
 
 def plus(place:UOp, x:UOp) -> UOp:
-  "Adds x to what is in a place."
+  "place += x"
   return place.store(place + x)
 
 def filled(array:UOp, i:UOp, value:UOp|float, *after:UOp) -> UOp:
@@ -210,8 +210,8 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
   first_tile = me*my_tiles if of_tiles > 1 else 0
   first_panel = me*my_panels if of_panels > 1 else 0
   group_loop, panel_loop = loop(my_groups), loop(ceildiv(my_panels, nb))
-  round, tile_loop = loop(rounds), loop(ceildiv(my_tiles, mb))
-  g, block = first_group + group_loop, round % blocks
+  this_round, tile_loop = loop(rounds), loop(ceildiv(my_tiles, mb))
+  g, block = first_group + group_loop, this_round % blocks
   panel, tile = first_panel + panel_loop*nb, first_tile + tile_loop*mb
 
   # Sizes that the tile does not divide: the last panel starts early enough to end at column N, the
@@ -223,7 +223,7 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
   left = lambda j: ((panel + j)*nt).minimum(N - nt)
   row = lambda r: r if even else r.minimum(last)
 
-  ga, gb = (0 if x.shape[0] == 1 else round//blocks if G == 1 else g for x in (A, B))
+  ga, gb = (0 if x.shape[0] == 1 else this_round//blocks if G == 1 else g for x in (A, B))
   load = lambda x, at, transposed: widened(x[(at[0], at[2], at[1]) if transposed else at].load())
   a = lambda r, k: load(A, (ga, r, k), ta)
   b = lambda k, c: load(B, (gb, k, c), tb)
@@ -235,10 +235,10 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
     x, counted = b(k0 + p, left(j) + v), []
     if K % kb: counted.append(k0 + p < block*kb)
     if several and (N % nt or my_panels % nb):
-      counted.append((round > 0) & (left(j) + v < (panel + j)*nt))
+      counted.append((this_round > 0) & (left(j) + v < (panel + j)*nt))
     if counted: x = functools.reduce(operator.or_, counted).where(0.0, x)
     pb = body.array(nb, kb, nt)
-    store = pb.after(round, panel_loop, group_loop, core)[j, p, v].store(x)
+    store = pb.after(this_round, panel_loop, group_loop, core)[j, p, v].store(x)
     return pb.after(store.end(*((p, v) if tb else (v, p))).end(j))
 
   def pack_tiles(pb:UOp) -> UOp:
@@ -252,7 +252,7 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
   pa = pack_tiles(pb) if packed and ta else None          # else a row of A is read in order anyway
   need = tuple(x for x in (pb, pa) if x is not None)
   j, i = loop(nb), loop(mb)
-  inner = i, j, tile_loop, round, panel_loop, group_loop, core
+  inner = i, j, tile_loop, this_round, panel_loop, group_loop, core
   first, j0 = (tile + i)*mt, left(j)
   at = [row((tile + i)*mt + r) for r in range(mt)]
 
@@ -262,8 +262,8 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
     zero = UOp.const(0.0, dtypes.float)
     start = [bias[0][r if swapped else j0 + z] if bias else zero for r in at]
     if several:
-      before = [c(C.after(round), r, j0 + z).load() for r in at]
-      start = [(round > 0).where(x, s) for x, s in zip(before, start)]
+      before = [c(C.after(this_round), r, j0 + z).load() for r in at]
+      start = [(this_round > 0).where(x, s) for x, s in zip(before, start)]
     ready = sums.after(*inner, *need)
     return sums.after(UOp.group(*[ready[r, z].store(s) for r, s in enumerate(start)]).end(z))
 
@@ -631,11 +631,11 @@ def attend_kernel(y:UOp, q:UOp, k:UOp, v:UOp, pos:UOp, *start:UOp, m:Machine) ->
 
   # y = s v / Σ s
   z, t, d, o = body.loop(D), body.sum_loop(rows), body.loop(D), body.loop(D)
-  a, all = acc.after(turn, s), total.after(turn, s)
-  zero = UOp.group(a[z].store(0.0).end(z), all[0].store(0.0))
-  a, all = acc.after(zero, t), total.after(zero, t)
-  weighted = plus(a[d], s[t]*v[at(t, d)]).end(d)
-  sums = UOp.group(weighted, plus(all[0], s[t])).end(t)
+  new, new_total = acc.after(turn, s), total.after(turn, s)
+  zero = UOp.group(new[z].store(0.0).end(z), new_total[0].store(0.0))
+  now, now_total = acc.after(zero, t), total.after(zero, t)
+  weighted = plus(now[d], s[t]*v[at(t, d)]).end(d)
+  sums = UOp.group(weighted, plus(now_total[0], s[t])).end(t)
   out = y[g*D + o].store(acc.after(sums)[o]/total.after(sums)[0])
   # loops whose length is known only to the device: tinygrad can't count or rearrange what they do
   work = Estimates(4*G*T*D, 8*G*T*D, 8*G*T*D)
