@@ -182,10 +182,12 @@ class GatedSSM:
     D, I = cfg.d_model, cfg.d_inner
     self.gelu = gelu(cfg)
     self.LayerNorm = LayerNorm(D, cfg.norm_eps)
-    self.fs4, self.bs4 = S4D(cfg.d_state, rng), S4D(cfg.d_state, rng)
+    self.fs4 = S4D(cfg.d_state, rng)
+    self.bs4 = S4D(cfg.d_state, rng)
     self.du_forward, self.du_backward = dense(D, D, rng), dense(D, D, rng)
     self.duc_forward, self.duc_backward = dense(D, D, rng), dense(D, D, rng)
-    self.dv, self.dol = dense(D, I, rng), dense(D, I, rng)
+    self.dv = dense(D, I, rng)
+    self.dol = dense(D, I, rng)
     self.do = dense(I, D, rng)
 
   def __call__(self, x:Tensor, K_f:Tensor, K_b:Tensor) -> Tensor:
@@ -202,7 +204,8 @@ class GatedAttention:
     self.gelu = gelu(cfg)
     self.LayerNorm = LayerNorm(D, cfg.norm_eps)
     self.attention = attention(cfg, rng)
-    self.dv, self.dol = dense(D, I, rng), dense(D, I, rng)
+    self.dv = dense(D, I, rng)
+    self.dol = dense(D, I, rng)
     self.do = dense(I, D, rng)
 
   def __call__(self, x:Tensor) -> Tensor:
@@ -218,7 +221,8 @@ class StackAttention:
     self.LayerNorm = LayerNorm(D, cfg.norm_eps)
     self.attention = attention(cfg, rng)
     self.norm2 = LayerNorm(D, cfg.norm_eps)
-    self.fc1, self.fc2 = dense(D, I, rng), dense(I, D, rng)
+    self.fc1 = dense(D, I, rng)
+    self.fc2 = dense(I, D, rng)
 
   def __call__(self, x:Tensor) -> Tensor:
     x = x + self.attention(self.LayerNorm(x))[0]
@@ -236,10 +240,12 @@ class StackSSM:
     D, I = cfg.d_model, cfg.d_inner
     self.gelu = gelu(cfg)
     self.LayerNorm = LayerNorm(D, cfg.norm_eps)
-    self.fs4, self.bs4 = S4D(cfg.d_state, rng), S4D(cfg.d_state, rng)
+    self.fs4 = S4D(cfg.d_state, rng)
+    self.bs4 = S4D(cfg.d_state, rng)
     self.mix = dense(2*D, D, rng)
     self.norm2 = LayerNorm(D, cfg.norm_eps)
-    self.fc1, self.fc2 = dense(D, I, rng), dense(I, D, rng)
+    self.fc1 = dense(D, I, rng)
+    self.fc2 = dense(I, D, rng)
 
   def __call__(self, x:Tensor, K_f:Tensor, K_b:Tensor) -> Tensor:
     h = self.LayerNorm(x)

@@ -186,6 +186,7 @@ class KVCache(NamedTuple):
   values: Tensor
 
 State = H3State | S4DState | KVCache | None      # of a layer
+Mixed = tuple[Tensor, State]                     # what a layer returns
 
 class LMState(NamedTuple):
   "A language model's state. `get_parameters(state)` lists its Tensors."
@@ -396,8 +397,7 @@ def h3_reference(layer:H3Mixer, u:Tensor) -> Tensor:
   return layer.output_linear(layer.ordered(z).transpose(1, 2))
 
 @replaceable
-def h3_step(q:Tensor, k:Tensor, v:Tensor, state:H3State, weights:StepWeights
-            ) -> tuple[Tensor, State]:
+def h3_step(q:Tensor, k:Tensor, v:Tensor, state:H3State, weights:StepWeights) -> Mixed:
   "The same for one token, between the projections: q, k, v (B,D) -> z (B,D) and the new state."
   k, s = weights.shift.step(state.shift, k)
   kv = outer(k, v, q.shape[1] // state.re.shape[1])            # (B,p,p,H)
@@ -429,8 +429,7 @@ class H3Mixer:
     "Channels h*p + d2 as the output wants them (h3.py:153; src/ops/fftconv.py:48)."
     return z if self.p == 1 or self.head_order == "hd2" else heads(z, self.p).flatten(1, 2)
 
-  def convolve(self, q:Tensor, k:Tensor, v:Tensor, state:State, filters:Filters
-               ) -> tuple[Tensor, State]:
+  def convolve(self, q:Tensor, k:Tensor, v:Tensor, state:State, filters:Filters) -> Mixed:
     "z (B,D,L) from q, k, v (B,D,L): by FFT, or by state passing."
     shift, diag = self.shift_ssm, self.diag_ssm
     shifted = fftconv(k, filters.shift, shift.D)                       # S ∗ k + D k
@@ -445,7 +444,7 @@ class H3Mixer:
     return z, state and H3State(shift.final_state(state.shift, k), *x)
 
   def __call__(self, u:Tensor, state:State=None, positions:Positions|None=None,
-               weights:Weights=None) -> tuple[Tensor, State]:
+               weights:Weights=None) -> Mixed:
     q, k, v = self.qkv(u)                                              # (B,L,D)
     if positions: k = positions.without_padding(k)
     if positions and u.shape[1] == 1:
@@ -472,7 +471,7 @@ class S4DMixer:
     return S4DState(*self.diag_ssm.zero_state(batch))
 
   def __call__(self, u:Tensor, state:State=None, positions:Positions|None=None,
-               weights:Weights=None) -> tuple[Tensor, State]:
+               weights:Weights=None) -> Mixed:
     if positions: u = positions.without_padding(u)
     if positions and u.shape[1] == 1:
       modes = (weights or step_weights(self)).modes
@@ -556,7 +555,7 @@ class Attention:
     return rotated(q, table), rotated(k, table), v
 
   def __call__(self, u:Tensor, cache:State=None, positions:Positions|None=None,
-               weights:Weights=None) -> tuple[Tensor, State]:
+               weights:Weights=None) -> Mixed:
     q, k, v = self.qkv(u, positions)
     if cache is None: y = attend(q, k, v, causal=self.causal)
     else:
@@ -588,7 +587,7 @@ class Block:
     self.mlp = MLP(cfg, rng)
 
   def __call__(self, x:Tensor, state:State=None, positions:Positions|None=None,
-               weights:Weights=None) -> tuple[Tensor, State]:
+               weights:Weights=None) -> Mixed:
     y, state = self.mixer(self.norm1(x), state, positions, weights)
     x = x + y.dropout(self.dropout)
     return x + self.mlp(self.norm2(x)).dropout(self.dropout), state
