@@ -3190,8 +3190,9 @@ SMALL = "--d-model 8 --n-layer 1 --n-heads 1 --d-state 4 --sample 0".split()
 def test_classify_learns(tmp_path, capsys):
   "Classes with their three metrics; real values of pairs with both correlations."
   options = "--d-model 32 --n-layer 1 --d-state 8 --length 40 --eval-every 1000 --lr 4e-3 --steps"
-  animals = [f"the {animal} is" for animal in ("cat", "dog", "hen")]
-  rows = [(("good", "bad")[i % 2], f"{animals[i % 3]} {('kind', 'rude')[i % 2]}") for i in range(250)]
+  animals = ("cat", "dog", "hen")
+  rows = [("good", "is kind") if i % 2 else ("bad", "is rude") for i in range(250)]
+  rows = [(label, f"the {animals[i % 3]} {text}") for i, (label, text) in enumerate(rows)]
   data, dev = tsv(tmp_path/"a.tsv", rows[:200]), tsv(tmp_path/"dev.tsv", rows[200:])
   learn = [*options.split(), "120", "--data", data, "--dev", dev, "--out", str(tmp_path/"c")]
   assert finetune.main(learn) == 0
@@ -3206,7 +3207,7 @@ def test_classify_learns(tmp_path, capsys):
 def test_classify_by_the_recipe_of_glue(tmp_path, capsys):
   "From an official file, whose classifier of three labels is replaced by one of two."
   data = tsv(tmp_path/"a.tsv", [("ab"[i % 2], f"hello w{i}") for i in range(64)])
-  args, start = train.resolve_args(["--task", "classify", "--init", str(BIGS/"seqcls"), "--data", data])
+  args, start = train.resolve_args(f"--task classify --init {BIGS/'seqcls'} --data {data}".split())
   assert (args.model, args.tokenizer, args.batch) == ("bigs", "bert", 16)
   args.tokenizer = "bytes"                                 # the file has no vocabulary beside it
   task = finetune.classify_task(args)
@@ -3215,7 +3216,7 @@ def test_classify_by_the_recipe_of_glue(tmp_path, capsys):
   assert model.classifier.weight.shape == (2, 32) and "classifier" in capsys.readouterr().err
 
 def test_rows_of_texts(tmp_path):
-  "[CLS] a [SEP] b [SEP] and its mask; the longer text is cut; classes that are numbers are in order"
+  "[CLS] a [SEP] b [SEP] and its mask; the longer text is cut; numbers are classes in order"
   data = tsv(tmp_path/"a.tsv", [("10", "abc", "d"*99), ("9", "e", "f")]*10)
   _, task = paper_task(f"--task classify --length 12 --batch 99 --data {data}")
   tok = task.tokenizer
@@ -3232,23 +3233,28 @@ TABLES = {
   "line 3 has 4 columns": "a\tx\nb\ty\na\tx\ty\tz", "is empty": "", "no lines": "\n",
   "line 2 has 2 columns and an empty text": "a\tx\nb\t ",
   "line 3: 'neg' is not a number": "1.5\tx\n2\ty\nneg\tz",
-  "4 columns: a line is label, tab, text, tab, text; --columns names others": "x\t1\t*\ty\nx\t0\t\tz",
+  "4 columns: a line is label, tab, text, tab, text; --columns names others":
+    "x\t1\t*\ty\nx\t0\t\tz",
   "line 1 looks like a header (label, review)": "label\treview\na\tx\nb\ty",
   "line 1 looks like a header (index, sentence)": "index\tsentence\n0\tx\n1\ty",
   "has no lines but its header": "label\tsentence",
   "line 3 has 3 columns: a line is 2 columns": "label\ttext\n1\tx\n0\ty\t2",
   "every line has the label 'a'": "a\tx\na\ty", "1 line: some are held out": "1.5\tx",
-  "the first 'text 0': is that a text? --columns": "".join(f"text {i}\t{i % 2}\n" for i in range(12))}
-DEV = {"dev line 1 names 2 texts, where the file to train on has 1": "label\tsentence1\tsentence2\na\tx\ty",
-       "dev line 2: the label 'c' does not occur": "a\tx\nc\ty", "dev line 1 has 3 columns": "a\tx\ty"}
+  "the first 'text 0': is that a text? --columns":
+    "".join(f"text {i}\t{i % 2}\n" for i in range(12))}
+DEV = {
+  "dev line 1 names 2 texts, where the file to train on has 1": "label\tsentence1\tsentence2\na\tx\ty",
+  "dev line 2: the label 'c' does not occur": "a\tx\nc\ty", "dev line 1 has 3 columns": "a\tx\ty"}
 COLUMNS = {"train line 1 names no column 'mood', only label, text": "mood,text",
            "of one or two texts": "2", "1 has 2 columns, and --columns 1,7 names others": "1,7"}
 OPTIONS = [
   ("finetune", "one TSV file", ""), ("finetune", "can't read nope: No such file", "--data nope"),
-  ("finetune", "give at least 4", "--data good --length 3"), ("finetune", "--reproduce", "--reproduce"),
+  ("finetune", "give at least 4", "--data good --length 3"),
+  ("finetune", "--reproduce", "--reproduce"),
   ("bigs", "at least 31", "--length 16"), ("bigs", "--data is for --task text or", "--data x"),
   ("bigs", "no model at", "--plot nope"), ("bigs", "whole number", "--plot nope --offsets 0"),
-  ("arena", "from 48 to 2000", "--length 16"), ("arena", "d_state must be", "--length 50 --d-state 3"),
+  ("arena", "from 48 to 2000", "--length 16"),
+  ("arena", "d_state must be", "--length 50 --d-state 3"),
   ("arena", "one file of images", "--task pixels"), ("arena", "--symbols", "--symbols 3"),
   ("synthetic", "at least 4", "--length 3"), ("synthetic", "--held-out", "--held-out 3"),
   ("synthetic", "not 5000 different rows", "--length 4 --symbols 4"),
@@ -3278,7 +3284,8 @@ def test_bad_input_of_the_papers_programs(tmp_path, monkeypatch, capsys):
     Path("dev").write_text(text)
     refused("finetune", words, "--data good --dev dev")
   Path("train").write_text("label\ttext\n" + GOOD)
-  for words, columns in COLUMNS.items(): refused("finetune", words, f"--data train --columns {columns}")
+  for words, columns in COLUMNS.items():
+    refused("finetune", words, f"--data train --columns {columns}")
 
 def test_metrics():
   "Against the covariance of one-hot labels (Gorodkin's coefficient as published), and known ranks"
@@ -3294,7 +3301,7 @@ def test_metrics():
   assert metrics([0, 0, 1], [0, 0, 0], 2)["MCC"] == metrics([0, 0, 0], [0, 0, 0], 2)["F1"] == 0
   assert metrics([0, 2, 0, 2], [0, 2, 0, 2], 3)["F1"] == 1                # label 1 does not occur
   x, y = np.arange(5.0), np.array([5.0, 6.0, 7.0, 8.0, 7.0])
-  want = {"Pearson": np.corrcoef(x, y)[0, 1], "Spearman": 0.8207826816681233}     # as scipy's example
+  want = {"Pearson": np.corrcoef(x, y)[0, 1], "Spearman": 0.8207826816681233}   # scipy's example
   assert grid.regression_metrics(x, y) == pytest.approx(want)
   assert grid.regression_metrics(x, 0*y) == {"Pearson": 0, "Spearman": 0}
 
@@ -3391,7 +3398,8 @@ def test_images(tmp_path, monkeypatch):
       assert mask.all() and [known[t.tobytes()] for t in tokens] == [*5*labels]
   np.savez("c.npz", x=x, y=y, **test | dict(y_test=y[:4]))
   np.savez("d.npz", x=x, y=y, x_test=x)
-  for i, text in enumerate(("a,b\n1,2", "1,2,300\n1,2,3", "", "1\n2")): Path(f"{i}.csv").write_text(text)
+  for i, text in enumerate(("a,b\n1,2", "1,2,300\n1,2,3", "", "1\n2")):
+    Path(f"{i}.csv").write_text(text)
   for file in ("c.npz", "d.npz", "0.csv", "1.csv", "2.csv", "3.csv"):
     with pytest.raises(texts.UserError, match=f"{file} is no table of images"):
       arena.read_images(Path(file))
@@ -3406,7 +3414,8 @@ def test_enough_ends_a_run(tmp_path, monkeypatch, capsys):
   easy = lambda args: dataclasses.replace(recall.make(args), stop_at=("accuracy", 0.0))
   monkeypatch.setitem(train.TASKS, "recall", dataclasses.replace(recall, make=easy))
   monkeypatch.setattr(train, "training_step", lambda *a: lambda batch, hyper: (1.0, 1.0))
-  monkeypatch.setattr(train, "evaluation", lambda *a: lambda batch: [np.float32(1.5), np.float32(80)])
+  figures = [np.float32(1.5), np.float32(80)]
+  monkeypatch.setattr(train, "evaluation", lambda *a: lambda batch: figures)
   assert synthetic.main([*"--steps 9 --eval-every 1 --out".split(), str(tmp_path), *SMALL]) == 0
   # --length 20, the special symbol, a key
   assert "9 steps of 32 x 22 = 704 tokens" in capsys.readouterr().out
@@ -3423,7 +3432,8 @@ def untrained(monkeypatch):
     seen.started.append(run.options)
     run.folder.mkdir(parents=True)
     (run.folder/"output.txt").write_text("step 1/2  64,000 tokens/s\n")
-    figures = [[1, 0.5, dict.fromkeys(metrics, 0.25 + (run.options[-1] == "1")/4)]]     # by the seed
+    seed = float(run.options[-1] == "1")
+    figures = [[1, 0.5, dict.fromkeys(metrics, 0.25 + seed/4)]]
     if not seen.code:
       run.meta = dict(step="1", seconds="6", held_out=json.dumps(figures))
       (run.folder/"meta").write_text(json.dumps(run.meta))
@@ -3450,7 +3460,7 @@ def test_reproduce(tmp_path, untrained, capsys):
     assert re.search(r"^minutes a seed +0\.1 +0\.1$", out, re.M), out
   table = (tmp_path/"small"/"table.csv").read_text().splitlines()
   assert len(table) == 9 and table[1] == "A,x,0,1,25.0,99,0.1"
-  for _ in range(2): arena.show_speed(tmp_path)                         # timed once, kept, shown again
+  for _ in range(2): arena.show_speed(tmp_path)                     # timed once, kept, shown again
   out = capsys.readouterr().out
   assert len(untrained.started) == 13 and out.count("10.00 (1.0x)") == 12, out
   for untrained.code, status in ((3, 2), (143, 130)):                   # 143: stopped by somebody
@@ -3463,17 +3473,20 @@ def test_reproduce(tmp_path, untrained, capsys):
 @slow
 def test_reproduce_stops_and_goes_on(tmp_path):
   "SIGTERM while two models are trained: both save, nobody trains any more; the next start goes on."
-  code = ("from papers.grid import *; small = '--task recall --steps 60000 --save-every 50 "
-          f"{' '.join(SMALL[:-2])}'; table = Grid('t', 't', 'a', {{'A': '--model h3', 'B': '--model s4d'}}, "
-          "{'x': Column(small, 'accuracy', {})}, seeds=1); sys.exit(run_program('papers/synthetic.py', "
-          f"table, '', ['--reproduce', '--out', {str(tmp_path)!r}]))")
+  options = f"--task recall --steps 60000 --save-every 50 {' '.join(SMALL[:-2])}"
+  code = f"""from papers.grid import *
+table = Grid('t', 't', 'a', {{'A': '--model h3', 'B': '--model s4d'}},
+             {{'x': Column({options!r}, 'accuracy', {{}})}}, seeds=1)
+argv = ['--reproduce', '--out', {str(tmp_path)!r}]
+sys.exit(run_program('papers/synthetic.py', table, '', argv))"""
   def steps() -> list[int]:
     files = sorted(tmp_path.rglob(checkpoints.CHECKPOINT))
     return [int(read_checkpoint(str(f))[1]["step"]) for f in files]
   before = [0, 0]
   for again in range(2):
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.STDOUT, env=os.environ | {"NUM_CPU_THREADS": "2"})
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env=os.environ | {"NUM_CPU_THREADS": "2"})
     deadline = time.monotonic() + 240
     gone_on = lambda now: len(now) == 2 and all(a > b for a, b in zip(now, before))
     while time.monotonic() < deadline and not gone_on(steps()): time.sleep(0.2)
@@ -3510,8 +3523,9 @@ def test_readme_of_the_papers(tmp_path, untrained, monkeypatch):
   for name in ("train.tsv", "dev.tsv"): tsv(tmp_path/name, [row[1:] for row in labels])
   np.savez("mnist.npz", x_train=rng.integers(0, 256, (9, 4, 4)), y_train=np.arange(9) % 3)
   model = BiGS(BiGSConfig(261, 8, 1, max_length=48))
+  options = dict(task="mlm", model="bigs", size="small", tokenizer="bytes", length=48)
   meta = dict(model="bigs", config=json.dumps(dataclasses.asdict(model.config)), step="1",
-              args=json.dumps(dict(task="mlm", model="bigs", size="small", tokenizer="bytes", length=48)))
+              args=json.dumps(options))
   Path("masked").mkdir()
   save_checkpoint("masked/checkpoint.safetensors", get_state_dict(model), meta)
   looked = []
