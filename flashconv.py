@@ -112,7 +112,7 @@ class Finish(NamedTuple):
   """
   gated: bool                   # whether there is a q
   def y(self, c:Tensor|UOp, q:Tensor|UOp|None) -> Tensor|UOp: return c*q if self.gated else c
-  needs_c = False               # whether dc depends on c, which the backward kernel then makes first
+  needs_c = False               # whether dc depends on c: the backward kernel then makes c first
   def dc(self, dy:UOp, c:UOp|None, q:UOp|None) -> UOp: return dy*q if self.gated else dy
   def dq(self, dy:UOp, c:UOp, q:UOp) -> UOp: return c*dy
 
@@ -300,7 +300,7 @@ def conv_gradient_kernel(*buffers:UOp, spec:ConvSpec) -> UOp:
   if spec.finish.needs_c:
     buf.spectrum(lambda at, X: (times(kf.get(at), X), W.put(at, X, n)))            # C = kf · W
     W.done = buf.done
-    buf.inverse_and_forward(e_and_dq)                                              # c = F* C, E = F e
+    buf.inverse_and_forward(e_and_dq)                                  # c = F* C, E = F e
   else:
     buf.spectrum(lambda at, X: (None, W.put(at, X, n)))
     W.done = buf.done
@@ -694,7 +694,8 @@ def conv_two_levels(w:Tensor, k:Tensor, D:Tensor|None, N:int, R:int) -> Tensor:
   k = k.expand(w.shape[1], k.shape[1])
   if D is not None: k = k + D.unsqueeze(-1).pad((None, (0, k.shape[1]-1)))
   W, K = (to_subtransforms(x, R, N//R) for x in (w, k.unsqueeze(0)))
-  return from_subtransforms(conv_one_launch(ConvArgs(K, W), N//R, layout=ComplexRows), w.shape, R, N//R)/R
+  C = conv_one_launch(ConvArgs(K, W), N//R, layout=ComplexRows)
+  return from_subtransforms(C, w.shape, R, N//R)/R
 
 def to_subtransforms(x:Tensor, R:int, M:int) -> Tensor:
   "The first pass: rows (B,H,L) -> R sub-transforms (⌈B/2⌉,H R,2,M)."
@@ -1464,7 +1465,7 @@ def main(argv:list[str]|None=None) -> int:
   return 0
 
 # ---------------------------------------------------------------- what support/cpu.py uses alone
-HALF = ContextVar("HALF", 0)  # what products with weights take in. 1: float16, 2: bfloat16; their sums are float32
+HALF = ContextVar("HALF", 0)  # what products take in: 1: float16, 2: bfloat16; sums are float32
 WIDE = "prefer-vector-width=512"     # clang leaves half of an AVX-512 register empty unless told so
 
 @functools.cache
