@@ -1253,22 +1253,42 @@ def test_h3_layer_is_its_reference(p, order):
 
 # ---------------------------------------------------------------- a third oracle, the benchmarks' competitor
 
+needs_torch = pytest.mark.skipif(bench.torch is None, reason="needs PyTorch")
+TWIN = H3Config(20, 16, 2, (1,), n_heads=2, d_state=8)
+
+def torch_twin(model:H3LM) -> bench.TorchLM:
+  return bench.TorchLM(model.config, {name: t.numpy() for name, t in get_state_dict(model).items()})
+
+def torch_gradients(other:bench.TorchLM, x:np.ndarray, y:np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  "The loss, (1,), and its gradients by name."
+  loss = other.loss(*map(bench.torch.tensor, (x, y)))
+  loss.backward()
+  return loss.detach().reshape(1).numpy(), {name: w.grad.numpy() for name, w in other.weights.items()}
+
+@needs_torch
+def test_torch_twin(tiny):
+  "Logits, loss and gradients are the official code's; with attention, too, decoding is the forward pass."
+  t, want, other = golden("tiny_h3/tokens_L64.npy"), tensors("tiny_h3/grads_L64"), torch_twin(tiny)
+  loss, grads = torch_gradients(other, t[:, :-1], t[:, 1:])
+  assert_close(other(bench.torch.tensor(t)).detach().numpy(), golden("tiny_h3/logits_L64.npy"), 5e-5)
+  assert_close(loss, want.pop("loss"), 1e-5, "loss")
+  assert_grads(grads, want)
+  other, t = torch_twin(H3LM(TWIN)), bench.torch.tensor(tokens_of(20, 4, 12))
+  state = other.init_state(4, 12)
+  with bench.torch.no_grad(): steps = [other(t[:, i:i+1], state, i).numpy() for i in range(12)]
+  assert_close(np.concatenate(steps, 1), other(t).detach().numpy(), 1e-5)
+
+@slow
+@needs_torch
 def test_against_torch():
-  "Loss, every gradient, and a few steps of decoding."
-  torch = pytest.importorskip("torch")
-  model, tokens = H3LM(H3Config(19, 16, 3, (1,), n_heads=2, d_state=8)), tokens_of(19, 2, 12)
-  names, x, y = get_state_dict(model), tokens[:, :-1], tokens[:, 1:]
-  other = bench.TorchLM(model.config, {k: v.numpy() for k, v in names.items()})
-  loss, want = train.cross_entropy(model(toks(x)), toks(y)), other.loss(torch.tensor(x), torch.tensor(y))
-  want.backward()
-  grads = dict(zip(names, loss.gradient(*names.values())))
-  assert_grads(grads, {k: w.grad.numpy() for k, w in other.weights.items()})
-  assert abs(loss.item() - want.item()) < 1e-5
-  state, theirs = model.init_state(2, 8), other.init_state(2, 8)
-  for i in range(4):
-    logits, state = model.step(toks(tokens[:, i]), state)
-    with torch.no_grad(): want = other(torch.tensor(tokens[:, i]), theirs, i)
-    np.testing.assert_allclose(logits.numpy(), want.numpy(), atol=2e-5)
+  "The loss and every gradient of a hybrid."
+  model, z = H3LM(TWIN), tokens_of(20, 4, 13)
+  x, y, params = z[:, :-1], z[:, 1:], get_state_dict(model)
+  loss = train.cross_entropy(model(toks(x)), toks(y))
+  grads = dict(zip(params, loss.gradient(*params.values())))
+  want, theirs = torch_gradients(torch_twin(model), x, y)
+  assert_close(loss.reshape(1), want, 1e-5)
+  assert_grads(grads, theirs)
 
 # ---------------------------------------------------------------- one model, three ways to run it
 
@@ -3365,35 +3385,43 @@ def test_bert_tokens(tmp_path, monkeypatch, capsys):
 
 # ================================================================ benchmarks
 
-def child_here(*arguments:str, **environment:str) -> str:
+def child_here(*arguments:str, **environment:str) -> list[str]:
   "In place of a process of its own."
-  if arguments[0] == "train.py": return "first step after 1.0 s\n"           # the default run has its own test
+  if arguments[0] == "train.py": return ["first step after 1.0 s"]           # the default run has its own test
   with contextlib.redirect_stdout(out := io.StringIO()): exec(arguments[1])
-  return out.getvalue()
+  return out.getvalue().splitlines()
 
-FIGURE = r"(?: +(?:[\d,.]+x?|-))"
-BENCHES = {  # the command, what each row begins with, how many rows, figures in a row
-  "conv --lengths 16 --batch 2 --channels 4 --plain 16": ("L 16, ", 2, 6),
-  "states 40": ("H 8, L 40, ", 2, 5),
-  "train": ("(?:train|decode|copying at 0 MB)", 3, 1),
-  "generate": (r"batch 2, prompt \d+, (?:H3|hybrid|Transformer) ", 6, 6),
-  "start": ("(?:nothing cached|again): first step after", 2, 1)}
+SMALL = dict(TURN=0, STATES=[(8, 40)], PROMPTS=(16, 24), BATCHES=(2,), PIECE=4, TOKENS=3, child=child_here,
+             copying=lambda: 1.0)
+DECODING = {"decode": bench.Job(bench.DECODE, TWIN, 2, 64)}
+TRAINING = {"train": bench.Job(bench.TRAIN, TWIN, 4, 12)}
+BENCHES = [  # the command, its jobs, what each row begins with, the least number of rows, figures in a row
+  ("conv --lengths 16 --batch 2 --channels 4 --plain 0", {}, "L 16", 1, 12),
+  pytest.param("conv --lengths 16 --batch 2 --channels 4", {}, "L 16", 1, 12, marks=slow),
+  ("states", {}, "H 8, L 40", 1, 12), ("train", DECODING, "decode, ours", 1, 3),
+  pytest.param("train", TRAINING, "train, ours", 1, 3, marks=slow),
+  ("generate", {}, r"batch 2, prompt \d+, (?:H3|hybrid|Transformer)", 6, 6)]
 
-@pytest.mark.parametrize("command", BENCHES)
-def test_benchmarks(command, monkeypatch, capfd):
+@pytest.mark.parametrize("command,jobs,begin,rows,figures", BENCHES)
+def test_benchmarks(command, jobs, begin, rows, figures, monkeypatch, capfd):
   "Each prints its rows, at small sizes."
-  small = H3Config(19, 16, 2, (1,), 2)
-  monkeypatch.setattr(bench, "STEPS", {"train": bench.Step(small, 2, 16), "decode": bench.Step(small, 2)})
-  monkeypatch.setattr(bench, "STATES", [(8, 40)])
-  monkeypatch.setattr(bench, "copying", lambda size: 1.0)
+  for name, value in (SMALL | dict(JOBS=jobs)).items(): monkeypatch.setattr(bench, name, value)
+  monkeypatch.setattr(H3Config, "named", lambda size: TWIN)
+  assert bench.main(command.split()) == 0
+  printed = capfd.readouterr().out
+  assert len(re.findall(rf"^{begin}(?: +(?:[\d,.]+|-)){{{figures}}}$", printed, re.M)) == rows, printed
+
+def test_benchmark_of_the_start(monkeypatch, capfd):
   monkeypatch.setattr(bench, "child", child_here)
-  monkeypatch.setattr(H3Config, "named", lambda size: small)
-  for name, value in dict(PROMPTS=(8, 16), BATCHES=(2,), TURNS=3, PIECE=4).items():
-    monkeypatch.setattr(bench, name, value)
-  command, (begin, rows, figures) = command.split(), BENCHES[command]
-  assert bench.main(command if command[0] != "states" else ["states"]) == 0
-  said = capfd.readouterr().out
-  assert len(re.findall(rf"^{begin}.*?{FIGURE}{{{figures}}}(?: s)?$", said, re.M)) == rows, said
+  assert bench.main(["start"]) == 0
+  assert capfd.readouterr().out.splitlines() == [f"{what}: first step after 1.0 s" for what in ("nothing cached", "again")]
+
+def test_benchmark_that_fails(monkeypatch, capfd):
+  "One line says why."
+  code = "import sys; sys.exit('out of luck')"
+  monkeypatch.setitem(bench.BENCHMARKS, "start", lambda: bench.child("-c", code))
+  with pytest.raises(SystemExit) as stop: bench.main(["start"])
+  assert stop.value.code == 2 and re.fullmatch(r".*failed: out of luck\n", capfd.readouterr().err)
 
 @pytest.mark.parametrize("argv,why", [
   (["conv", "--lengths", "0"], "at least 1"), (["conv", "--lengths", "99999"], "at most 32768"),
