@@ -1256,39 +1256,33 @@ def test_h3_layer_is_its_reference(p, order):
 needs_torch = pytest.mark.skipif(bench.torch is None, reason="needs PyTorch")
 TWIN = H3Config(20, 16, 2, (1,), n_heads=2, d_state=8)
 
-def torch_twin(model:H3LM) -> bench.TorchLM:
-  return bench.TorchLM(model.config, {name: t.numpy() for name, t in get_state_dict(model).items()})
-
-def torch_gradients(other:bench.TorchLM, x:np.ndarray, y:np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-  "The loss, (1,), and its gradients by name."
+def check_twin(model:H3LM, x:np.ndarray, y:np.ndarray, want:dict[str, np.ndarray]) -> bench.TorchLM:
+  "want: the loss, (1,), and its gradients by name."
+  other = bench.TorchLM(model.config, {k: t.numpy() for k, t in get_state_dict(model).items()})
   loss = other.loss(*map(bench.torch.tensor, (x, y)))
   loss.backward()
-  return loss.detach().reshape(1).numpy(), {name: w.grad.numpy() for name, w in other.weights.items()}
+  assert_grads({k: w.grad.numpy() for k, w in other.weights.items()} | {"loss": loss.detach().reshape(1).numpy()}, want)
+  return other
 
 @needs_torch
-def test_torch_twin(tiny):
-  "Logits, loss and gradients are the official code's; with attention, too, decoding is the forward pass."
-  t, want, other = golden("tiny_h3/tokens_L64.npy"), tensors("tiny_h3/grads_L64"), torch_twin(tiny)
-  loss, grads = torch_gradients(other, t[:, :-1], t[:, 1:])
+def test_torch_golden(tiny):
+  "The logits, loss and gradients of the official code."
+  t = golden("tiny_h3/tokens_L64.npy")
+  other = check_twin(tiny, t[:, :-1], t[:, 1:], tensors("tiny_h3/grads_L64"))
   assert_close(other(bench.torch.tensor(t)).detach().numpy(), golden("tiny_h3/logits_L64.npy"), 5e-5)
-  assert_close(loss, want.pop("loss"), 1e-5, "loss")
-  assert_grads(grads, want)
-  other, t = torch_twin(H3LM(TWIN)), bench.torch.tensor(tokens_of(20, 4, 12))
-  state = other.init_state(4, 12)
-  with bench.torch.no_grad(): steps = [other(t[:, i:i+1], state, i).numpy() for i in range(12)]
-  assert_close(np.concatenate(steps, 1), other(t).detach().numpy(), 1e-5)
 
 @slow
 @needs_torch
 def test_against_torch():
-  "The loss and every gradient of a hybrid."
+  "A hybrid's loss and every gradient; in PyTorch, decoding is the forward pass."
   model, z = H3LM(TWIN), tokens_of(20, 4, 13)
   x, y, params = z[:, :-1], z[:, 1:], get_state_dict(model)
   loss = train.cross_entropy(model(toks(x)), toks(y))
   grads = dict(zip(params, loss.gradient(*params.values())))
-  want, theirs = torch_gradients(torch_twin(model), x, y)
-  assert_close(loss.reshape(1), want, 1e-5)
-  assert_grads(grads, theirs)
+  other = check_twin(model, x, y, {k: t.numpy() for k, t in (grads | {"loss": loss.reshape(1)}).items()})
+  t, state = bench.torch.tensor(x), other.init_state(4, 12)
+  steps = [other(t[:, i:i+1], state, i).detach() for i in range(12)]
+  assert_close(bench.torch.cat(steps, 1).numpy(), other(t).detach().numpy(), 1e-5)
 
 # ---------------------------------------------------------------- one model, three ways to run it
 
@@ -3391,37 +3385,32 @@ def child_here(*arguments:str, **environment:str) -> list[str]:
   with contextlib.redirect_stdout(out := io.StringIO()): exec(arguments[1])
   return out.getvalue().splitlines()
 
-SMALL = dict(TURN=0, STATES=[(8, 40)], PROMPTS=(16, 24), BATCHES=(2,), PIECE=4, TOKENS=3, child=child_here,
-             copying=lambda: 1.0)
-DECODING = {"decode": bench.Job(bench.DECODE, TWIN, 2, 64)}
-TRAINING = {"train": bench.Job(bench.TRAIN, TWIN, 4, 12)}
-BENCHES = [  # the command, its jobs, what each row begins with, the least number of rows, figures in a row
-  ("conv --lengths 16 --batch 2 --channels 4 --plain 0", {}, "L 16", 1, 12),
-  pytest.param("conv --lengths 16 --batch 2 --channels 4", {}, "L 16", 1, 12, marks=slow),
-  ("states", {}, "H 8, L 40", 1, 12), ("train", DECODING, "decode, ours", 1, 3),
-  pytest.param("train", TRAINING, "train, ours", 1, 3, marks=slow),
-  ("generate", {}, r"batch 2, prompt \d+, (?:H3|hybrid|Transformer)", 6, 6)]
+def figures(n:int) -> str: return rf"(?: +(?:[\d,.]+|-)){{{n}}}"
+BENCHES = [  # the command, jobs of `train`, a row, how many
+  ("conv --lengths 16 --batch 2 --channels 4 --plain 0", {}, "L 16" + figures(12), 1),
+  pytest.param("conv --lengths 16 --batch 2 --channels 4", {}, "L 16" + figures(12), 1, marks=slow),
+  ("states", {}, "H 8, L 40" + figures(12), 1),
+  ("train", {"decode": (bench.DECODE, TWIN, 2, 64)}, "decode, ours" + figures(3), 1),
+  pytest.param("train", {"train": (bench.TRAIN, TWIN, 4, 12)}, "train, ours" + figures(3), 1, marks=slow),
+  ("generate", {}, r"batch 2, prompt \d+, (?:H3|hybrid|Transformer)" + figures(6), 6),
+  ("start", {}, r"\w+.*: first step after 1.0 s", 2)]
 
-@pytest.mark.parametrize("command,jobs,begin,rows,figures", BENCHES)
-def test_benchmarks(command, jobs, begin, rows, figures, monkeypatch, capfd):
+@pytest.mark.parametrize("command,jobs,row,rows", BENCHES)
+def test_benchmarks(command, jobs, row, rows, monkeypatch, capfd):
   "Each prints its rows, at small sizes."
-  for name, value in (SMALL | dict(JOBS=jobs)).items(): monkeypatch.setattr(bench, name, value)
+  sizes = dict(STEPS=4, TURN=0, STATES=[(8, 40)], PROMPTS=(16, 24), BATCHES=(2,), PIECE=4, TOKENS=3)
+  for name, value in (sizes | dict(JOBS=jobs, child=child_here, copying=float)).items():
+    monkeypatch.setattr(bench, name, value)
   monkeypatch.setattr(H3Config, "named", lambda size: TWIN)
   assert bench.main(command.split()) == 0
   printed = capfd.readouterr().out
-  assert len(re.findall(rf"^{begin}(?: +(?:[\d,.]+|-)){{{figures}}}$", printed, re.M)) == rows, printed
-
-def test_benchmark_of_the_start(monkeypatch, capfd):
-  monkeypatch.setattr(bench, "child", child_here)
-  assert bench.main(["start"]) == 0
-  assert capfd.readouterr().out.splitlines() == [f"{what}: first step after 1.0 s" for what in ("nothing cached", "again")]
+  assert len(re.findall(f"^{row}$", printed, re.M)) == rows, printed
 
 def test_benchmark_that_fails(monkeypatch, capfd):
   "One line says why."
-  code = "import sys; sys.exit('out of luck')"
-  monkeypatch.setitem(bench.BENCHMARKS, "start", lambda: bench.child("-c", code))
+  monkeypatch.setitem(bench.BENCHMARKS, "start", lambda: bench.child("-c", "exit('out of luck')"))
   with pytest.raises(SystemExit) as stop: bench.main(["start"])
-  assert stop.value.code == 2 and re.fullmatch(r".*failed: out of luck\n", capfd.readouterr().err)
+  assert stop.value.code == 2 and capfd.readouterr().err.endswith("failed: out of luck\n")
 
 @pytest.mark.parametrize("argv,why", [
   (["conv", "--lengths", "0"], "at least 1"), (["conv", "--lengths", "99999"], "at most 32768"),

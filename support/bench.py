@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import Callable, Mapping, NamedTuple
+from typing import Callable, Mapping
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import numpy as np
@@ -35,6 +35,7 @@ from support.text import Parser, UserError, number, peak_memory
 from support.training import AdamW
 try:
   import torch
+  from torch.fft import irfft, rfft
   from torch.nn import functional as F
   torch.set_num_threads(os.cpu_count())
 except ImportError: torch = None
@@ -44,8 +45,8 @@ except ImportError: torch = None
 
 def torch_fftconv(u, k, D):
   "Returns k ∗ u + D u for u (B,H,L) by the real FFT, zeros appended so that nothing wraps around."
-  L, fft = u.shape[-1], torch.fft
-  y = fft.irfft(fft.rfft(u, 2*L) * fft.rfft(k[:, :L], 2*L), 2*L)
+  L = u.shape[-1]
+  y = irfft(rfft(u, 2*L) * rfft(k[:, :L], 2*L), 2*L)
   return y[..., :L] + D[:, None]*u
 
 def linear(x, w): return F.linear(x, w.weight, w.bias)
@@ -68,21 +69,20 @@ def discretize(ssm):
   A = torch.complex(-ssm.inv_A_real.exp(), ssm.A_imag)
   B, C = map(torch.view_as_complex, (ssm.B, ssm.C[0]))
   dt = ssm.log_dt.exp()[:, None]
-  return (1 + dt*A/2)/(1 - dt*A/2), dt*B/(1 - dt*A/2), C
+  z = dt*A/2
+  return (1+z)/(1-z), dt*B/(1-z), C
 
 def convolutions(q, k, v, w):
   "q * diag( shift(k) * v ), (B,D,L), of a whole sequence."
-  fft, L = torch.fft, q.shape[-1]
-  B, C = w.ssm_k_kernel.kernel.B, w.ssm_k_kernel.kernel.C[0]
-  N = B.shape[1]
-  S = fft.irfft(fft.rfft(B, 2*N).conj() * fft.rfft(C, 2*N))[:, :N]
-  A, B, C = discretize(w.kernel.kernel)
+  shift, (A, B, C) = w.ssm_k_kernel.kernel, discretize(w.kernel.kernel)
+  N, L = shift.B.shape[1], q.shape[-1]
+  S = irfft(rfft(shift.B, 2*N).conj() * rfft(shift.C[0], 2*N))[:, :N]            # (D,N)
   powers = (A.log()[..., None] * torch.arange(L, device=A.device)).exp()         # (D,N/2,L)
-  K = 2*torch.einsum("hn,hnl->hl", C*B, powers).real
+  K = 2*torch.einsum("hn,hnl->hl", C*B, powers).real                             # (D,L)
   return q*torch_fftconv(v*torch_fftconv(k, S, w.ssm_k_D), K, w.D)
 
 def recurrences(q, k, v, w, state):
-  "The same for one token, (B,D,1). state: s (B,D,N) and x (B,D,N/2), replaced; the SSM discretised."
+  "The same for one token, (B,D,1). state: s (B,D,N), x (B,D,N/2), replaced; the discretised SSM."
   shift, (A, B, C) = w.ssm_k_kernel.kernel, state.ssm
   state.s = F.pad(state.s, (1, 0))[..., :-1] + shift.B*k
   kv = v*((shift.C*state.s).sum(-1, keepdim=True) + w.ssm_k_D[:, None]*k)
@@ -156,7 +156,7 @@ def random_tokens(config:H3Config, *shape:int) -> np.ndarray:
   return rng.integers(0, config.vocab_size, shape, np.int32)
 
 def seconds(run:Callable) -> float:
-  "Returns the time of a call until tinygrad's device is done; PyTorch's contestants wait for theirs."
+  "Returns a call's time until tinygrad's device is done; PyTorch's contestants wait for theirs."
   start = time.perf_counter()
   run()
   Device[Device.DEFAULT].synchronize()
@@ -165,7 +165,7 @@ def seconds(run:Callable) -> float:
 def table(title:str, *columns:str, width:int=34) -> Callable[..., None]:
   """Prints a title and the names of columns; returns the function that prints a row, nan as -.
   width: of the rows' labels."""
-  def row(label:str, *cells:float) -> None:
+  def row(label, *cells):
     numbers = "".join(f"{x:8,.{0 if x >= 100 else 2}f}" for x in cells)
     print(f"{label:{width}}" + numbers.replace("nan", "  -"), flush=True)
   print(f"{title}; {Device.DEFAULT}, {os.cpu_count()} cores, float32")
@@ -173,7 +173,7 @@ def table(title:str, *columns:str, width:int=34) -> Callable[..., None]:
   return row
 
 def child(*arguments:str, **environment:str) -> list[str]:
-  "Returns the lines that a Python of its own prints in the project's folder. UserError if it fails."
+  "Returns the lines that a Python of its own prints, in the project's folder. UserError."
   done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=os.environ | environment,
                         capture_output=True, text=True)
   if done.returncode: raise UserError(f"a benchmark failed: {done.stderr.strip()[-200:]}")
@@ -211,8 +211,8 @@ def in_torch(arrays:Arrays, dy:np.ndarray) -> Passes:
   return forward, both
 
 def race(runs:dict[str, Callable]) -> dict[str, float]:
-  """Returns the least milliseconds of each, which take turns. The pauses are for PyTorch, whose idle
-  threads go on spinning for a while."""
+  """Returns the least milliseconds of each, which take turns. The pauses are for PyTorch, whose
+  idle threads go on spinning for a while."""
   ms = {who: [] for who in runs}
   for run in runs.values(): run(), run()                               # compiles; TinyJit captures
   for who, run in [*runs.items()] * TURNS:
@@ -223,12 +223,14 @@ def race(runs:dict[str, Callable]) -> dict[str, float]:
   return {who: 1e3*min(times) for who, times in ms.items()}
 
 def contest(title:str, *names:str) -> Callable[..., None]:
-  """Returns a function that holds a contest and prints its row: milliseconds of a forward pass, then
-  of one with all gradients; how many times as fast as PyTorch ours is; the kernels it launches; and
-  the bytes it moves, as tinygrad counts them, over the least that would do."""
+  """Returns a function that holds a contest and prints its row, for a forward pass, and for one with
+  all gradients: milliseconds; PyTorch's over ours; the kernels that ours launches; and the bytes it
+  moves, as tinygrad counts them, over the least that would do. UserError with FLASH=0."""
+  setup_device()
+  if not FLASH: raise UserError("FLASH=0 turns off what is to be timed here")
   columns = [*names, "ratio", "kernels", "bytes"]
   row = table(f"{title}: ms forward, and with all gradients", *columns, *columns, width=18)
-  def compete(label:str, arrays:Arrays, dy:np.ndarray, contestants:dict[str, Passes]) -> None:
+  def compete(label, arrays, dy, contestants):
     cells, size = [], sum(x.nbytes for x in arrays)
     # forward: inputs, y; with gradients the inputs once more, dy, and a gradient for each input
     for i, least in enumerate((size + dy.nbytes, 3*size + 2*dy.nbytes)):
@@ -245,13 +247,8 @@ def convolution(*shape:int) -> tuple[Arrays, np.ndarray]:
   u, v, q, dy = normal(4, *shape)
   return [u, normal(*shape[1:]), normal(shape[1]), v, q], dy
 
-def open_kernels() -> None:
-  setup_device()
-  if not FLASH: raise UserError("FLASH=0 turns off what is to be timed here")
-
 def bench_conv(lengths:list[int], batch:int, channels:int, plain:int) -> None:
   "Times `fftconv` at each length, plain tinygrad, which is slow, up to a length of `plain`."
-  open_kernels()
   compete = contest(f"fftconv, B={batch} H={channels}", "plain", "ours", "torch")
   for L in lengths:
     inputs, dy = convolution(batch, channels, L)
@@ -268,9 +265,8 @@ STATES = [(256, 1 << 14), (256, 1 << 16), (64, 1 << 14), (64, 1 << 20)]         
 def bench_states(lengths:list[int]) -> None:
   """Times `ssm_conv` of one sequence, by default at STATES, else with 256 channels, beside fftconv
   and PyTorch's FFT, which are both given a filter."""
-  open_kernels()
   compete = contest("ssm_conv, B=1 N=64", "fftconv", "ours", "torch")
-  def state_passing(u:Tensor, D:Tensor, v:Tensor, q:Tensor, *ssm:Tensor) -> Tensor:
+  def state_passing(u, D, v, q, *ssm):                                 # ssm: re and im of A, B, C
     return ssm_conv(u, *zip(ssm[::2], ssm[1::2]), D, v, q)[0]
   for H, L in [(256, L) for L in lengths] or STATES:
     inputs, dy = convolution(1, H, L)
@@ -282,26 +278,24 @@ def bench_states(lengths:list[int]) -> None:
     compete(f"H {H}, L {L:,}", ours, dy, contestants)
 
 # ---- training and decoding ----------------------------------------------------------------------
-# Functions of a model and tokens (B,L) that make a step, itself a function of the steps before it.
+# Functions of a model and tokens (B,L) that make a step: a function of the number of steps before.
 # The targets don't matter to a time: they are the tokens themselves.
 
-Step = Callable[[int], object]
-
-def our_training(model:H3LM, tokens:np.ndarray) -> Step:
+def our_training(model:H3LM, tokens:np.ndarray) -> Callable:
   params = get_state_dict(model)
   optimizer = AdamW(params)
   hyper = optimizer.hyper(0, lr=1e-3, weight_decay=0.1, clip=1.0, ssm_scale=1.0)
   step = train.make_step(model, params, optimizer)
   return lambda i: step((tokens, tokens), hyper)
 
-def our_decoding(model:H3LM, tokens:np.ndarray) -> Step:
+def our_decoding(model:H3LM, tokens:np.ndarray) -> Callable:
   session = Session(model, *tokens.shape)
   return lambda i: session(tokens[:, i])
 
-def torch_training(model:TorchLM, tokens:np.ndarray) -> Step:
+def torch_training(model:TorchLM, tokens:np.ndarray) -> Callable:
   tokens, params = torch.tensor(tokens, device=model.device), model.weights.values()
   optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-  def step(i:int) -> float:
+  def step(i):
     optimizer.zero_grad()
     loss = model.loss(tokens, tokens)
     loss.backward()
@@ -310,25 +304,20 @@ def torch_training(model:TorchLM, tokens:np.ndarray) -> Step:
     return loss.item()
   return step
 
-def torch_decoding(model:TorchLM, tokens:np.ndarray) -> Step:
+def torch_decoding(model:TorchLM, tokens:np.ndarray) -> Callable:
   tokens, state = torch.tensor(tokens, device=model.device), model.init_state(*tokens.shape)
   return torch.no_grad()(lambda i: model(tokens[:, i:i+1], state, i).cpu())
 
-class Job(NamedTuple):
-  "length: of the sequences; in decoding the capacity of the attention caches, 64 or more."
-  makers: tuple[Callable, Callable]      # ours, PyTorch's
-  config: H3Config
-  batch: int
-  length: int
-
+STEPS = 64                               # at most
 TRAIN, DECODE = (our_training, torch_training), (our_decoding, torch_decoding)
 SMALL = H3Config(257, 256, 4, attn_layers=(2,), n_heads=2)
 LARGE = dataclasses.replace(H3Config.named("125M"), embed_dropout=0.0)
-JOBS = {"train, d 256, 16 x 256": Job(TRAIN, SMALL, 16, 256),
-        "train, d 256, 16 x 2048": Job(TRAIN, SMALL, 16, 2048),
-        "train, 125M, 1 x 1024": Job(TRAIN, LARGE, 1, 1024),
-        "decode, 125M, batch 1": Job(DECODE, LARGE, 1, 128),
-        "decode, 125M, batch 64": Job(DECODE, LARGE, 64, 128)}
+# makers, the model, batch, length of a sequence; in decoding the capacity of the attention caches
+JOBS = {"train, d 256, 16 x 256": (TRAIN, SMALL, 16, 256),
+        "train, d 256, 16 x 2048": (TRAIN, SMALL, 16, 2048),
+        "train, 125M, 1 x 1024": (TRAIN, LARGE, 1, 1024),
+        "decode, 125M, batch 1": (DECODE, LARGE, 1, 2*STEPS),
+        "decode, 125M, batch 64": (DECODE, LARGE, 64, 2*STEPS)}
 
 def measure(name:str, who:str, weights:str) -> None:
   """Prints the least milliseconds of a step, and the peak of memory in MB beyond what the process
@@ -339,7 +328,7 @@ def measure(name:str, who:str, weights:str) -> None:
   base = peak_memory()
   model = TorchLM(config, np.load(weights), torch_device()) if by_torch else H3LM(config)
   step = makers[by_torch](model, random_tokens(config, batch, length))
-  for i in range(64):
+  for i in range(STEPS):
     taken.append(seconds(lambda: step(i)))
     if sum(taken[2:]) > 8: break         # the first two compile
   print(json.dumps([1e3*min(taken[2:]), (peak_memory() - base)/1e6]))
@@ -347,7 +336,7 @@ def measure(name:str, who:str, weights:str) -> None:
 def copying() -> float:
   "Returns the GB/s, read and written, at which all cores together copy memory."
   source, target = np.ones((2, os.cpu_count(), 1 << 25), np.float32)
-  with ThreadPoolExecutor(os.cpu_count()) as pool:
+  with ThreadPoolExecutor() as pool:
     least = min(seconds(lambda: [*pool.map(np.copyto, target, source)]) for _ in range(5))
   return 2*source.nbytes/least/1e9
 
@@ -362,7 +351,7 @@ def bench_train() -> None:
     results = {who: [] for who in contestants}
     with tempfile.TemporaryDirectory() as folder:
       weights = f"{folder}/weights.npz"
-      params = get_state_dict(H3LM(JOBS[name].config))
+      params = get_state_dict(H3LM(JOBS[name][1]))
       np.savez(weights, **{key: param.numpy() for key, param in params.items()})
       for who in contestants * 2:
         code = f"from support import bench; bench.measure({name!r}, {who!r}, {weights!r})"
@@ -401,7 +390,7 @@ def bench_generate(size:str) -> None:
   capacity = PROMPTS[-1] + PIECE + TOKENS*len(PROMPTS)
   for batch in BATCHES:
     sessions = {kind: Session(model, batch, capacity) for kind, model in models.items()}
-    def advance(session:Session, *length:int) -> float:
+    def advance(session, *length):
       tokens = random_tokens(shape, batch, *length)
       return seconds(lambda: session(tokens))
     for session in sessions.values():    # compiles, and is captured
