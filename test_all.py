@@ -1310,21 +1310,36 @@ def test_h3_layer_is_its_reference(p, order):
 
 # ---------------------------------------------------------------- a third oracle, the benchmarks' competitor
 
+needs_torch = pytest.mark.skipif(bench.torch is None, reason="needs PyTorch")
+TWIN = H3Config(20, 16, 2, (1,), n_heads=2, d_state=8)
+
+def check_twin(model:H3LM, x:np.ndarray, y:np.ndarray, want:dict[str, np.ndarray]) -> bench.TorchLM:
+  "want: the loss, (1,), and its gradients by name."
+  other = bench.TorchLM(model.config, {k: t.numpy() for k, t in get_state_dict(model).items()})
+  loss = other.loss(*map(bench.torch.tensor, (x, y)))
+  loss.backward()
+  assert_grads({k: w.grad.numpy() for k, w in other.weights.items()} | {"loss": loss.detach().reshape(1).numpy()}, want)
+  return other
+
+@needs_torch
+def test_torch_golden(tiny):
+  "The logits, loss and gradients of the official code."
+  t = golden("tiny_h3/tokens_L64.npy")
+  other = check_twin(tiny, t[:, :-1], t[:, 1:], tensors("tiny_h3/grads_L64"))
+  assert_close(other(bench.torch.tensor(t)).detach().numpy(), golden("tiny_h3/logits_L64.npy"), 5e-5)
+
+@slow
+@needs_torch
 def test_against_torch():
-  "Loss, every gradient, and a few steps of decoding."
-  torch = pytest.importorskip("torch")
-  model, tokens = H3LM(H3Config(19, 16, 3, (1,), n_heads=2, d_state=8)), tokens_of(19, 2, 12)
-  names, x, y = get_state_dict(model), tokens[:, :-1], tokens[:, 1:]
-  other = bench.TorchLM(model.config, {k: v.numpy() for k, v in names.items()})
-  loss, want = train.cross_entropy(model(toks(x)), toks(y)), other.loss(torch.tensor(x), torch.tensor(y))
-  want.backward()
-  assert_grads(gradients(loss, names), {k: w.grad.numpy() for k, w in other.weights.items()})
-  assert abs(loss.item() - want.item()) < 1e-5
-  state, theirs = model.init_state(2, 8), other.init_state(2, 8)
-  for i in range(4):
-    logits, state = model.step(toks(tokens[:, i]), state)
-    with torch.no_grad(): want = other(torch.tensor(tokens[:, i]), theirs, i)
-    np.testing.assert_allclose(logits.numpy(), want.numpy(), atol=2e-5)
+  "A hybrid's loss and every gradient; in PyTorch, decoding is the forward pass."
+  model, z = H3LM(TWIN), tokens_of(20, 4, 13)
+  x, y, params = z[:, :-1], z[:, 1:], get_state_dict(model)
+  loss = train.cross_entropy(model(toks(x)), toks(y))
+  grads = dict(zip(params, loss.gradient(*params.values())))
+  other = check_twin(model, x, y, {k: t.numpy() for k, t in (grads | {"loss": loss.reshape(1)}).items()})
+  t, state = bench.torch.tensor(x), other.init_state(4, 12)
+  steps = [other(t[:, i:i+1], state, i).detach() for i in range(12)]
+  assert_close(bench.torch.cat(steps, 1).numpy(), other(t).detach().numpy(), 1e-5)
 
 # ---------------------------------------------------------------- one model, three ways to run it
 
@@ -3570,35 +3585,38 @@ def test_bert_tokens(tmp_path, monkeypatch, capsys):
 
 # ================================================================ benchmarks
 
-def child_here(*arguments:str, **environment:str) -> str:
+def child_here(*arguments:str, **environment:str) -> list[str]:
   "In place of a process of its own."
-  if arguments[0] == "train.py": return "first step after 1.0 s\n"           # the default run has its own test
+  if arguments[0] == "train.py": return ["first step after 1.0 s"]           # the default run has its own test
   with contextlib.redirect_stdout(out := io.StringIO()): exec(arguments[1])
-  return out.getvalue()
+  return out.getvalue().splitlines()
 
-FIGURE = r"(?: +(?:[\d,.]+x?|-))"
-BENCHES = {  # the command, what each row begins with, how many rows, figures in a row
-  "conv --lengths 16 --batch 2 --channels 4 --plain 16": ("L 16, ", 2, 6),
-  "states 40": ("H 8, L 40, ", 2, 5),
-  "train": ("(?:train|decode|copying at 0 MB)", 3, 1),
-  "generate": (r"batch 2, prompt \d+, (?:H3|hybrid|Transformer) ", 6, 6),
-  "start": ("(?:nothing cached|again): first step after", 2, 1)}
+def figures(n:int) -> str: return rf"(?: +(?:[\d,.]+|-)){{{n}}}"
+BENCHES = [  # the command, jobs of `train`, a row, how many
+  ("conv --lengths 16 --batch 2 --channels 4 --plain 0", {}, "L 16" + figures(12), 1),
+  pytest.param("conv --lengths 16 --batch 2 --channels 4", {}, "L 16" + figures(12), 1, marks=slow),
+  ("states", {}, "H 8, L 40" + figures(12), 1),
+  ("train", {"decode": (bench.DECODE, TWIN, 2, 64)}, "decode, ours" + figures(3), 1),
+  pytest.param("train", {"train": (bench.TRAIN, TWIN, 4, 12)}, "train, ours" + figures(3), 1, marks=slow),
+  ("generate", {}, r"batch 2, prompt \d+, (?:H3|hybrid|Transformer)" + figures(6), 6),
+  ("start", {}, r"\w+.*: first step after 1.0 s", 2)]
 
-@pytest.mark.parametrize("command", BENCHES)
-def test_benchmarks(command, monkeypatch, capfd):
+@pytest.mark.parametrize("command,jobs,row,rows", BENCHES)
+def test_benchmarks(command, jobs, row, rows, monkeypatch, capfd):
   "Each prints its rows, at small sizes."
-  small = H3Config(19, 16, 2, (1,), 2)
-  monkeypatch.setattr(bench, "STEPS", {"train": bench.Step(small, 2, 16), "decode": bench.Step(small, 2)})
-  monkeypatch.setattr(bench, "STATES", [(8, 40)])
-  monkeypatch.setattr(bench, "copying", lambda size: 1.0)
-  monkeypatch.setattr(bench, "child", child_here)
-  monkeypatch.setattr(H3Config, "named", lambda size: small)
-  for name, value in dict(PROMPTS=(8, 16), BATCHES=(2,), TURNS=3, PIECE=4).items():
+  sizes = dict(STEPS=4, TURN=0, STATES=[(8, 40)], PROMPTS=(16, 24), BATCHES=(2,), PIECE=4, TOKENS=3)
+  for name, value in (sizes | dict(JOBS=jobs, child=child_here, copying=float)).items():
     monkeypatch.setattr(bench, name, value)
-  command, (begin, rows, figures) = command.split(), BENCHES[command]
-  assert bench.main(command if command[0] != "states" else ["states"]) == 0
-  said = capfd.readouterr().out
-  assert len(re.findall(rf"^{begin}.*?{FIGURE}{{{figures}}}(?: s)?$", said, re.M)) == rows, said
+  monkeypatch.setattr(H3Config, "named", lambda size: TWIN)
+  assert bench.main(command.split()) == 0
+  printed = capfd.readouterr().out
+  assert len(re.findall(f"^{row}$", printed, re.M)) == rows, printed
+
+def test_benchmark_that_fails(monkeypatch, capfd):
+  "One line says why."
+  monkeypatch.setitem(bench.BENCHMARKS, "start", lambda: bench.child("-c", "exit('out of luck')"))
+  with pytest.raises(SystemExit) as stop: bench.main(["start"])
+  assert stop.value.code == 2 and capfd.readouterr().err.endswith("failed: out of luck\n")
 
 @pytest.mark.parametrize("argv,why", [
   (["conv", "--lengths", "0"], "at least 1"), (["conv", "--lengths", "99999"], "at most 32768"),
