@@ -8,7 +8,7 @@ without it what takes long is left out.
 """
 import gc, time
 gc.set_threshold(500_000, 50, 1000)          # tinygrad's graphs are many small objects: a quarter less time
-import bz2, contextlib, csv, ctypes, dataclasses, gzip, hashlib, http.server, importlib
+import ast, bz2, contextlib, csv, ctypes, dataclasses, gzip, hashlib, http.server, importlib
 import importlib.util
 import io, itertools, json, lzma, math, os, pickle, pickletools, re, shlex, shutil, signal, socket
 import struct, subprocess, sys, threading, zipfile
@@ -2343,8 +2343,6 @@ def bad(tmp:Path, run8:Path) -> dict[str, tuple]:
   ckpt, prompt = ["--model", str(run8/"out")], ["--prompt", "def"]
   return {
     "--fill with a model that reads on": (gen, [*ckpt, "--fill", "x [MASK]"], "no masked model"),
-    "nothing to draw": (bigs_tiny, ["--plot", str(tmp/"nope")], "no model at"),
-    "nothing to do": (bigs_tiny, [], "--plot"),
     "model with damaged metadata": (gen, [*prompt, "--model", str(tmp/"meta")], "metadata are damaged"),
     "no model": (gen, [*prompt, "--model", str(tmp/"nope")], "run train.py first"),
     "folder without model": (gen, [*prompt, "--model", str(tmp/"folder")], "run train.py first"),
@@ -3639,6 +3637,32 @@ def test_all_benchmarks_in_turn(monkeypatch):
     m.setattr(subprocess, "run", run)
     assert bench.main([]) == 3 and asked == ["conv", "states", "train"]
   with Context(FLASH=0), pytest.raises(SystemExit): bench.main(["conv"])
+
+# ================================================================ which file imports which
+
+# Each file's place; it may import what has a smaller one. support/cpu.py is called by the programs'
+# first lines, and from_pretrained hands over to support/checkpoints.py inside the function.
+ROOMS = {"flashconv": 0, "support.cpu": 1, "h3tiny": 1, "bigs_tiny": 2, "support.checkpoints": 3, "support.text": 3,
+         "generate": 5, "support.training": 6, "train": 7, "papers.grid": 8, "support.bench": 8, "papers": 9,
+         "test_all": 10}
+DOORS = {("flashconv", "support.cpu"), ("h3tiny", "support.checkpoints"),
+         ("bigs_tiny", "support.checkpoints")}
+
+def test_imports_go_downward():
+  "No circle, and nobody imports a test."
+  files = [f for pattern in ("*.py", "support/*.py", "papers/*.py") for f in HERE.glob(pattern)]
+  names = {".".join(f.relative_to(HERE).with_suffix("").parts): f for f in files}
+  room = lambda name: ROOMS.get(name, ROOMS.get(name.split(".")[0]))
+  for name, file in names.items():
+    tree = ast.parse(file.read_text())
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+      if isinstance(node, ast.Import): found = [a.name for a in node.names]
+      elif isinstance(node, ast.ImportFrom): found = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+      else: continue
+      for other in names.keys() & set(found):
+        through_a_door = (name, other) in DOORS and id(node) in inside
+        assert through_a_door or room(other) < room(name), f"{name} imports {other}"
 
 # ================================================================ the README
 
