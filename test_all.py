@@ -3398,7 +3398,7 @@ BENCHES = [  # the command, jobs of `train`, a row, how many
 @pytest.mark.parametrize("command,jobs,row,rows", BENCHES)
 def test_benchmarks(command, jobs, row, rows, monkeypatch, capfd):
   "Each prints its rows, at small sizes."
-  sizes = dict(STEPS=4, TURN=0, STATES=[(8, 40)], PROMPTS=(16, 24), BATCHES=(2,), PIECE=4, TOKENS=3)
+  sizes = dict(STEPS=4, TURN=0, STATES=[(8, 40)], PROMPTS=(16, 24), PIECES={2: 4}, TOKENS=3)
   for name, value in (sizes | dict(JOBS=jobs, child=child_here, copying=float)).items():
     monkeypatch.setattr(bench, name, value)
   monkeypatch.setattr(H3Config, "named", lambda size: TWIN)
