@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse, dataclasses, json, os, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 from typing import Callable, Mapping
 ROOT = Path(__file__).resolve().parents[1]
@@ -217,6 +216,7 @@ def race(runs:dict[str, Callable]) -> dict[str, float]:
   for run in runs.values(): run(), run()                               # compiles; TinyJit captures
   for who, run in [*runs.items()] * TURNS:
     time.sleep(TURN)
+    run()                                # wakes its threads up
     end = time.perf_counter() + TURN
     ms[who].append(seconds(run))
     while time.perf_counter() < end: ms[who].append(seconds(run))
@@ -319,7 +319,12 @@ JOBS = {"train, d 256, 16 x 256": (TRAIN, SMALL, 16, 256),
         "decode, 125M, batch 1": (DECODE, LARGE, 1, 2*STEPS),
         "decode, 125M, batch 64": (DECODE, LARGE, 64, 2*STEPS)}
 
-def measure(name:str, who:str, weights:str) -> None:
+def save_weights(name:str, path:str) -> None:
+  "Writes a job's weights. In a process of its own, whose memory the contestants' do not start from."
+  params = get_state_dict(H3LM(JOBS[name][1]))
+  np.savez(path, **{key: param.numpy() for key, param in params.items()})
+
+def measure(name:str, weights:str, who:str) -> None:
   """Prints the least milliseconds of a step, and the peak of memory in MB beyond what the process
   held once its libraries were imported. who: ours, plain (ours with FLASH=0), torch."""
   makers, config, batch, length = JOBS[name]
@@ -350,11 +355,10 @@ def bench_train() -> None:
   for name in [*JOBS] if on_cpu else [*JOBS][:1]:
     results = {who: [] for who in contestants}
     with tempfile.TemporaryDirectory() as folder:
-      weights = f"{folder}/weights.npz"
-      params = get_state_dict(H3LM(JOBS[name][1]))
-      np.savez(weights, **{key: param.numpy() for key, param in params.items()})
+      where = f"{name!r}, '{folder}/weights.npz'"
+      child("-c", f"from support import bench; bench.save_weights({where})")
       for who in contestants * 2:
-        code = f"from support import bench; bench.measure({name!r}, {who!r}, {weights!r})"
+        code = f"from support import bench; bench.measure({where}, {who!r})"
         results[who].append(json.loads(child("-c", code, FLASH=str(int(who != "plain")))[-1]))
     for who in contestants:
       ms, memory = min(results[who])
@@ -364,8 +368,8 @@ def bench_train() -> None:
 # ---- generation ---------------------------------------------------------------------------------
 
 PROMPTS = 512, 1024, 1536
-BATCHES = 1, 64
-PIECE, TOKENS = 128, 12                  # read at once, and written after each prompt
+PIECES = {1: 512, 64: 128}               # tokens of a prompt that are read at once, by batch
+TOKENS = 12                              # written after each prompt
 # over the Transformer, 1.3B on an A100, as notes on the paper have it: unverified
 PAPER = {("hybrid", 64, 512): 1.48, ("hybrid", 64, 1024): 2.05, ("hybrid", 64, 1536): 2.38}
 
@@ -378,32 +382,34 @@ def state_size(session:Session) -> float:
   return size/1e6
 
 def bench_generate(size:str) -> None:
-  """Times reading prompts and writing, Transformer, hybrid and H3 of one size with random weights,
-  the comparison that the paper makes. The models take turns, prompt by prompt."""
+  """Times reading prompts and writing, H3, hybrid and Transformer of one size with random weights,
+  the comparison that the paper makes. The models take turns, step by step."""
   try: shape = H3Config.named(size)
   except ValueError as e: raise UserError(str(e)) from None
   setup_device()
-  kinds = {"Transformer": range(shape.n_layer), "hybrid": shape.attn_layers, "H3": ()}
+  kinds = {"H3": (), "hybrid": shape.attn_layers, "Transformer": range(shape.n_layer)}
   models = {kind: H3LM(dataclasses.replace(shape, attn_layers=at)) for kind, at in kinds.items()}
   row = table(f"{size}: tokens/s, ratio to the Transformer's (paper's: unverified), the state's MB",
               "read", "written", "ratio", "paper", "ms", "MB")
-  capacity = PROMPTS[-1] + PIECE + TOKENS*len(PROMPTS)
-  for batch in BATCHES:
+  for batch, piece in PIECES.items():
+    capacity = PROMPTS[-1] + piece + TOKENS*len(PROMPTS)
     sessions = {kind: Session(model, batch, capacity) for kind, model in models.items()}
     def advance(session, *length):
       tokens = random_tokens(shape, batch, *length)
       return seconds(lambda: session(tokens))
-    for session in sessions.values():    # compiles, and is captured
-      for length in ((PIECE,), ()) * 2: advance(session, *length)
+    for session in sessions.values():
+      for length in ((piece,), ()) * 2: advance(session, *length)      # compiles, and is captured
+      session.length = 0
+      session.state.positions.assign(0).realize()
     for prompt in PROMPTS:
-      steps = {}
+      reading = {kind: min(advance(session, piece) for _ in range(session.length, prompt, piece))
+                 for kind, session in sessions.items()}
+      turns = [[advance(session) for session in sessions.values()] for _ in range(TOKENS)]
+      writing = dict(zip(kinds, map(min, zip(*turns))))
       for kind, session in sessions.items():
-        pieces = range(session.length, prompt, PIECE)
-        reading = median(advance(session, PIECE) for _ in pieces)
-        step = steps[kind] = median(advance(session) for _ in range(TOKENS))
-        row(f"batch {batch}, prompt {prompt}, {kind}", batch*PIECE/reading, batch/step,
-            steps["Transformer"]/step, PAPER.get((kind, batch, prompt), np.nan), 1e3*step,
-            state_size(session))
+        step, paper = writing[kind], PAPER.get((kind, batch, prompt), np.nan)
+        row(f"batch {batch}, prompt {prompt}, {kind}", batch*piece/reading[kind], batch/step,
+            writing["Transformer"]/step, paper, 1e3*step, state_size(session))
 
 # ---- start, command line ------------------------------------------------------------------------
 
