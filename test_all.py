@@ -15,6 +15,7 @@ import struct, subprocess, sys, threading, zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Callable, NamedTuple
+from unittest import mock
 import numpy as np, pytest
 import flashconv
 from support import cpu
