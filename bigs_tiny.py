@@ -1,12 +1,12 @@
 """BiGS ("Pretraining Without Attention"): masked language models of gated SSMs, and baselines.
 
 Paper: Wang, Yan, Gu, Rush 2022, arXiv 2212.10544, the section on the model and its figure of the
-two architectures. Official code, cited below as file:line: github.com/jxiw/BiGS, T
-BiGS/modeling_bigs.py (PyTorch), F BiGS/modeling_flax_bigs.py (JAX). `python train.py --task mlm`
-trains one, `python generate.py --fill` asks it.
+two architectures. Official code: github.com/jxiw/BiGS, cited below as T:line, which is
+BiGS/modeling_bigs.py (PyTorch), and F:line, BiGS/modeling_flax_bigs.py (JAX).
+`python train.py --task mlm` trains one, `python generate.py --fill` fills in masks with it.
 
-BiGS's layer, `GatedSSM`. Two SSMs, one forward in time and one backward, let positions see each
-other; a gate, which each position makes for itself, decides what passes:
+BiGS's layer, `GatedSSM`. Two SSMs, one forward in time and one backward, mix positions; their
+outputs are multiplied, and a gate, computed from each position alone, multiplies the product:
 
   x (B,L,D) ─┬───────────────────────────────────────────────────────────────────────── + ─ (B,L,D)
              └ LayerNorm ─ h ─┬─ du_forward ── gelu ── fs4 ─ duc_forward ──┐              │
@@ -15,22 +15,25 @@ other; a gate, which each position makes for itself, decides what passes:
                               └─ dv ─ gelu ─── (B,L,I) ─────────────────────────────── * ─ do
 
   fs4(u)[t] = sum_{s<=t} K_f[t-s] u[s] + D u[t],   bs4(u)[t] = sum_{s>=t} K_b[s-t] u[s] + D u[t]
-  There is no state: the whole text is there at once.
+  No state is kept, as generation would need: the whole text is there at once.
 
 Glossary. B batch, L length, V vocabulary, and then
   symbol      shape      paper, official name
   d_model, D  D          width of the model, hidden_size; an SSM's D is its skip weight, one number
   d_inner, I  I          width of the gate, intermediate_size (3D in the released models)
-  A, C        (N,)       an SSM x' = A x + u, y = Re C x, complex, N = d_state; one for all channels
+  A, C        (N,)       an SSM x' = A x + u, y = Re C x, complex, N = d_state. Unlike H3's one
+                         for all channels, with B = 1, zero-order hold, all N modes and no factor 2
   dt          ()         its time step, one number, kept as log_step
   K           (1,L)      its filter, K[l] = Re sum_n C (exp(dt A) - 1)/A exp(dt A l)
-  K_f, K_b               that of the forward SSM fs4, of the backward SSM bs4
+  K_f, K_b    (1,L)      the filters of the forward SSM fs4 and the backward SSM bs4; in the code D
+                         is added to their first tap, so that fs4(u) = K_f ∗ u
 The four blocks, `BiGSConfig.block`, and their weights in a layer:
   "gated"            13 D^2  GatedSSM        BiGS
-  "gated-attention"  13 D^2  GatedAttention  the same with self-attention for the SSMs
+  "gated-attention"  13 D^2  GatedAttention  GatedSSM with self-attention in place of the SSMs
   "attention"        12 D^2  StackAttention  BERT's layer with the norms in front
-  "stack"            12 D^2  StackSSM        the same with two SSMs for attention, STACK/SSM
-and for the Long Range Arena "s4d", 2 D^2, S4DLayer: S4's, with an SSM for each channel and direction.
+  "stack"            12 D^2  StackSSM        StackAttention with two SSMs for attention: STACK/SSM
+A fifth, for the Long Range Arena, is "s4d", 2 D^2, S4DLayer: the layer of S4 models, with a
+`DiagSSM` of h3tiny's for each channel and direction.
 
 Not here: attention masks (the official encoder takes one and drops it: padding is text like any
 other, so pad as in training), next-sentence prediction, norms behind the layers, the bilinear
@@ -59,7 +62,7 @@ class BiGSConfig:
   d_model: int = 768
   n_layer: int = 12
   block: str = "gated"
-  d_inner: int = 0                   # 0: 3 d_model in gated blocks, 4 in "attention", 5 in "stack"
+  d_inner: int = 0                   # 0: 3 times d_model if gated, 4 in "attention", 5 in "stack"
   n_heads: int = 12                  # of attention blocks
   d_state: int = 64                  # N
   max_length: int = 512              # rows of the position table
@@ -69,7 +72,7 @@ class BiGSConfig:
   pad_token: int = 0
   norm_eps: float = 1e-12
   embed_dropout: float = 0.0         # 0.1 in the official recipe
-  n_labels: int = 2                  # of a classifier
+  n_labels: int = 2                  # outputs of a classifier
 
   def __post_init__(self):
     check_choice(self, block=(*BLOCKS, "s4d"), gelu=("tanh", "erf"),
@@ -88,25 +91,24 @@ class BiGSConfig:
 
   @staticmethod
   def large(block:str="gated", max_length:int=128) -> BiGSConfig:
-    "The released shape (23 layers), or a baseline of as many weights (24)."
+    "The released shape, 23 layers, or a baseline of about as many weights, 24 layers."
     n_layer = 23 if block.startswith("gated") else 24
     return BiGSConfig(30522, 1024, n_layer, block, n_heads=16, max_length=max_length)
 
 # ---------------------------------------------------------------- the SSM
 
 def hippo(N:int) -> np.ndarray:
-  """Imaginary parts, ascending, of the eigenvalues of HiPPO-LegS's normal part (F:158-193); the
-  real ones are -1/2.
+  """Imaginary parts, ascending, of the eigenvalues of HiPPO-LegS's normal part (F:158-193).
 
-  A + p p^T = S - 1/2, p_n = sqrt(n + 1/2), A_nk = -sqrt((2n+1)(2k+1)) below the diagonal and
-  -(n+1) on it: S is skew-symmetric.
+  HiPPO-LegS is A_nk = -sqrt((2n+1)(2k+1)) below the diagonal, -(n+1) on it, and 0 above. With
+  p_n = sqrt(n + 1/2), A + p p^T = S - I/2, where S is skew-symmetric: the real parts are -1/2.
   """
   p = np.sqrt(np.arange(N) + 0.5)
   S = np.outer(p, p)
   return np.linalg.eigvalsh(-1j * (np.triu(S, 1) - np.tril(S, -1)))
 
-class S4D:
-  "One scalar SSM for all channels: 4N + 2 numbers. T:221-288, F:227-326."
+class SharedSSM:
+  "An SSM that all channels share, fs4 or bs4: 4N + 2 parameters. T:221-288, F:227-326."
   def __init__(self, N:int, rng:Generator):
     self.D = param(np.ones(1))
     self.kernel = SimpleNamespace(
@@ -115,11 +117,11 @@ class S4D:
       A_im=param(hippo(N)),
       log_step=param(rng.uniform(math.log(0.01), 0, 1)))
 
-def filters(ssms:list[S4D], L:int) -> Tensor:
-  """K of each SSM with D added to its first tap, so that y = K ∗ u is all of it: (S,L).
+def filters(ssms:list[SharedSSM], L:int) -> Tensor:
+  """K of S SSMs, with D added to the first tap, so that y = K ∗ u is all that an SSM does: (S,L).
 
-  Zero-order hold, the real part taken of all N modes, no factor 2 (T:251-258). A_re is kept below
-  -1e-4 (T:247).
+  Zero-order hold, and the real part of the sum over all N modes, without a factor 2 (T:251-258).
+  A_re is clamped to at most -1e-4 (T:247).
   """
   names = ("C", "A_re", "A_im", "log_step")
   C, A_re, A_im, log_step = (Tensor.stack(*[getattr(s.kernel, n) for s in ssms]) for n in names)
@@ -129,15 +131,16 @@ def filters(ssms:list[S4D], L:int) -> Tensor:
   over_A = 1 / (re*re + im*im)
   dB = cmul((dA[0] - 1, dA[1]), (re*over_A, -im*over_A))            # (exp(dt A) - 1)/A
   w = cmul((C[..., 0], C[..., 1]), dB)
-  K = Vandermonde(dA, L).sum((0.5*w[0], 0.5*w[1]))                  # its sum is 2 Re
+  K = Vandermonde(dA, L).sum((0.5*w[0], 0.5*w[1]))                  # `sum` is 2 Re, hence 0.5
   skips = Tensor.stack(*[s.D for s in ssms])                        # (S,1)
   return K + skips.pad((None, (0, L-1)))
 
 def toeplitz(K:Tensor) -> Tensor:
   "T[t,s] = K[t-s], 0 above the diagonal: (S,L) -> (S,L,L)."
   S, L = K.shape
-  c = K.flip(-1).pad((None, (0, L)))                                # c[L-1-l] = K[l], then zeros
-  # rows of 2L-1 numbers out of rows of 2L: each starts one later, [t,j] = c[j-t]
+  c = K.flip(-1).pad((None, (0, L)))                                # c[L-1-l] = K[l], then L zeros
+  # L copies of c, 2L numbers each, cut anew into rows of 2L-1: row t begins with t numbers of the
+  # copy before, its last, which are zeros, so that rows[t,j] = c[j-t], and T[t,s] = rows[t,L-1+s]
   repeated = c.unsqueeze(1).expand(S, L, 2*L).reshape(S, -1)
   rows = repeated[:, :L*(2*L-1)].reshape(S, L, 2*L-1)
   return rows[..., L-1:]
@@ -154,9 +157,11 @@ def convolve(u:Tensor, K:Tensor, backward:bool=False) -> Tensor:
 # ---------------------------------------------------------------- the four blocks, and S4's
 
 def initial_std(n_in:int) -> float:
-  """Standard deviation of a Dense's initial weights: the official 0.02, and in models narrower
-  than it was meant for 1/sqrt(n_in), without which the product of two directions starves: at width
-  64 BiGS then learns subject-verb agreement, and at 0.02 not in the same 600 steps."""
+  """Standard deviation of a linear layer's initial weights: 1/sqrt(n_in), but at least 0.02.
+
+  The official code has 0.02 throughout. In narrow models the product of the two directions is then
+  too small to learn from: at width 64 BiGS learns subject-verb agreement in 600 steps with
+  1/sqrt(n_in), and does not with 0.02."""
   return max(0.02, n_in**-0.5)
 
 def dense(n_in:int, n_out:int, rng:Generator) -> Linear:
@@ -174,16 +179,16 @@ def attention(cfg:BiGSConfig, rng:Generator) -> Attention:
 class GatedSSM:
   """BiGS (T:291-330, F:329-410):
     h = LayerNorm(x)
-    forward  = duc_forward( K_f ∗ gelu(du_forward(h)) )
-    backward = duc_backward( K_b ∗ gelu(du_backward(h)) ), in reversed time
+    forward  = duc_forward( fs4( gelu(du_forward(h)) ) )
+    backward = duc_backward( bs4( gelu(du_backward(h)) ) )
     x + do( gelu(dol(forward * backward)) * gelu(dv(h)) )
   """
   def __init__(self, cfg:BiGSConfig, rng:Generator):
     D, I = cfg.d_model, cfg.d_inner
     self.gelu = gelu(cfg)
     self.LayerNorm = LayerNorm(D, cfg.norm_eps)
-    self.fs4 = S4D(cfg.d_state, rng)
-    self.bs4 = S4D(cfg.d_state, rng)
+    self.fs4 = SharedSSM(cfg.d_state, rng)
+    self.bs4 = SharedSSM(cfg.d_state, rng)
     self.du_forward, self.du_backward = dense(D, D, rng), dense(D, D, rng)
     self.duc_forward, self.duc_backward = dense(D, D, rng), dense(D, D, rng)
     self.dv = dense(D, I, rng)
@@ -229,19 +234,19 @@ class StackAttention:
     return x + self.fc2(self.gelu(self.fc1(self.norm2(x))))
 
 class StackSSM:
-  """x + mix([ K_f ∗ h, K_b ∗ h in reversed time ]), h = LayerNorm(x), then + MLP(norm2 x).
+  """x + mix([ fs4(h), bs4(h) ]), h = LayerNorm(x), then + MLP(norm2 x).
 
-  Of the stack's two SSMs the talk's figure shows a Concat of 2D channels that feeds the residual of
-  D; the paper's prose was not at hand. Here the concatenation is followed by a Dense 2D -> D; the
-  MLP is a quarter wider than BERT's, so that the layer has its 12 D^2 weights. A Dense before these
-  SSMs would add nothing: a filter that all channels share changes places with it.
+  In the talk's figure the two SSMs' outputs are concatenated, 2D channels, and added to the D of
+  the residual; the paper's prose was not at hand. Here `mix`, 2D -> D, follows the concatenation,
+  and the MLP is a quarter wider than BERT's, so that the layer has BERT's 12 D^2 weights. A linear
+  layer before these SSMs would add nothing: it commutes with a filter that all channels share.
   """
   def __init__(self, cfg:BiGSConfig, rng:Generator):
     D, I = cfg.d_model, cfg.d_inner
     self.gelu = gelu(cfg)
     self.LayerNorm = LayerNorm(D, cfg.norm_eps)
-    self.fs4 = S4D(cfg.d_state, rng)
-    self.bs4 = S4D(cfg.d_state, rng)
+    self.fs4 = SharedSSM(cfg.d_state, rng)
+    self.bs4 = SharedSSM(cfg.d_state, rng)
     self.mix = dense(2*D, D, rng)
     self.norm2 = LayerNorm(D, cfg.norm_eps)
     self.fc1 = dense(D, I, rng)
@@ -254,9 +259,9 @@ class StackSSM:
     return x + self.fc2(self.gelu(self.fc1(self.norm2(x))))
 
 class S4DLayer:
-  """x + GLU( gelu( K_f ∗ h + K_b ∗ h in reversed time + D h )), h = LayerNorm(x): what S4 runs on
-  the Long Range Arena, with H3's diagonal SSM, one for each channel and direction (Gu, Goel, Gupta,
-  Ré 2022, arXiv 2206.11893)."""
+  """x + GLU( mix( gelu( K_f ∗ h + K_b ∗ h in reversed time + D h ))), h = LayerNorm(x), where
+  GLU([value, gate]) = value * sigmoid(gate): the layer that S4D runs on the Long Range Arena (Gu,
+  Goel, Gupta, Ré 2022, arXiv 2206.11893), with H3's diagonal SSM, one a channel and direction."""
   def __init__(self, cfg:BiGSConfig, rng:Generator):
     D = cfg.d_model
     self.LayerNorm = LayerNorm(D, cfg.norm_eps)
@@ -278,11 +283,11 @@ LAYERS = {"gated": GatedSSM, "stack": StackSSM, "gated-attention": GatedAttentio
 # ---------------------------------------------------------------- the model
 
 class BiGS:
-  """The encoder and its heads. All parameters are float32 and drawn by numpy from `seed` (None: as
-  in H3LM); `get_state_dict(model)` gives the official PyTorch names, where there are any.
-  tokens (B,L) int; token_type like them, 0 where left out.
+  """The encoder and its heads. Parameters are float32, drawn by numpy from `seed`; None: the
+  matrices are without values, as in H3LM. `get_state_dict(model)` gives the official PyTorch
+  names, where there are any. tokens (B,L) int; token_type (B,L) int, by default all 0.
 
-  heads: which to make, of HEADS; others are made, untrained, when first used.
+  heads: those of HEADS to make now; others are made, untrained, when first used.
   """
   def __init__(self, config:BiGSConfig, seed:int|None=0, heads:tuple[str, ...]=("mlm",)):
     self.config, D = config, config.d_model
@@ -320,7 +325,8 @@ class BiGS:
     return e.LayerNorm(x).dropout(self.config.embed_dropout)
 
   def filters(self, L:int) -> list[tuple[Tensor, ...]]:
-    "K_f and K_b of each layer, as it takes them, all made at once; () for attention."
+    """K_f and K_b of each layer, all made at once; () for attention. Filters (1,L), or, up to
+    BY_TOEPLITZ, their Toeplitz matrices (L,L); in "s4d" filters (D,L)."""
     layers = self.bigs.encoder.layer
     if "attention" in self.config.block: return [()] * len(layers)
     ssms = [ssm for layer in layers for ssm in (layer.fs4, layer.bs4)]
@@ -335,13 +341,13 @@ class BiGS:
   def encode(self, tokens:Tensor, token_type:Tensor|None=None) -> Tensor:
     "(B,L,D), without a norm after the last layer. ValueError for more than max_length tokens."
     x = self.embed(tokens, token_type)
-    filters = self.filters(tokens.shape[-1])
-    for layer, K in zip(self.bigs.encoder.layer, filters): x = layer(x, *K)
+    layers = self.bigs.encoder.layer
+    for layer, K in zip(layers, self.filters(tokens.shape[-1])): x = layer(x, *K)
     return x
 
   def mlm(self, tokens:Tensor, token_type:Tensor|None=None, at:Tensor|None=None) -> Tensor:
-    """Logits (B,L,V), or (B,n,V) at the places `at` (B,n) alone. Erf GELU here, in both official
-    versions (T:405-439)."""
+    """Logits (B,L,V), or only those at positions `at` (B,n): (B,n,V). The head's GELU is the erf
+    one, in both official versions (T:405-439)."""
     self.add("mlm")
     head, x = self.cls.predictions, self.encode(tokens, token_type)
     if at is not None:
@@ -391,8 +397,8 @@ class BiGS:
     return self.classifier(x.dropout(self.config.embed_dropout))
 
   def lengthen(self, max_length:int) -> None:
-    """Adds positions: copies of the table's rows, one after the other, as Longformer does. The SSMs
-    need nothing."""
+    """Extends the position table to max_length by repeating its rows, as Longformer does. The SSMs
+    take any length as they are."""
     if max_length <= self.config.max_length: return
     table = self.bigs.embeddings.position_embeddings
     rows = np.resize(table.weight.numpy(), (max_length, self.config.d_model))
@@ -404,10 +410,10 @@ class BiGS:
     """The model in a file or folder, or a released one by its name (BiGS_128, …), downloaded once.
 
     A file is pytorch_model.bin, model.safetensors or flax_model.msgpack with the config.json beside
-    it, or a checkpoint of train.py. Its shape is that of the tensors. head: keep this one only;
-    what of it the file lacks starts untrained, and a line on stderr says so; by default all that
-    are there. n_labels: of a new classifier. gelu: by default "erf" for PyTorch's files and "tanh"
-    for flax's, to get the logits that each of them gives.
+    it, or a checkpoint of train.py. Its shape is that of the tensors. head: the only one to keep,
+    by default all in the file; what the file lacks of it starts untrained, and a line on stderr
+    says so. n_labels: outputs of a new classifier. gelu: by default "erf" for PyTorch's files and
+    "tanh" for flax's, which gives each file's own logits.
     Raises CheckpointError, one line, for anything else."""
     from support.checkpoints import bigs_model, find, read_weights
     path = find(path_or_name)

@@ -13,9 +13,11 @@ Glossary. B batch, H channels, L length, K taps, N ≥ L + K - 1 length of the F
   F, F*                                     discrete Fourier transform of length N, N F⁻¹
   kf      F(k + D δ)/N                      the filter's spectrum: c = F* (kf · F w)
   M       N/8                               length of the 8 sub-transforms that go on side by side
-Also here: `ssm_conv`, the same with the filter of an SSM at any length, by state passing; `launch`,
-which runs a kernel with gradients that survive what is read before; `replaceable`, the seam through
-which support/cpu.py brings faster versions of plain ops.
+  T, F₈                                     twiddle factors, and a transform of length 8
+In an H3 layer k is the diagonal SSM's filter, K in h3tiny.py, and u is shift_ssm of the key.
+Also here: `ssm_conv`, the same with the filter of an SSM at any length, by state passing (its
+glossary stands there); `launch`, which runs a kernel and keeps its gradients whatever was read
+before; `replaceable`, by which support/cpu.py puts faster versions in the place of plain ops.
 
 Run: `python flashconv.py` checks the kernels on your device; `python flashconv.py --render metal`
 (or cuda, opencl) prints their sources; FLASH=0 turns them off. `python support/bench.py conv` and
@@ -43,12 +45,12 @@ FLASH = ContextVar("FLASH", 1)  # 0: plain tinygrad ops everywhere
 
 Shape = tuple[int, ...]
 Stores = list[UOp]
-Value = Callable[..., UOp]   # a number of a matrix, or a place in one, given its indices
-Body = Callable[..., Stores]    # makes the stores of one place of a kernel, given its indices
+Value = Callable[..., UOp]   # (indices) -> an element of a matrix, to be read or stored to
+Body = Callable[..., Stores]    # (indices) -> the stores that a kernel makes there
 Pair = tuple                 # a complex number (re, im) of Tensors, UOps or Reals; or two real rows
 
-# What `selfcheck` runs: by name, a function of Tensors, its definition in plain ops (None: itself
-# with FLASH=0), the shape of its output, and those of its inputs.
+# What `selfcheck` runs, by name: a function of Tensors, its definition in plain ops (None: the
+# function itself with FLASH=0), the shape of its output, and the shapes of its inputs.
 CHECKS: dict[str, tuple] = {}
 
 def checked(output:Shape, *inputs:Shape, plain:Callable|None=None) -> Callable:
@@ -64,7 +66,7 @@ def conj(a:Pair) -> Pair: return a[0], -a[1]
 
 @functools.cache
 def dft_matrix(rows:int, cols:int, n:int, device:str, dtype:type) -> Pair:
-  "exp(-2πi jk/n), j < rows, k < cols, computed in float64."
+  "exp(-2πi jk/n), j < rows, k < cols, as (re, im), computed in float64."
   w = np.exp(-2j*np.pi/n * (np.outer(np.arange(rows), np.arange(cols)) % n))
   return tuple(constant(p, device, dtype) for p in (w.real, w.imag))
 
@@ -105,14 +107,14 @@ def conv_ref(w:Tensor, k:Tensor, D:Tensor|None) -> Tensor:
   return c if D is None else c + D.reshape(-1, 1)*w
 
 class Finish(NamedTuple):
-  """What follows the convolution: y of c = k ∗ w + D w, number by number, and its gradients.
+  """What follows the convolution, elementwise: y, given c = k ∗ w + D w, and its gradients.
 
-  One place for plain ops, the kernel and its gradient. An option, such as an activation, is a field
-  here, which `fftconv` sets; no kernel has to know of it.
+  Plain ops, the kernel and its gradient all take it from here. An option, such as an activation,
+  would be one more field, set by `fftconv`; no kernel would have to know of it.
   """
   gated: bool                   # whether there is a q
   def y(self, c:Tensor|UOp, q:Tensor|UOp|None) -> Tensor|UOp: return c*q if self.gated else c
-  needs_c = False               # whether dc depends on c: the backward kernel then makes c first
+  needs_c = False               # no field: whether dc depends on c, which is then computed first
   def dc(self, dy:UOp, c:UOp|None, q:UOp|None) -> UOp: return dy*q if self.gated else dy
   def dq(self, dy:UOp, c:UOp, q:UOp) -> UOp: return c*dy
 
@@ -136,8 +138,10 @@ def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor
 
   u, v, q, y (B,H,L) float32, or (B,L,H) with channels_last; k (H,K), or (1,K), one filter for all
   channels; taps past L do nothing; D (H,). Left out, v and q are 1 and D is 0. Any B, H, L, K ≥ 1.
-  Differentiable in every argument, works in TinyJit; plain ops (`fftconv_ref`) where no kernel
-  serves. Raises ValueError when shapes don't fit.
+  Differentiable in every argument, works in TinyJit. Raises ValueError when shapes don't fit.
+  It runs in one launch where the transform fits into shared memory; in two levels where it does
+  not; by overlap-save where the filter is far shorter than the sequence; and in plain ops,
+  `fftconv_ref`, where no kernel serves.
   Sources: paper section 4; HazyResearch/H3 src/ops/fftconv.py:53-103.
   """
   check_shapes(u, k, D, v, q, channels_last)
@@ -171,12 +175,12 @@ def check_shapes(u:Tensor, k:Tensor, D:Tensor|None, v:Tensor|None, q:Tensor|None
                    f"D (H,); got {', '.join(got)}")
 
 def whole(*tensors:Tensor|None) -> bool:
-  "Whether none is in parts on several devices: a kernel takes what one device holds."
+  "Whether no Tensor is sharded over several devices: a kernel takes what one device holds."
   return all(t is None or isinstance(t.device, str) or (t.device is not None and t.uop.axis is None)
              for t in tensors)
 
 def kernels_serve(*tensors:Tensor|None) -> bool:
-  "Whether kernels are on, and all is float32, and whole."
+  "Whether the kernels can take these Tensors: FLASH is on, and all are float32 and `whole`."
   exact = all(t is None or t.dtype == dtypes.float for t in tensors)
   return bool(FLASH) and whole(*tensors) and exact
 
@@ -185,16 +189,16 @@ SHORT = 1 << 12                 # length of a short filter's transform on a long
 ONE_CORE = 1 << 20              # B H N up to which one core is as fast as two
 
 def levels(device:str|tuple, N:int) -> int:
-  """How a transform of length N runs: 1 in one launch, R > 1 in two levels, R of length N/R; 0 in
-  plain ops. The device's limits decide, never its name."""
+  """How a transform of length N runs: 1: in one launch; R > 1: in two levels, as R transforms of
+  length N/R; 0: in plain ops. The device's limits decide, never its name."""
   m = machine(device)
   if not m.gpu: return int(N <= MAX_N)
   return next((R for R in (1, 2, 4, 8, 16) if 8*N <= R*m.shared), 0)  # a complex number is 8 bytes
 
 # ---------------------------------------------------------------- the convolution in one launch
 class ConvArgs(NamedTuple):
-  """The arguments of a convolution: as Tensors, as a kernel's buffers, or as the buffers of their
-  gradients. What was left out is None. k: (1,H,K), (1,1,K), or as `ComplexRows` are."""
+  """The arguments of a convolution, or their gradients, as Tensors or as a kernel's buffers; those
+  left out are None. k is (1,H,K) or (1,1,K), or (1,H,2,N) where the layout is `ComplexRows`."""
   k: Tensor|UOp|None = None
   u: Tensor|UOp|None = None
   D: Tensor|UOp|None = None
@@ -203,7 +207,7 @@ class ConvArgs(NamedTuple):
 
 class ConvSpec(NamedTuple):
   "What a kernel of the convolution is made for, beside the shapes of its buffers."
-  names: tuple[str, ...]        # which of ConvArgs there are
+  names: tuple[str, ...]        # the fields of ConvArgs that are not None, in order
   machine: Machine
   finish: Finish
   layout: type                  # how sequences lie in memory: RowPairs or ComplexRows
@@ -217,7 +221,7 @@ def named(names:Sequence[str], buffers:Sequence[Tensor|UOp]) -> ConvArgs:
 
 def conv_one_launch(args:ConvArgs, N:int, finish:Finish=Finish(False), layout:type|None=None
                     ) -> Tensor:
-  "y, for sequences laid out as `layout` says, by default rows (B,H,L)."
+  "y, for sequences that lie in memory as `layout` says, by default as rows (B,H,L)."
   names = tuple(n for n, x in args._asdict().items() if x is not None)
   shape, m = args.u.shape, machine(args.k.device)
   if shape[0]*shape[1]*N < ONE_CORE: m = m._replace(cores=1)
@@ -232,6 +236,7 @@ def conv_backward(dy:Tensor, y:Tensor, roots:Tensor, *args:Tensor, spec:ConvSpec
   "The gradients of `conv_one_launch`'s inputs: None for the roots, which are constants."
   x, layout, M = named(spec.names, args), spec.layout, roots.shape[2]
   shapes = [x.k.shape if n == "k" else x.u.shape for n in spec.gradients]
+  # dk has a row for each channel, even where they share a filter: it is summed below
   buffers = [layout.buffer_shape((s[0], x.u.shape[1], *s[2:]), M) for s in shapes]
   outputs = launch(bound(conv_gradient_kernel, spec=spec), buffers,
                    [roots, layout.trimmed(dy, x.u.shape), *args], no_second_gradient("fftconv"))
@@ -248,9 +253,9 @@ def conv_backward(dy:Tensor, y:Tensor, roots:Tensor, *args:Tensor, spec:ConvSpec
 #                            they have written since: tinygrad puts the barrier
 #   i = UOp.range(n, id)     a loop: all that depends on i, by value or by `after`, is inside it
 #   stores.end(i)            the loop ends behind these stores: after(stores.end(i)) is outside
-#   UOp.group(*stores)       all of them
-#   group.barrier()          a barrier in so many words, needed where threads write what others may
-#                            still be *reading*: tinygrad sees only the reverse
+#   UOp.group(*stores)       all of these stores
+#   group.barrier()          an explicit barrier, needed where threads write what others may still
+#                            be *reading*: tinygrad puts one only where they read what was written
 #   UOp.special(n, "lidx0")  the number of a GPU's thread; "gidx0" that of its work group
 # So each stage below uses `mem.after(*done)`, and leaves in `done` what the next has to wait for.
 # A loop that holds stages is an AxisType.REDUCE: of a LOOP that ends in stores to global memory
@@ -272,13 +277,14 @@ def conv_kernel(y:UOp, roots:UOp, *args:UOp, spec:ConvSpec) -> UOp:
 
 @functools.cache
 def conv_gradient_kernel(*buffers:UOp, spec:ConvSpec) -> UOp:
-  """dk, du, dv, dq of `conv_kernel`. All comes from its inputs: kf, W = F w and c are made anew.
+  """dk, du, dv, dq of `conv_kernel`, from its inputs alone: kf, W = F w and c are computed anew.
 
-  With e = dy ∂y/∂c (e = q dy) and E = F e, kf* the conjugate of kf, over the sequences n:
-    dw = F* (kf* · E)      the correlation of e with the filter;  du = v dw, dv = u dw
-    dk = F⁻¹ Σ_n W* · E    of two packed rows w₀ + i w₁, e₀ + i e₁ the real part: the correlation of
-                           w₀ - i w₁ with e₀ + i e₁ is (w₀ ⋆ e₀ + w₁ ⋆ e₁) + i (…), so that one
-                           inverse transform after the last sequence gives the sum over all rows
+  With e = dy ∂y/∂c (e = q dy), E = F e, and kf* the conjugate of kf, over the sequences n:
+    dw = F* (kf* · E)          the correlation of e with the filter;  du = v dw, dv = u dw
+    dk = Re F⁻¹ Σ_n W* · E     the correlation of w with e, at the lags of the taps
+  Why Re: a sequence is two packed rows, w = w₀ + i w₁ and e = e₀ + i e₁. F⁻¹ (W* · E) correlates
+  w₀ - i w₁ with e₀ + i e₁, whose real part is w₀ ⋆ e₀ + w₁ ⋆ e₁, the sum over both rows. So one
+  inverse transform, after the last sequence, gives dk. dD is its tap at lag 0.
   """
   count = len(spec.gradients)
   d, (roots, dy) = named(spec.gradients, buffers), buffers[count:count+2]
@@ -323,19 +329,19 @@ def conv_gradient_kernel(*buffers:UOp, spec:ConvSpec) -> UOp:
     buf.inverse(store_dq)                                                          # c = F* C
   buf.free()
   buf.done = dkf.done = buf.done[0].end(n),                            # here the loop over n ends
-  filters = spec.layout(g, x.k.shape, 0)                          # a single row: re alone is stored
+  filters = spec.layout(g, x.k.shape, 0)                   # a single row of RowPairs: re is stored
   buf.spectrum(lambda at, _: ([scaled(a, 1/g.N) for a in dkf.get(at)], []), back_only=True)
   buf.inverse(lambda j, off, dk: filters.store(j, off, d.k, dk))                   # dk = F* (dkf/N)
   return g.finish(buf.done[0], f"{spec.layout.name}_grad")
 
 def filter_spectrum(x:ConvArgs, roots:UOp, spec:ConvSpec) -> tuple[FFTBuffer, Spectrum]:
-  "kf = F(k + D δ)/N, which stays in private memory, and the buffer that has made it, free again."
+  "The FFT buffer, free for use, and kf = F(k + D δ)/N, which stays in private memory."
   g = Group(spec.machine, x.u.shape[1], RADIX*roots.shape[2])
   buf, kf, filters = FFTBuffer(g, roots), Spectrum(g, 1), spec.layout(g, x.k.shape, 0)
   def load(j:UOp, off:int) -> Pair:
     re, im = filters.load(j, off, x.k)
     if x.D is None or off > 0: return re, im
-    return re + Real(j.eq(0).where(x.D[g.h], 0.0)), im                 # D is a tap more at lag 0
+    return re + Real(j.eq(0).where(x.D[g.h], 0.0)), im                 # D adds to the tap at lag 0
   buf.forward(load)
   buf.spectrum(lambda at, X: (None, kf.put(at, [scaled(a, 1/g.N) for a in X])))
   kf.done = buf.done
@@ -346,7 +352,7 @@ def times(a:Sequence[Pair], b:Sequence[Pair]) -> list[Pair]: return list(map(cmu
 def scaled(z:Pair, c:float) -> Pair: return z[0]*c, z[1]*c
 
 def each_row(f:Callable, *pairs:Pair) -> Pair:
-  "f, of UOps or None, for each of two packed rows; where the first is ZERO, so is the result."
+  "f, a function of UOps (or None), of each of two packed rows; ZERO where the first argument is."
   def row(x:Real, *others:Real|None) -> Real:
     if not x.sign: return ZERO
     return Real(f(x.uop, *(None if o is None else o.uop for o in others)))
@@ -356,9 +362,9 @@ def each_row(f:Callable, *pairs:Pair) -> Pair:
 class RowPairs:
   """Rows 2n and 2n+1 of a batch as one complex sequence, `shape` being (B,H,L).
 
-  The filter is real, so that the two results come out as re and im. So the rounding of the two is
-  that of the larger, and an infinity in one reaches the other. Past the end of a row, and for the
-  row that an odd batch lacks, reads give 0.
+  The filter is real, so the two results come out as re and im. Both are rounded as coarsely as the
+  larger one, and an infinity in one reaches the other. Reads past the end of a row, and of the row
+  that an odd batch lacks, give 0.
   """
   name = "fftconv"
   def __init__(self, group:Group, shape:Shape, n:UOp|int):
@@ -370,17 +376,17 @@ class RowPairs:
   def count(shape:Shape) -> int: return -(-shape[0]//2)
   @staticmethod
   def buffer_shape(shape:Shape, M:int) -> Shape:
-    """What is written to: whole pairs of rows, and whole columns of the first pass. tinygrad 0.14.0
-    can lose the condition of a store, where it leaves a single place."""
+    """The shape of a buffer to store to: whole pairs of rows, and whole columns of the first pass,
+    so that no store has a condition. tinygrad 0.14.0 can lose one that leaves a single place."""
     B, H, L = shape
     return B + (B % 2 if B > 1 else 0), H, -(-L//M)*M
   @staticmethod
   def trimmed(y:Tensor, shape:Shape) -> Tensor: return y[:shape[0], :, :shape[2]]
   def load(self, j:UOp, off:int, *factors:UOp|None) -> Pair:
-    """The product of the factors at j + off, j < M, in both rows; of no factor (None, None).
+    """The product of the factors at j + off, j < M, in both rows; without factors (None, None).
 
-    off is known when the kernel is made: blocks past the end are no loads at all, and the
-    butterflies drop what they would have to do with such zeros.
+    off is known when the kernel is made: past the end of a row nothing is loaded, and the
+    butterflies leave out the arithmetic on these zeros.
     """
     factors = [f for f in factors if f is not None]
     if not factors: return None, None
@@ -401,7 +407,7 @@ class RowPairs:
     return [place.store(x.uop) for place, x in zip(places, z)]
 
 class ComplexRows:
-  "Sequence n of complex numbers, (P,H,2,N), between the launches of a two-level transform."
+  "Complex sequences, (P,H,2,N), between the launches of a two-level transform."
   name = "fftconv_complex"
   def __init__(self, group:Group, shape:Shape, n:UOp|int): self.group, self.n = group, n
   @staticmethod
@@ -420,13 +426,12 @@ def product(factors:Sequence[UOp]) -> UOp: return functools.reduce(operator.mul,
 
 # ---------------------------------------------------------------- the block FFT
 class FFTBuffer:
-  """N complex numbers in a GPU's shared memory, or a core's stack, and the passes over them, in
-  place.
+  """N complex numbers in a GPU's shared memory or on a core's stack, and the FFT's passes in place.
 
-  Forward by decimation in frequency (natural order in, digit-reversed out), back by decimation in
-  time (the reverse): with spectra kept digit-reversed nothing is ever reordered. A butterfly writes
-  where it has read and nowhere else, so that one barrier a pass is enough. `done` is what has to be
-  finished before the next reader.
+  Forward passes decimate in frequency (natural order in, digit-reversed out), inverse passes in
+  time (digit-reversed in, natural out). Spectra stay digit-reversed: nothing is ever reordered. A
+  butterfly writes where it has read and nowhere else, so that one barrier a pass is enough. `done`
+  holds the stores that must be made before the next pass reads.
   """
   def __init__(self, group:Group, roots:UOp):
     self.group, self.roots, self.done = group, roots, group.outer
@@ -445,7 +450,7 @@ class FFTBuffer:
   def put(self, mem:UOp, i:UOp, sub:UOp|int, z:Pair) -> Stores:
     return [mem[c, i + self.first, sub].store(z[c].uop) for c in range(2)]
   def free(self):
-    "Lets others write where somebody may still read: a barrier of its own on a GPU."
+    "Waits until all have read, so that the buffer can be overwritten: a barrier on a GPU."
     if self.group.m.gpu: self.done = UOp.group(*self.done).barrier(),
 
   def forward(self, load:Callable[[UOp, int], Pair], *after:UOp):
@@ -462,7 +467,7 @@ class FFTBuffer:
       return [s for r, y in enumerate(self.join(mem, j)) for s in store(j, r*g.M, y)]
     self.done = g.columns(last),
   def inverse_and_forward(self, body:Callable):
-    "`inverse`, then `forward`: of the y that one gives, body(j, off, y) -> (the next x, stores)."
+    "`inverse`, then `forward` of what body(j, off, y) -> (x, stores) makes of the inverse's y."
     self.inner_inverse()
     g, mem = self.group, self.mem.after(*self.done)
     def turn(j:UOp) -> Stores:
@@ -473,8 +478,8 @@ class FFTBuffer:
   def spectrum(self, body:Callable, back_only:bool=False):
     """The last pass of X = F x, body(at, X) -> (Y, stores), and the first pass of y = F* Y.
 
-    `at` is where a `Spectrum` keeps this butterfly. Without a Y nothing goes back; with back_only
-    there is no X.
+    `at` is where a `Spectrum` keeps this butterfly's numbers. If Y is None, nothing is written
+    back; with back_only nothing is read, and X is None.
     """
     g, R, mem = self.group, self.group.R, self.mem.after(*self.done)
     def last(slot:int|UOp, t:UOp, sub:UOp) -> Stores:
@@ -493,28 +498,28 @@ class FFTBuffer:
     x = [self.get(mem, j, r) for r in range(RADIX)]
     return dft(twiddle(self.roots, x, j, +1), +1)                                 # x = F₈* (T* · x)
   def inner_forward(self):
-    for M in self.group.passes:
-      self.inner(M, lambda x, j: twiddle(self.roots, dft(x, -1), j, -1))           # x = T · (F₈ x)
+    for n in self.group.passes:
+      self.inner(n, lambda x, j: twiddle(self.roots, dft(x, -1), j, -1))          # x = T · (F₈ x)
   def inner_inverse(self):
-    for M in reversed(self.group.passes):
-      self.inner(M, lambda x, j: dft(twiddle(self.roots, x, j, +1), +1))          # x = F₈* (T* · x)
-  def inner(self, M:int, butterfly:Callable):
-    """A radix-8 pass over pieces of length M in each sub-transform.
+    for n in reversed(self.group.passes):
+      self.inner(n, lambda x, j: dft(twiddle(self.roots, x, j, +1), +1))         # x = F₈* (T* · x)
+  def inner(self, n:int, butterfly:Callable):
+    """A radix-8 pass over pieces of length n in each sub-transform.
 
-    Its roots exp(-2πi rj/M) are those of the first pass, exp(-2πi rj'/N), at j' = j N/M: one table,
-    strided, serves all passes.
+    Its roots exp(-2πi rj/n) are those of the first pass, exp(-2πi rj'/N), at j' = j N/n: one
+    table, strided, serves all passes.
     """
-    g, S, mem = self.group, M//RADIX, self.mem.after(*self.done)
+    g, S, mem = self.group, n//RADIX, self.mem.after(*self.done)
     def body(slot:int|UOp, t:UOp, sub:UOp) -> Stores:
-      j, first = t % S, t//S*M + t % S
-      x = butterfly([self.get(mem, first + r*S, sub) for r in range(RADIX)], j*(g.M//M*RADIX))
+      j, first = t % S, t//S*n + t % S
+      x = butterfly([self.get(mem, first + r*S, sub) for r in range(RADIX)], j*(g.M//n*RADIX))
       return [s for r in range(RADIX) for s in self.put(mem, first + r*S, sub, x[r])]
     self.done = g.subtransforms(g.M//RADIX, body),
 
 class Spectrum:
-  """A spectrum in private memory: each worker keeps the butterflies of the last pass that it does.
+  """A spectrum in private memory: each worker keeps the results of its own last butterflies.
 
-  `at`: (slot, sub), the number of the butterfly among the worker's own, and its sub-transform.
+  `at`: (slot, sub), the butterfly's number among the worker's own, and its sub-transform.
   """
   def __init__(self, group:Group, slot:int):
     self.group, self.done = group, group.outer
@@ -534,8 +539,8 @@ class Spectrum:
     self.done = g.subtransforms(g.M//g.R, lambda slot, t, sub: self.put((slot, sub), zeros)),
 
 class Workers:
-  """One channel and who works on it: the threads of a work group (GPU), or one turn of the
-  outermost loop (CPU), which the cores share. h is the channel."""
+  """The workers on one channel, h: the threads of a work group (GPU), or one iteration of the
+  outermost loop (CPU), whose iterations the cores share."""
   def __init__(self, m:Machine, H:int):
     self.m, self.ids, self.outer = m, itertools.count(), ()
     if m.gpu: self.h = UOp.special(H, "gidx0")
@@ -564,13 +569,13 @@ class Group(Workers):
     super().__init__(m, H)
     self.N, self.M = N, N//RADIX
     self.threads = min(self.M, 256)
-    self.passes, R = [], self.M    # lengths of the pieces in the radix-8 passes over sub-transforms
-    while R > RADIX:
-      self.passes.append(R)
-      R //= RADIX
-    self.R = R                       # radix of the last pass
+    self.passes, n = [], self.M      # lengths of the pieces in the radix-8 passes
+    while n > RADIX:
+      self.passes.append(n)
+      n //= RADIX
+    self.R = n                       # radix of the last pass
     if m.gpu:
-      # two dimensions: neighbours in the first one read neighbours, with no division to hide it
+      # two dimensions: neighbours in the first one read neighbours, and no division hides it
       self.sub, self.row = UOp.special(RADIX, "lidx0"), UOp.special(self.threads//RADIX, "lidx1")
       self.thread = self.row*RADIX + self.sub
   def columns(self, body:Body) -> UOp:
@@ -598,9 +603,8 @@ class Group(Workers):
 class Real:
   """±x or 0, a float in a register; `uop` is its value.
 
-  The sign is carried here and zeros are dropped here: tinygrad writes a - b as a + (-1)·b and
-  multiplies sums out, which made the butterflies a third longer. What is carried is hidden, as it
-  lacks its sign.
+  Signs and zeros are handled here because tinygrad writes a - b as a + (-1)·b and multiplies sums
+  out, which made the butterflies a third longer. x itself is hidden, as it lacks its sign.
   """
   def __init__(self, x:UOp|None, sign:int=1): self.__x, self.sign = x, sign
   def __neg__(a) -> Real: return Real(a.__x, -a.sign)
@@ -638,7 +642,7 @@ def dft(x:Sequence[Pair], sign:int) -> list[Pair]:
           for f in (operator.add, operator.sub) for e, o in zip(even, odd)]
 
 def twiddle(roots:UOp, x:list[Pair], j:UOp, sign:int) -> list[Pair]:
-  "T · x: x[r] exp(sign 2πi jr/N), for the roots (2,R,N/R) of `roots_of_unity`."
+  "T · x, or T* · x for sign +1: x[r] exp(sign 2πi jr/N), with `roots_of_unity` (2,R,N/R)."
   def root(r:int) -> Pair: return Real(roots[0, r, j]), Real(roots[1, r, j], -sign)
   return [z if r == 0 else cmul(z, root(r)) for r, z in enumerate(x)]
 
@@ -685,10 +689,10 @@ def _cores(n:int, axis:int) -> tuple[UOp, UOp]:
   return core, core & ((1 << (n-1).bit_length()) - 1)
 
 # -------------------------------------------------------- longer sequences: two levels, and pieces
-# A transform of length N = R M that does not fit into shared memory: a first pass of radix R, a
-# launch of its own, leaves R transforms of length M, of which each convolves as a sequence by
-# itself (`ComplexRows`), as a channel of its own; a last pass joins them. The two passes are each
-# other's adjoint, hence each other's gradient.
+# A transform of length N = R M that does not fit into shared memory; here M is N/R, not N/8. A first
+# pass of radix R, a launch of its own, leaves R transforms of length M. Each convolves as a complex
+# sequence (`ComplexRows`) in a channel of its own, one of H R. A last pass joins them. The two
+# passes are each other's adjoint, hence each other's gradient.
 def conv_two_levels(w:Tensor, k:Tensor, D:Tensor|None, N:int, R:int) -> Tensor:
   "c = k ∗ w + D w, by R transforms of length N/R."
   k = k.expand(w.shape[1], k.shape[1])
@@ -742,8 +746,8 @@ def join_kernel(y:UOp, roots:UOp, X:UOp, m:Machine, shape:Shape) -> UOp:
 def conv_overlap_save(w:Tensor, k:Tensor, D:Tensor|None, N:int) -> Tensor:
   """c = k ∗ w + D w of a short filter and a long sequence, by transforms of length N.
 
-  Pieces of N - K + 1 steps each have the K-1 steps before them in front: what wraps around in the
-  transform falls into those, which are dropped.
+  The sequence is cut into P pieces of n = N - K + 1 steps, and the K-1 steps before each are put in
+  front of it. What wraps around in the transform falls into those, whose outputs are dropped.
   """
   B, H, L = w.shape
   n = N - k.shape[1] + 1
@@ -755,14 +759,16 @@ def conv_overlap_save(w:Tensor, k:Tensor, D:Tensor|None, N:int) -> Tensor:
   return c.reshape(B, P, H, n).transpose(1, 2).reshape(B, H, P*n)[..., :L]
 
 # ----------------------------------------------- state passing: an SSM's convolution at any length
-# A sequence is walked in chunks of c steps, R of them at a time. With w = u v and the state x, of
-# S = 2M reals, of a chunk n, and k[l] = 2 Re C A^l B:
+# A "walk" goes along a sequence in chunks of c steps, R chunks (a group) at a time. Here A, B, C
+# are discretised (dA, dB, C in h3tiny.py), M counts modes, and the filter is k[l] = 2 Re C A^l B.
+# w_n = u v is chunk n, and x_n the state before it, M complex numbers as S = 2M reals:
 #   y_n = P x_n + T w_n        P: 2 Re C A^(l+1), the zero-input response;  T: k[l-j], Toeplitz
 #   x_(n+1) = a x_n + Q w_n    a: A^c;  Q: A^(c-1-j) B, the chunk's share of the state
 # and backward, with e = q dy:
 #   dx_n = a* dx_(n+1) + Pᵀ e_n     dw_n = Tᵀ e_n + Qᵀ dx_(n+1)
-#   dP, dT = Σ_n x_n e_nᵀ, w_n e_nᵀ   dQ = Σ_n w_n dx_(n+1)ᵀ   da = Σ_n x_n* dx_(n+1)
-# All but what `a` does are products of small matrices, done for R chunks at once.
+#   dPᵀ, dTᵀ = Σ_n x_n e_nᵀ, w_n e_nᵀ   dQᵀ = Σ_n w_n dx_(n+1)ᵀ   da = Σ_n x_n* dx_(n+1)
+# The code has x_n, w_n and y_n as rows, hence all matrices transposed: y = x P + w T, and so on.
+# All but the products with a are products of small matrices, done for R chunks at once.
 def ssm_conv_ref(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None=None,
                  q:Tensor|None=None, state:Pair|None=None, chunk:int|None=None
                  ) -> tuple[Tensor, Pair]:
@@ -783,12 +789,12 @@ def ssm_conv_ref(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|
 
 def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None=None,
              q:Tensor|None=None, state:Pair|None=None, chunk:int|None=None) -> tuple[Tensor, Pair]:
-  """`fftconv` with the filter k[l] = 2 Re Σ C B A^l of a diagonal SSM, and its final state.
+  """`fftconv` with the filter k[l] = 2 Re Σ C B A^l of a diagonal SSM, and the SSM's final state.
 
   u, v, q, y (B,H,L); A, B, C discretised modes, pairs (re, im) of (H,M); D (H,); state a pair of
   (B,H,M), None: zeros. Exact for any L, in memory that does not grow with L beyond inputs and
   outputs, one launch forward and one back. Pieces of a sequence, with the state carried from one to
-  the next, give what one call gives. chunk: steps of a chunk, for measurements. Differentiable once
+  the next, give what one call gives. chunk: steps of a chunk, to measure with. Differentiable once
   in every argument. Raises ValueError when shapes don't fit.
   Source: paper section 4 (state passing); not in the official code.
   """
@@ -832,8 +838,8 @@ def check_ssm_shapes(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None, v:Tensor|N
                    f"chunk {chunk}")
 
 class WalkSpec(NamedTuple):
-  "What a kernel of the walk is made for."
-  names: tuple[str, ...]             # which of u, v, q there are
+  "What a kernel of the walk is made for: its arguments, shapes and sizes."
+  names: tuple[str, ...]             # those of u, v, q that are not None
   machine: Machine
   B: int
   H: int
@@ -845,11 +851,11 @@ class WalkSpec(NamedTuple):
   def groups(self) -> int: return -(-self.L//(self.R*self.c))
   @property
   def last(self) -> int:
-    "The chunk of the last group, or R, that would begin with the state after the last whole chunk."
+    "The row, 0 to R, of the last group's states that holds the state after the last whole chunk."
     return self.L//self.c - (self.groups - 1)*self.R
   @property
   def state_at(self) -> int:
-    "Where the final states stand in the output, behind y: at a place fit for vector loads."
+    "Where the final states stand in the output, behind y: at a multiple of 64, for vector loads."
     return -(-self.B*self.H*self.L//64)*64
 
 def walk_spec(names:tuple[str, ...], u:Tensor, S:int, chunk:int|None) -> WalkSpec|None:
@@ -865,7 +871,7 @@ def walk_spec(names:tuple[str, ...], u:Tensor, S:int, chunk:int|None) -> WalkSpe
   return WalkSpec(names, m, B, H, L, S, c, min(R, -(-L//c))) if fits(c) else None
 
 def walk_tables(A:Pair, B:Pair, C:Pair, D:Tensor|None, c:int) -> tuple[Tensor, Tensor, Tensor]:
-  "Q (H,c,S), P above T (H,S+c,c), with D on T's diagonal, and a (H,S)."
+  "Q (H,c,S), P above T (H,S+c,c), with D on T's diagonal, and a (H,S): all for rows x_n, w_n."
   pw = [stored(p) for p in powers(A, c + 1)]                                        # (H,M,c+1)
   from0, from1 = (tuple(p[..., i:i+c] for p in pw) for i in range(2))
   def column(z:Pair) -> Pair: return z[0].unsqueeze(-1), z[1].unsqueeze(-1)
@@ -883,8 +889,8 @@ def walk_backward(dout:Tensor, out:Tensor, *inputs:Tensor, spec:WalkSpec) -> lis
   PT = P[:, :S].transpose(1, 2)
   TQ = Tensor.cat(P[:, S:].transpose(1, 2), Q.transpose(1, 2), dim=1)
   sizes = [(x.numel(),) for x in inputs]
-  kept = (spec.H*spec.groups*S,)               # states at the beginning of each group, of one row
-  # tinygrad's OpenCL counts an argument that a kernel does not use wrongly: only dq needs P
+  kept = (spec.H*spec.groups*S,)          # scratch: one row's state at the beginning of each group
+  # only dq needs P, and tinygrad's OpenCL miscounts where a kernel does not use an argument
   last = [P] if "q" in spec.names else []
   dx0, dQ, dP, da, _, *d = launch(
     bound(walk_gradient_kernel, spec=spec), [*sizes[:4], kept, *sizes[4:]],
@@ -911,8 +917,11 @@ def walk_kernel(out:UOp, x0:UOp, Q:UOp, P:UOp, a:UOp, *args:UOp, spec:WalkSpec) 
 @functools.cache
 def walk_gradient_kernel(dx0:UOp, dQ:UOp, dP:UOp, da:UOp, kept:UOp, *buffers:UOp, spec:WalkSpec
                          ) -> UOp:
-  """The gradients of `walk_kernel`'s inputs. States are made anew: on a walk forward, which keeps
-  those at the beginning of each group, then group by group on the way back."""
+  """The gradients of `walk_kernel`'s inputs. States are computed anew: by a walk forward, which
+  keeps the one before each group in `kept`, then within each group on the way back.
+
+  buffers: the gradients of u, v, q, as far as given; dout, x0, Q, a, PT, TQ; u, v, q; and with q, P.
+  """
   n = len(spec.names)
   d, x = named(spec.names, buffers), named(spec.names, buffers[n+6:])
   dout, x0, Q, a, PT, TQ = buffers[n:n+6]
@@ -971,9 +980,8 @@ def walk_gradient_kernel(dx0:UOp, dQ:UOp, dP:UOp, da:UOp, kept:UOp, *buffers:UOp
   return w.finish("ssm_walk_grad")
 
 class Matrix:
-  """A matrix, or a part of one, in shared memory (GPU) or on a core's stack, that workers use
-  after all that is done. It is flat: of two indices tinygrad would lose the condition of a
-  store."""
+  """A matrix, or a part of one, in shared memory (GPU) or on a core's stack, used after all that is
+  `done`. Its memory has one axis: with two, tinygrad would lose the condition of a store."""
   def __init__(self, walk:Walk, rows:int, cols:int, mem:UOp|None=None, first:int=0):
     self.walk, self.rows, self.cols, self.first = walk, rows, cols, first
     self.mem = walk.memory(rows*cols) if mem is None else mem
@@ -988,12 +996,12 @@ class Matrix:
   def add(self, r:UOp, i:UOp, z:Pair) -> Stores:
     return [place.store(place + x) for place, x in zip(self.pair(r, i), z)]
   def part(self, r:int, j:int) -> Matrix:
-    "What begins at row r and column j."
+    "The part that begins at row r and column j; its rows are as far apart."
     return Matrix(self.walk, self.rows, self.cols, self.mem, self.first + r*self.cols + j)
 
 class Walk(Workers):
   """The workers on one channel, walking along its sequences: b is the row of the batch, g the
-  group of R chunks. `done` is what has to be finished before the next stage."""
+  group of R chunks. `done` holds what must be finished before the next stage."""
   b: UOp
   g: UOp
   def __init__(self, spec:WalkSpec):
@@ -1004,13 +1012,13 @@ class Walk(Workers):
     space = AddrSpace.LOCAL if self.m.gpu and shared else AddrSpace.REG
     return UOp.placeholder((size,), dtypes.float, slot=next(self.slots), addrspace=space)
   def begin(self, n:int) -> UOp:
-    "A loop in which everything up to its `end` takes place."
+    "Begins a loop: all stages up to its `end` are inside it."
     i = self.loop(n, AxisType.REDUCE)
     self.done = *self.done, i
     return i
   def end(self, i:UOp, barrier:bool=True):
-    """The loop over i ends here. What one turn has read the next one may overwrite: that takes a
-    barrier of its own on a GPU, unless each worker has places of its own."""
+    """Ends the loop over i. The next iteration may overwrite what this one has read: that takes a
+    barrier of its own on a GPU, unless each worker only touches places of its own."""
     done = UOp.group(*self.done)
     self.done = (done.barrier() if self.m.gpu and barrier else done).end(i),
   def finish(self, name:str) -> UOp:
@@ -1018,17 +1026,17 @@ class Walk(Workers):
     return super().finish(UOp.group(*self.done), f"{name}_{s.B}x{s.H}x{s.L}")
 
   def state(self, x:UOp, first:int=0) -> Value:
-    "This row's and channel's numbers of x, which from `first` on is a flat (B,H,S)."
+    "The S numbers of this row and channel in x, which from `first` on is a flat (B,H,S)."
     return lambda i: x[first + (self.b*self.spec.H + self.h)*self.spec.S + i]
   def table(self, x:UOp) -> Value: return lambda r, j: x[self.h, r, j]
   def place(self, r:UOp, j:UOp) -> tuple[UOp, UOp|None]:
-    "Index into a flat (B,H,L) of step j of chunk r, and whether it is there."
+    "The index of step j of chunk r in a flat (B,H,L), and whether it is before the end."
     s = self.spec
     i = (self.g*s.R + r)*s.c + j
     ok = None if s.L % (s.R*s.c) == 0 else i < s.L
     return (self.b*s.H + self.h)*s.L + i, ok
   def load(self, r:UOp, j:UOp, *factors:UOp|None) -> UOp|None:
-    "The product of the factors at step j of chunk r, 0 past the end; of no factor None."
+    "The product of the factors at step j of chunk r, 0 past the end; None without factors."
     (i, ok), factors = self.place(r, j), [f for f in factors if f is not None]
     if not factors: return None
     return product([f[i] if ok is None else ok.where(f[i.valid(ok)], 0.0) for f in factors])
@@ -1041,7 +1049,7 @@ class Walk(Workers):
   def copy(self, to:Value, source:Value):
     self.each(1, self.spec.S, lambda _, i: [to(i).store(source(i))])
   def each(self, rows:int, cols:int, body:Body):
-    "The stores of body(row, col), for all."
+    "The stores of body(row, col), for all rows and cols."
     if not self.m.gpu:
       r, j = self.loop(rows), self.loop(cols)
       self.done = UOp.group(*body(r, j)).end(j, r),
@@ -1330,8 +1338,8 @@ def capture(f:Callable, **options) -> TinyJit:
   jit.cnt = 1
   return jit
 
-# ---------------------------------------------------------------- the seam for faster versions
-FAST: dict[str, Callable] = {}  # by name, faster versions, which support/cpu.py brings
+# ---------------------------------------------------------------- where faster versions come in
+FAST: dict[str, Callable] = {}  # faster versions by name, which support/cpu.py adds
 
 def replaceable(f:Callable) -> Callable:
   """Marks a definition in plain ops that may have a faster version in FAST.
@@ -1357,8 +1365,8 @@ def lookup(table:Tensor, ids:Tensor) -> Tensor:
   """
   ids, table = on_one_device(ids, table)
   onehot = ids.unsqueeze(-1) == Tensor.arange(table.shape[0])
-  if table.shape[0] <= 1024: return matmul(onehot.float(), widened(table))   # for its gradient
-  rows = onehot.unsqueeze(-1).where(table, 0).sum(-2, dtype=table.dtype)     # a look-up
+  if table.shape[0] <= 1024: return matmul(onehot.float(), widened(table))   # its gradient is fast
+  rows = onehot.unsqueeze(-1).where(table, 0).sum(-2, dtype=table.dtype)     # becomes a load
   return widened(rows)
 
 def overwrite(old:Sequence[Tensor], new:Sequence[Tensor]) -> None:
@@ -1464,8 +1472,8 @@ def main(argv:list[str]|None=None) -> int:
     return 1
   return 0
 
-# ---------------------------------------------------------------- what support/cpu.py uses alone
-HALF = ContextVar("HALF", 0)  # what products take in: 1: float16, 2: bfloat16; sums are float32
+# ----------------------------------------------------- for `machine` and support/cpu.py: the CPU
+HALF = ContextVar("HALF", 0)  # factors of products are 1: float16, 2: bfloat16; sums are float32
 WIDE = "prefer-vector-width=512"     # clang leaves half of an AVX-512 register empty unless told so
 
 @functools.cache

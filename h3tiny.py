@@ -4,21 +4,23 @@ Paper: Fu, Dao et al. 2022, "Hungry Hungry Hippos: Towards Language Modeling wit
 Models", arXiv 2212.14052, section 3 (the layer). Official code, cited below as file:line:
 github.com/HazyResearch/H3. `python train.py` trains one of these, `python generate.py` writes.
 
-The H3 layer. In linear attention, q (k v^T) summed over the past, k passes through a shift SSM,
-which remembers the last tokens, and a diagonal SSM takes the place of the sum:
+The H3 layer. Linear attention computes q · Σ k v^T, summed over the past. H3 passes k through a
+shift SSM, which remembers the last N tokens, and puts a diagonal SSM in the place of the sum:
 
   u (B,L,D) ─┬─ q_proj ───────────── q ────────────────────────┐
              ├─ k_proj ─ k ─ shift_ssm ─┐                      │
              │                          * ─ kv ─ diag_ssm ─ y ─ * ─ output_linear ─ (B,L,D)
              └─ v_proj ───────────── v ─┘
-  H3State                    shift (B,D,N)         re, im (B,H,M): constant in length
+  H3State                    shift (B,D,N)         re, im (B,H,M): of one size at any length
 
   y = Wo( q * diag_ssm( shift_ssm(k) * v ) ),   ssm(x) = K ∗ x + D x     `h3_reference`, below
 
 It runs in three ways, which agree to rounding:
   FFT            a whole sequence: each SSM is a convolution with its filter, `fftconv`
-  state passing  a piece of a sequence, or a very long one: chunk by chunk, `ssm_conv`
+  state passing  a sequence longer than BY_FFT, or a piece that begins from a state: `ssm_conv`
   step           one token: x_t = dA x_{t-1} + dB u_t, `h3_step`
+In the model it is a mixer: each block computes x = x + mixer(norm1 x), then x + mlp(norm2 x), with
+H3, attention or an ungated SSM for its mixer. Logits are ln_f(x) times the word embeddings.
 
 Glossary. B batch, L length, V vocabulary, and then
   symbol      shape         paper, official name
@@ -26,12 +28,15 @@ Glossary. B batch, L length, V vocabulary, and then
   p           head_dim      channels of a head of the H3 layer: its k v^T has p*p entries
   H           D/p           number of diagonal SSMs
   N, M        d_state, N/2  state size; complex modes kept, one of each conjugate pair
-  A, B, C     (H,M)         the diagonal SSM x' = A x + B u, y = 2 Re C x, in continuous time
+  A, B, C     (H,M)         the diagonal SSM x' = A x + B u, y = 2 Re C x, in continuous time; its
+                            input u is kv here, not the layer's u
   dt          (H,)          its time step, kept as log_dt
-  dA, dB      (H,M)         the same discretised (bilinear): x_t = dA x_{t-1} + dB u_t
+  dA, dB      (H,M)         A and B discretised (bilinear): x_t = dA x_{t-1} + dB u_t
   K           (H,L)         its filter, K[l] = 2 Re sum_n C dB dA^l
   S           (D,N)         filter of the shift SSM, S[i] = sum_m B[m] C[m+i]
-A complex tensor is a pair (re, im): tinygrad has no complex dtype.
+With p > 1 the diagonal SSM runs on all p*p entries of k v^T, so re and im are (B p p,H,M).
+A complex tensor is a pair (re, im): tinygrad has no complex dtype. A function marked @replaceable
+is a definition in plain ops; on a CPU, support/cpu.py runs a faster version of it.
 
 Not here: ZOH discretisation and HiPPO measures other than diag-lin: no released model uses them.
 """
@@ -47,7 +52,7 @@ from tinygrad.nn.state import get_parameters
 from flashconv import (Pair, Vandermonde, cmul, constant, fftconv, fftconv_ref, lookup, overwrite,
                        replaceable, ssm_conv, stored)
 
-BY_FFT = 2048     # training takes sequences up to this length by FFT, longer ones by state passing
+BY_FFT = 2048     # up to this length a sequence in training goes by FFT, past it by state passing
 
 # ---------------------------------------------------------------- configuration
 
@@ -69,9 +74,10 @@ class H3Config:
   norm_eps: float = 1e-5
   embed_dropout: float = 0.0
   resid_dropout: float = 0.0
-  init_std: float = 0.02             # of the initial weights of matrices and embeddings
+  init_std: float = 0.02             # standard deviation of initial matrices and embeddings
   pad_vocab_multiple: int = 8
-  head_order: str = "d2h"            # output channel if p > 1: "d2h" d2*H+h, "hd2" h*p+d2
+  # output channel of coordinate d2 of head h, if p > 1: "d2h" d2*H + h, "hd2" h*p + d2
+  head_order: str = "d2h"
   max_length: int = 2048             # capacity of the KV caches; training may be longer
   max_positions: int = 0             # learned positions, which limit a text's length; 0: none
   ssm: str = "h3"                    # layers without attention: "h3", or "s4d", an ungated SSM
@@ -142,7 +148,7 @@ def check_choice(config:object, **choices:tuple[str, ...]) -> None:
 # ---------------------------------------------------------------- parameters
 
 def param(x:np.ndarray) -> Tensor:
-  "A parameter of these values; of none, without memory, if they are a Blank's."
+  "Makes a parameter of these values; if they come from a Blank, one without values or memory."
   x = np.asarray(x, dtype=np.float32)
   blank = x.size > 1 and not any(x.strides)
   return Tensor.empty(*x.shape) if blank else Tensor(x).realize()
@@ -173,7 +179,7 @@ class LayerNorm(nn.LayerNorm):
 # ---------------------------------------------------------------- states of generation
 
 class H3State(NamedTuple):
-  shift: Tensor            # (B,D,N): shift SSM, the last inputs, newest first
+  shift: Tensor            # (B,D,N): shift SSM, the last N inputs filtered by its B, newest first
   re: Tensor               # (B p p,H,M): diagonal SSM
   im: Tensor
 
@@ -185,8 +191,8 @@ class KVCache(NamedTuple):
   keys: Tensor             # (B,heads,capacity,hd), rotated
   values: Tensor
 
-State = H3State | S4DState | KVCache | None      # of a layer
-Mixed = tuple[Tensor, State]                     # what a layer returns
+State = H3State | S4DState | KVCache | None      # a layer's
+Mixed = tuple[Tensor, State]                     # what a mixer returns: its output, its new state
 
 class LMState(NamedTuple):
   "A language model's state. `get_parameters(state)` lists its Tensors."
@@ -242,9 +248,11 @@ class ShiftSSM:
     return fftconv(pad_or_trim(self.C, 2*N-1), self.B.flip(-1))[0, :, N-1:]
 
   def response(self, s:Tensor, L:int) -> Tensor:
-    "Zero-input response: sum_j C[j+l+1] s[j], l < L, what later outputs owe to the state s. (B,D,L)"
+    """Zero-input response (B,D,L): the part of the next L outputs that comes from the state s,
+    sum_j C[j+l+1] s[j] for l < L."""
     N = s.shape[-1]
-    inputs = pad_or_trim(s.flip(-1), 2*N-1)                    # the oldest first, and then zeros
+    # s[0], the newest, is at N-1, zeros follow: the convolution's output N + l is the response l
+    inputs = pad_or_trim(s.flip(-1), 2*N-1)
     return pad_or_trim(fftconv(inputs, self.C[0])[..., N:], L)
 
   def final_state(self, s:Tensor, k:Tensor) -> Tensor:
@@ -321,15 +329,15 @@ class DiagSSM:
     return y + self.D*u, x
 
 class Filters(NamedTuple):
-  "What the convolutions of a layer need: made once for all layers by `H3LM.filters`."
+  "A layer's filters for a sequence; `H3LM.filters` makes those of all layers at once."
   shift: Tensor|None       # S (D,N); None: the layer has no shift SSM
   diag: Tensor|None        # K (H,L); None: state passing takes its place
 
 class StepWeights(NamedTuple):
-  "What one step of a layer needs: made once for many tokens by `H3LM.step_weights`."
-  shift: ShiftSSM|None
+  "A layer's SSMs for one-token steps; `H3LM.step_weights` discretises them once for many tokens."
+  shift: ShiftSSM|None     # None: the layer has no shift SSM
   diag: DiagSSM
-  modes: Modes
+  modes: Modes             # diag, discretised
 
 Weights = Filters | StepWeights | None
 
@@ -339,7 +347,7 @@ def step_weights(mixer:H3Mixer|S4DMixer) -> StepWeights:
   return StepWeights(getattr(mixer, "shift_ssm", None), mixer.diag_ssm, stored_modes)
 
 def stacked(ssms:list) -> ShiftSSM|DiagSSM:
-  "One SSM with the channels of all."
+  "Makes one SSM that has the channels of all."
   one = copy.copy(ssms[0])
   for name in vars(one):
     weights = [getattr(ssm, name) for ssm in ssms]
@@ -347,12 +355,14 @@ def stacked(ssms:list) -> ShiftSSM|DiagSSM:
   return one
 
 def filters_of(ssms:list, *length:int) -> Iterator[Tensor]:
-  "The filter of each SSM, all made at once, for the launches of one."
+  "Yields the filter of each SSM; all are made together, in as many launches as one takes."
   return iter(stored(stacked(ssms).filter(*length)).chunk(len(ssms)) if ssms else ())
 
 def official_names(mixer:H3Mixer|S4DMixer) -> dict:
-  """The parts of a mixer by the official names, which get_state_dict takes from `_asdict`: an SSM's
-  weights are called KERNEL.kernel and its skip weight stands beside them."""
+  """Returns a mixer's parts by their official names; get_state_dict asks `_asdict` for them.
+
+  Officially an SSM's weights are {kernel_name}.kernel.*, and its skip weight stands beside them as
+  {skip_name}."""
   named = {}
   for attribute, part in vars(mixer).items():
     if isinstance(part, (ShiftSSM, DiagSSM)):
@@ -362,11 +372,14 @@ def official_names(mixer:H3Mixer|S4DMixer) -> dict:
   return named
 
 # ---------------------------------------------------------------- the H3 layer
-# Every mixer is called as mixer(u, state, positions, weights) -> (y, state), u and y (B,L,D):
-#   training     mixer(u, weights=Filters): all of a sequence; or with the state of the piece before
-#   generation   with state and positions: a piece of text, or one token by a step (L = 1, weights:
-#                StepWeights), which may overwrite the state: realise y and the new state together
-# Without a state before, none comes out. What weights hold is made anew where they are None.
+# Every mixer is called as mixer(u, state, positions, weights) -> (y, new state), u and y (B,L,D):
+#                                           state   positions   weights
+#   training, a whole sequence              None    None        Filters
+#   training, a piece of a long sequence    given   None        Filters, diag is None
+#   generation, a piece of a text           given   given       None
+#   generation, one token (L = 1)           given   given       StepWeights, or None
+# Where no state is given, none is returned. Weights that are None are computed in the call. A step
+# may overwrite the state that it is given: realise y and the new state together.
 
 def heads(x:Tensor, p:int) -> Tensor:
   "(B,D,…) -> (B,p,H,…): channel h*p + d is coordinate d of head h."
@@ -398,16 +411,15 @@ def h3_reference(layer:H3Mixer, u:Tensor) -> Tensor:
 
 @replaceable
 def h3_step(q:Tensor, k:Tensor, v:Tensor, state:H3State, weights:StepWeights) -> Mixed:
-  "The same for one token, between the projections: q, k, v (B,D) -> z (B,D) and the new state."
+  "`h3_reference` for one token, without projections: q, k, v (B,D) -> z (B,D) and the new state."
   k, s = weights.shift.step(state.shift, k)
   kv = outer(k, v, q.shape[1] // state.re.shape[1])            # (B,p,p,H)
   y, x = weights.diag.step((state.re, state.im), kv.flatten(0, 2), weights.modes)
   return contract(q, y.reshape(kv.shape)), H3State(s, *x)
 
 class H3Mixer:
-  """The H3 layer, `h3_reference`, as fast as it gets: filters made once, gates in the kernel.
-
-  src/models/ssm/h3.py:73-206.
+  """The H3 layer, `h3_reference`, made fast: the filters of all layers are computed at once, and
+  the gates v and q multiply inside the convolution's kernel. src/models/ssm/h3.py:73-206.
   """
   def __init__(self, cfg:H3Config, rng:Generator):
     D, self.p, self.head_order = cfg.d_model, cfg.head_dim, cfg.head_order
@@ -426,7 +438,7 @@ class H3Mixer:
     return self.q_proj(u), self.k_proj(u), self.v_proj(u)
 
   def ordered(self, z:Tensor) -> Tensor:
-    "Channels h*p + d2 as the output wants them (h3.py:153; src/ops/fftconv.py:48)."
+    "Reorders channels h*p + d2 by `head_order` (h3.py:153; src/ops/fftconv.py:48)."
     return z if self.p == 1 or self.head_order == "hd2" else heads(z, self.p).flatten(1, 2)
 
   def convolve(self, q:Tensor, k:Tensor, v:Tensor, state:State, filters:Filters) -> Mixed:
@@ -456,7 +468,7 @@ class H3Mixer:
     return self.output_linear(self.ordered(z).transpose(1, 2)), new
 
 class S4DMixer:
-  """y = Wo gelu( diag_ssm(u) ), an ungated SSM for each channel: what H3 is compared with.
+  """y = Wo gelu( diag_ssm(u) ), an ungated SSM for each channel, as a baseline for H3.
 
   Gu, Goel, Gupta, Ré 2022, "On the Parameterization and Initialization of Diagonal State Space
   Models", arXiv 2206.11893, with H3's discretisation.
@@ -489,8 +501,8 @@ def attend(q:Tensor, k:Tensor, v:Tensor, pos:Tensor|None=None, start:Tensor|None
            causal:bool=True) -> Tensor:
   """Softmax attention of q (B,heads,L,hd) over k, v (B,heads,T,hd) -> like q.
 
-  Causal: query i sees rows up to pos + i, pos (1,) int, by default T - L; and none before
-  start (B,) int except its own.
+  Causal: query i sees keys up to pos + i; pos (1,) int, by default T - L. With left padding, start
+  (B,) int, it sees no key before start but its own, so that a row of padding stays finite.
   """
   L, T = q.shape[2], k.shape[2]
   scores = (q * q.shape[-1]**-0.5) @ k.transpose(-1, -2)               # (B,heads,L,T)
@@ -504,7 +516,7 @@ def attend(q:Tensor, k:Tensor, v:Tensor, pos:Tensor|None=None, start:Tensor|None
 
 @replaceable
 def write_cache(cache:Tensor, x:Tensor, pos:Tensor) -> Tensor:
-  "cache (B,heads,T,hd) with rows pos, pos+1, … made x (B,heads,L,hd); pos (1,) int."
+  "cache (B,heads,T,hd) with x (B,heads,L,hd) in its rows from pos on; pos (1,) int."
   row_of_x = Tensor.arange(cache.shape[2]).unsqueeze(-1) - pos         # (T,1)
   onto = (row_of_x == Tensor.arange(x.shape[2])).float()               # (T,L)
   return (onto.sum(-1, keepdim=True) > 0).where(onto @ x, cache)
@@ -643,22 +655,24 @@ class H3LM:
     require(not (carry and c.max_positions), "learned positions begin anew with each piece of a text.")
     layers = self.backbone.layers
     x, after = self.embed(tokens), []
-    filters = self.filters(math.inf if carry else tokens.shape[1])     # a state: state passing
+    # from a carried state the diagonal SSM goes by state passing, as a very long sequence does
+    filters = self.filters(math.inf if carry else tokens.shape[1])
     for layer, before, layer_filters in zip(layers, carry or [None]*len(layers), filters):
       x, state = layer(x, before, weights=layer_filters)
       after.append(state)
     return self.head(x), after
 
   def filters(self, L:float) -> list[Filters|None]:
-    "For sequences of L tokens, the Filters of each layer, None for attention; all made at once."
+    "The Filters of each layer for sequences of L tokens, all made at once; None for attention."
     mixers = [layer.mixer for layer in self.backbone.layers]
     S = filters_of([m.shift_ssm for m in mixers if hasattr(m, "shift_ssm")])
     K = filters_of([m.diag_ssm for m in mixers if hasattr(m, "diag_ssm") and L <= BY_FFT], L)
+    # S and K yield in the order of the layers
     return [Filters(next(S, None), next(K, None)) if hasattr(m, "diag_ssm") else None
             for m in mixers]
 
   def step_weights(self) -> list[StepWeights|None]:
-    "What `advance` needs of each layer for a token, made once for many; None for attention."
+    "The StepWeights of each layer, for many calls of `advance`; None for attention."
     mixers = [layer.mixer for layer in self.backbone.layers]
     weights = [step_weights(m) if hasattr(m, "diag_ssm") else None for m in mixers]
     if made := get_parameters(weights): Tensor.realize(*made)
@@ -666,8 +680,8 @@ class H3LM:
 
   def init_state(self, batch:int, max_length:int|None=None, start:list[int]|None=None) -> LMState:
     """The state before the first token, in realised Tensors. max_length: capacity of the KV caches,
-    by default the config's. start: left padding, how many tokens that change nothing stand before
-    each text, so that texts of different length can be fed side by side."""
+    by default the config's. start: left padding, the number of tokens before each text that change
+    nothing, so that texts of different lengths can be fed side by side."""
     capacity = max_length or self.config.max_length
     layers = [layer.mixer.init_state(batch, capacity) for layer in self.backbone.layers]
     padding = Tensor(start, dtype=dtypes.int).realize() if start else None
@@ -688,7 +702,7 @@ class H3LM:
     Never waits for the device, so TinyJit can capture it, with the state in its closure. It can't
     see a full KV cache for the same reason: the caller counts tokens against `capacity(state)`.
     visible: how many rows of the caches a piece of text reads, at least the tokens so far and its
-    own; all by default. weights: `step_weights()`, used for a token; a piece of text needs none.
+    own; by default all, as a single token does. weights: `step_weights()`, for single tokens only.
     """
     tokens, capacity = tokens.reshape(tokens.shape[0], -1), self.capacity(state) or 1
     one_token = tokens.shape[1] == 1
