@@ -10,9 +10,9 @@
   python generate.py --export h3/model.safetensors    the model as the authors' code reads it
   python generate.py --fill "for i in [MASK](10):"    what a masked model puts there
 
-A prompt is read in pieces, convolutions that carry the state (`ssm_conv`). Every further token is
-one step: constant time and memory in the H3 layers, a key-value cache in the attention layers. As a
-function:
+A prompt is read in pieces: in the H3 layers each piece is a convolution that begins from the state
+the one before has left (`ssm_conv`). Every further token is one step (`h3_step`): constant time
+and memory in the H3 layers, a key-value cache in the attention layers. As a function:
 
   for tokens in generate(model, prompt_ids, n=200, temperature=0.8): ...      # (B,) at a time
 
@@ -44,8 +44,8 @@ OUT = "out"                                # train.py's default folder
 def generate(model:H3LM, prompts:np.ndarray|list[np.ndarray], n:int, temperature:float=1.0,
              top_k:int=0, top_p:float=1.0, seed:int=0, max_length:int|None=None
              ) -> Iterator[np.ndarray]:
-  """Continues prompts: (P,) or (B,P), or a list of B arrays of any lengths; P >= 1. Gives n arrays
-  (B,) of tokens, one at a time.
+  """Continues prompts: (P,) or (B,P), or a list of B arrays of any lengths; P >= 1. Yields n
+  arrays (B,) of tokens; errors are raised at the call, before the first is asked for.
 
   max_length: the capacity of the attention layers' caches (default: the config's). Raises UserError
   where prompt and continuation do not fit in it; models without attention have no limit."""
@@ -60,7 +60,7 @@ def generate(model:H3LM, prompts:np.ndarray|list[np.ndarray], n:int, temperature
     raise UserError(f"{requested} exceed the cache of {capacity}: ask for fewer tokens, or give "
                     f"--max-length {longest + n}")
   positions = model.config.max_positions
-  if positions and longest + n - 1 > positions:            # the last token is not read
+  if positions and longest + n - 1 > positions:            # the last token goes into no step
     raise UserError(f"{requested}, where the model has learned positions for {positions}: ask for "
                     "fewer tokens")
   piece = piece_size(longest, batch)
@@ -79,9 +79,9 @@ def generate(model:H3LM, prompts:np.ndarray|list[np.ndarray], n:int, temperature
   return steps()
 
 def piece_size(longest:int, batch:int) -> int:
-  """How many tokens of a prompt are read at once: pieces of one size, lest others are compiled, as
-  large as memory and little padding allow (an eighth of the prompt); 1, token by token, where that
-  is as fast."""
+  """How many tokens of a prompt are read at once. All pieces have one size, as each size has to be
+  compiled: the largest that fits into memory and pads the prompt by an eighth at most, else 32; 1,
+  token by token, for a prompt so short that this is as fast."""
   if longest <= 8: return 1
   for size in (2048, 1024, 512, 256, 128, 64):
     padding = round_up(longest, size) - longest
@@ -91,9 +91,9 @@ def piece_size(longest:int, batch:int) -> int:
 class Session:
   """Texts side by side, read in pieces and continued token by token, in one state of fixed size.
 
-  Each size of piece (with the part of the attention caches that it looks at) is captured once, and
-  so is a step: nothing is compiled anew as the texts grow. start: left padding of each text, see
-  H3LM.init_state.
+  A TinyJit is captured once for a step, and once for each size of piece and of the part of the
+  attention caches that a piece reads, so that nothing is compiled anew as the texts grow. start:
+  left padding of each text, see H3LM.init_state.
   """
   def __init__(self, model:H3LM, batch:int, max_length:int, start:list[int]|None=None):
     self.model, self.length = model, 0
@@ -103,19 +103,19 @@ class Session:
   def __call__(self, tokens:np.ndarray) -> np.ndarray:
     "tokens (B,), or a piece (B,L) -> logits (B,vocab_size) after the last"
     self.length += (L := tokens[0].size)
-    capacity = None
+    visible = None                                         # rows of the caches that are read: all
     if L > 1 and self.model.config.attn_layers:            # a power of two that holds all so far
-      capacity = max(4096, 1 << (self.length-1).bit_length())
-    key = tokens.shape, capacity
+      visible = max(4096, 1 << (self.length-1).bit_length())
+    key = tokens.shape, visible
     if key not in self.graphs: self.graphs[key] = self.captured(*key)
     graph, inputs = self.graphs[key]
     # a new Tensor for each token would take 1.5 ms more
     data = np.ascontiguousarray(tokens, np.int32)
     inputs._buffer().copy_from(Buffer("NPY", data.size, dtypes.int, opaque=data))
     return graph(inputs).numpy()[:, :self.model.config.vocab_size]
-  def captured(self, shape:tuple[int, ...], capacity:int|None) -> tuple[Callable, Tensor]:
+  def captured(self, shape:tuple[int, ...], visible:int|None) -> tuple[Callable, Tensor]:
     "A graph that advances the state by tokens of this shape, and the Tensor it takes them from."
-    advance = lambda tokens: self.model.advance(tokens, self.state, capacity, self.weights)
+    advance = lambda tokens: self.model.advance(tokens, self.state, visible, self.weights)
     return capture(advance), Tensor(np.zeros(shape, np.int32)).realize()
   def read(self, tokens:np.ndarray, piece:int) -> np.ndarray:
     "A prompt (B,P), P a multiple of `piece` -> logits (B,vocab_size) after the last token"
@@ -125,9 +125,9 @@ class Session:
 
 def sample(logits:np.ndarray, rng:np.random.Generator, temperature:float=1.0, top_k:int=0,
            top_p:float=1.0) -> np.ndarray:
-  """One token a row: logits (B,V) -> (B,). Temperature 0 takes the likeliest. top_k keeps the k
-  likeliest, top_p the fewest whose probabilities reach p (after top_k and the temperature). Raises
-  UserError as `check_finite`."""
+  """Draws one token a row: logits (B,V) -> (B,). Temperature 0 takes the likeliest. top_k keeps
+  the k likeliest, top_p (after temperature and top_k) the fewest whose probabilities sum to p.
+  Raises UserError as `check_finite` does."""
   check_finite(logits)
   if temperature == 0: return logits.argmax(-1)
   x = logits.astype(np.float64) / temperature
@@ -139,7 +139,7 @@ def sample(logits:np.ndarray, rng:np.random.Generator, temperature:float=1.0, to
     order = np.argsort(-p, -1, kind="stable")
     ranked = np.take_along_axis(p, order, -1)
     before = ranked.cumsum(-1) - ranked
-    ranked[before >= top_p] = 0                            # those before it are already enough
+    ranked[before >= top_p] = 0                            # the likelier ones are already enough
     np.put_along_axis(p, order, ranked, -1)
   cumulative = p.cumsum(-1)
   return (cumulative / cumulative[:, -1:] > rng.random((len(x), 1))).argmax(-1)
@@ -161,8 +161,8 @@ def log_softmax(x:np.ndarray) -> np.ndarray:
 TOKENS_AT_ONCE = 4096                      # that go through a model side by side
 
 def surprisal(logits:Tensor, targets:Tensor) -> Tensor:
-  """-log p in nats of the targets (…), given logits (…,V). For a negative target, the logarithm
-  of the sum over all alone."""
+  """-log p in nats of the targets (…), given logits (…,V). For a negative target, which is no
+  token, the result is logsumexp(logits): callers multiply it by 0."""
   picked = (targets.unsqueeze(-1) == Tensor.arange(logits.shape[-1])).where(logits, 0).sum(-1)
   return logits.logsumexp(-1) - picked
 
@@ -183,16 +183,16 @@ def document_nll(nll:NLL, ids:np.ndarray, window:int, stride:int) -> tuple[np.nd
   """-log p in nats of each token of a document but the first, (len(ids)-1,), and the number of
   windows that took.
 
-  A window sees `window` tokens before its last one. Each begins `stride` after the one before and
-  adds what that did not reach, so that from the second window on a token is given at least
-  window - stride others."""
+  A window has `window` inputs and predicts the token after each. It begins `stride` tokens after
+  the one before it, and only its predictions that are new count, so that from the second window on
+  each of them has seen at least window - stride tokens."""
   n = len(ids) - 1
   if n <= window:                          # a row of a length that others may have too
     row = np.zeros((1, 1 + min(window, round_up(n, 64))), np.int32)
     row[0, :n+1] = ids
     return nll(row)[0, :n], 1
   starts = np.minimum(np.arange(0, n - window + stride, stride), n - window)
-  fresh = np.diff(starts, prepend=starts[0] - window)      # tokens that no window before had
+  fresh = np.diff(starts, prepend=starts[0] - window)      # each window's predictions that are new
   batch = min(len(starts), max(1, TOKENS_AT_ONCE // window))
   out = np.empty(n)
   batches = range(0, len(starts), batch)
@@ -206,8 +206,8 @@ def document_nll(nll:NLL, ids:np.ndarray, window:int, stride:int) -> tuple[np.nd
 
 def print_perplexity(model:H3LM, tokenizer:Tokenizer, path:str, window:int, stride:int,
                      key:str=TEXT_KEY) -> None:
-  """Prints the perplexity of a file, per token and per byte. Each text of it (of a .jsonl, what
-  `key` names in a line) is a document, read from <|endoftext|> on."""
+  """Prints the perplexity of a file, per token and per byte. Each text in it (in a .jsonl, the
+  value of `key` in each line) is a document of its own, and begins after an <|endoftext|>."""
   texts = [text for text in read_texts(path, key) if text]
   if not texts: raise UserError(f"{path} is empty: there is nothing to predict")
   size, nll = sum(len(text.encode()) for text in texts), likelihood_of(model)
@@ -253,8 +253,8 @@ def read_questions(path:str) -> list[Question]:
   return questions
 
 def join_choice(context:str, choice:str) -> tuple[str, str]:
-  """Both as they are read: a space goes between them if there is none, and belongs to the choice,
-  as in byte pairs."""
+  """Returns context and choice as the model reads them: a space goes between them if there is
+  none, and belongs to the choice, as GPT-2's tokenizer wants it."""
   bare = context.rstrip(" ")
   gap = context[len(bare):]
   if context and not context[-1].isspace() and not choice[0].isspace(): gap = " "
@@ -262,11 +262,11 @@ def join_choice(context:str, choice:str) -> tuple[str, str]:
 
 def score_choices(model:H3LM, tokenizer:Tokenizer, questions:list[Question],
                   shots:list[Question]=[], window:int=2048) -> list[np.ndarray]:
-  """Of each question, for each choice, log p of its tokens after the context, in nats, and their
-  number: (choices,2).
+  """Returns an array (choices,2) for each question: log p in nats of a choice's tokens, summed,
+  given the context; and how many tokens these are.
 
-  shots: answered questions that every context begins with. What does not fit the window is cut from
-  the left. Rows of many lengths are filled up to powers of two, and go side by side."""
+  shots: answered questions that every context begins with. Rows too long for the window lose their
+  left end. Rows are padded to powers of two and run in batches of one length."""
   shown = ["".join(join_choice(q.context, q.choices[q.answer])) + "\n\n" for q in shots]
   rows = collections.defaultdict(list)                     # by the length they are filled up to
   for i, q in enumerate(questions):
@@ -291,7 +291,7 @@ def score_choices(model:H3LM, tokenizer:Tokenizer, questions:list[Question],
 
 def print_score(model:H3LM, tokenizer:Tokenizer, path:str, shots:int, window:int) -> None:
   """Prints how often the right choice of a question is the likeliest. The first `shots` questions
-  are shown with their answers, and not counted."""
+  are put before all others with their answers, and are not counted."""
   questions = read_questions(path)
   shown, questions = questions[:shots], questions[shots:]
   if not questions:
@@ -307,18 +307,19 @@ def print_score(model:H3LM, tokenizer:Tokenizer, path:str, shots:int, window:int
 # ---- masked models ------------------------------------------------------------------------------
 
 MASK = "[MASK]"
-MASK_RUN = 8                               # bytes that a model of bytes learns to fill in, by default
-NEIGHBOURS = 8                             # bytes on both sides that a word is judged by
+MASK_RUN = 8                               # longest run of masks, in bytes, in training by default
+NEIGHBOURS = 8                             # bytes on both sides of a word that help to judge it
 
 Candidates = list[tuple[list[int], float]]         # tokens and their probability, the best first
 
 def fill(model:BiGS, tokenizer:Tokenizer, text:str, run:int=MASK_RUN, pad:int=0
          ) -> list[Candidates]:
-  """For each [MASK] of a text, from left to right, what could stand there.
+  """Returns the candidates for each [MASK] of a text. Masks are filled from left to right, each
+  given the best candidates of those before it.
 
-  A mask is one token, given those to its left filled in; for a model of bytes it is a word of up to
-  `run` bytes, see `fill_word`. pad: the row's length, filled up with [PAD] (default: the next
-  multiple of 64). Raises UserError for a text too long."""
+  A mask stands for one token; in a model of bytes, for a word of up to `run` bytes: `fill_word`.
+  pad: length to which the row is padded with [PAD] (default: the next multiple of 64). Raises
+  UserError for a text that is too long."""
   parts = [tokenizer.encode(part).tolist() for part in text.split(MASK)]
   if len(parts) == 1:
     raise UserError(f"--fill wants a text with {MASK} where something is to be found")
@@ -350,12 +351,12 @@ def fill(model:BiGS, tokenizer:Tokenizer, text:str, run:int=MASK_RUN, pad:int=0
 
 def fill_word(log_probs:Callable, tokenizer:Tokenizer, rows:list[np.ndarray], first:int
               ) -> Candidates:
-  """Words without white space for the masks at `first`: one in the first row, two in the second …
+  """Returns words without white space for the masks at `first`: row i holds a run of i+1 masks.
 
-  Of each length the likeliest bytes are filled in one by one, the surest first. Words are then
-  compared by the pseudo-likelihood of where they stand: the mean probability, given all others, of
-  their own bytes and those up to NEIGHBOURS from them. (By that of the first pass alone "the old _
-  sat" gets "og" before "dog".)"""
+  In each row the masks become bytes one by one, the likeliest of all first. The words are then
+  ranked by pseudo-likelihood: the geometric mean of the probabilities, each given all other bytes,
+  of their own bytes and of those up to NEIGHBOURS from them. (Ranked by the probabilities at which
+  their bytes were filled in, "the old _ sat" gets "og" before "dog".)"""
   spans = [np.arange(first, first + n) for n in range(1, len(rows) + 1)]
   white_space = [*b" \t\n\r\f\v", tokenizer.eot]
   for _ in rows:
@@ -394,8 +395,8 @@ def print_fill(model:BiGS, tokenizer:Tokenizer, text:str, run:int=MASK_RUN, pad:
 # ---- printing -----------------------------------------------------------------------------------
 
 class TextStream:
-  """Bytes in pieces -> text in pieces: characters come out whole, and nothing from `stop` on comes
-  out at all, so what may be the beginning of it is held back. `done` once it was met."""
+  """Turns bytes in pieces into text in pieces. Characters come out whole. Nothing from `stop` on
+  comes out, so what may be its beginning is held back; `done` is True once it was met."""
   def __init__(self, stop:str|None=None):
     self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
     self.stop, self.held, self.done = stop, "", False
@@ -413,8 +414,8 @@ class TextStream:
 def print_text(model:H3LM, tokenizer:Tokenizer, prompts:list[str], n:int, stop:str|None=None,
                **options) -> tuple[int, int, float]:
   """Prints a prompt and its continuation as it comes, up to <|endoftext|>, `stop`, or the model's
-  last position; of several prompts, all of them at the end. options: those of `generate`. Returns
-  tokens of the prompts, tokens generated, tokens per second."""
+  last position; several prompts are printed together at the end. options: those of `generate`.
+  Returns the tokens of the prompts, those generated for each, and tokens per second in all."""
   # an empty prompt is the beginning of a text
   ids = [tokenizer.encode(p) if p else np.array([tokenizer.eot]) for p in prompts]
   if most := model.config.max_positions: n = max(1, min(n, most + 1 - max(map(len, ids))))

@@ -52,28 +52,29 @@ def cross_entropy(logits:Tensor, targets:Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class Task:
-  "What the loop needs of a task."
+  "A task, as the loop sees it."
   about: str                                    # a line for the user: the data, how much of it
   tokenizer: Tokenizer|None
   vocab_size: int
-  batch: Callable[[int], Batch]                 # of a step; depends on the step and the seed alone
+  batch: Callable[[int], Batch]                 # step -> batch; depends on step and seed alone
   held_out: list[Batch]                         # to evaluate on, always the same
   baseline: float                               # what the loss has to beat on `held_out`, in `unit`
   baseline_name: str
-  per_nat: float = 1 / math.log(2)              # `unit` for a loss of 1 in training
-  held_out_per_nat: float = 1 / math.log(2)     # and on `held_out`
+  per_nat: float = 1 / math.log(2)              # training loss in `unit` = per_nat * loss in nats
+  held_out_per_nat: float = 1 / math.log(2)     # the same for the loss on `held_out`
   unit: str = "bits per byte"
   # (model, *batch) -> the mean loss in nats, and whatever else `metrics` wants of a held-out batch
   forward: Callable[..., tuple[Tensor, ...]] = lambda model, x, y: (cross_entropy(model(x), y),)
-  # what `forward` returned of all held-out batches -> figures by name
+  # what `forward` returned for each held-out batch -> metrics by name
   metrics: Callable[[list[Batch]], dict[str, float]] = lambda outputs: {}
-  head: str|None = None                         # of a BiGS model
-  labels: list[str]|None = None                 # of its classifier
-  schedule: str = "cosine"                      # of the learning rate, to a tenth; "linear": to 0
-  sample: Callable|None = None                  # shows what the model does
-  metrics_only: int = 0                         # so many of the last held-out batches add no loss
-  stop_at: tuple[str, float]|None = None        # a metric that ends the run, three times so high
-  # how many targets a batch's mean loss is the mean of
+  head: str|None = None                         # the head that a BiGS model needs
+  labels: list[str]|None = None                 # the labels of its classifier
+  schedule: str = "cosine"                      # see `learning_rate`
+  sample: Callable|None = None                  # (model) prints what the model does
+  metrics_only: int = 0                         # how many of the last held-out batches add no loss
+  # (metric, value): the run ends once the metric is at least that in three evaluations in a row
+  stop_at: tuple[str, float]|None = None
+  # how many targets a batch has: its mean loss is the mean over these
   count: Callable[[Batch], int] = lambda batch: int((batch[-1] >= 0).sum())
 
 @dataclasses.dataclass
@@ -104,7 +105,7 @@ def task(name:str, about:str, causal:bool|None, options:Callable|None=None, **de
 
 # ---- text ---------------------------------------------------------------------------------------
 
-SAMPLED = 1 << 26                               # so many training tokens serve for statistics
+SAMPLED = 1 << 26                    # at most so many training tokens go into statistics
 
 def text_options(add:Callable) -> None:
   add("--data PATH", str, None, "files or folders of text: UTF-8, or UTF-16 with its mark; .gz; "
@@ -156,7 +157,7 @@ class Windows:
     return self.windows(self.train, starts)
 
 def chunks(tokens:np.ndarray, overlap:int=0) -> Iterator[np.ndarray]:
-  "Yields the first tokens, some at a time: of a mapped file only these are in memory."
+  "Yields the first SAMPLED tokens in chunks: of a mapped file only these are in memory."
   for i in range(0, min(len(tokens), SAMPLED), 1 << 20):
     yield tokens[i:min(i + (1 << 20) + overlap, SAMPLED)]
 
@@ -200,8 +201,8 @@ def text_task(args:Namespace) -> Task:
 
 # ---- masked text --------------------------------------------------------------------------------
 
-SHARE = 0.15      # of the tokens are masked, as in BERT
-SHORT = 0.1       # of the rows are cut short and padded, as in BERT
+SHARE = 0.15      # share of the tokens that are masked, as in BERT
+SHORT = 0.1       # share of the rows that are cut short and padded, as in BERT
 
 def mlm_options(add:Callable) -> None:
   text_options(add)
@@ -212,11 +213,12 @@ def mask_out(rng:np.random.Generator, rows:np.ndarray, lengths:np.ndarray, run:i
              vocab_size:int) -> Batch:
   """Masks tokens of rows (B,L), [CLS] text [SEP] [PAD]…, with texts of `lengths` tokens.
 
-  Returns inputs (B,L), the positions (B,n) to predict, and what was there (B,n), -1 where a short
-  row has fewer. 80 % of them become [MASK], 10 % any token of the vocabulary, 10 % stay (Devlin et
-  al. 2018). run: masked tokens come in runs of 1 to so many, one length a row."""
+  Returns inputs (B,L), the positions (B,n) to predict, and the targets (B,n), -1 where a short row
+  has fewer. Of these positions 80 % become [MASK], 10 % any token of the vocabulary, and 10 % stay
+  (Devlin et al. 2018). Masked tokens come in runs of 1 to `run` tokens, of one length in a row."""
   B, L = rows.shape
   n = max(1, round(SHARE * (L-2)))
+  # a row is cut into groups of `size` tokens, a random number each; the lowest are masked first
   size = rng.integers(1, run+1, (B, 1))
   group = (np.arange(L) + rng.integers(0, size)) // size
   order = np.take_along_axis(rng.random((B, L)), group, 1)
@@ -302,7 +304,7 @@ BIDIRECTIONAL = {"bigs": "BiGS, gated SSMs in both directions",
                  "stack": "ungated SSMs in both directions",
                  "gated-attention": "BiGS with attention in place of its SSMs",
                  "bert": "attention in all layers"}
-# options that make a model's shape, and all that --resume can't change
+# options that make a model's shape, and all those that --resume can't change
 SHAPE = ("d_model", "n_layer", "n_heads", "attn_layers", "rotary_dim", "max_positions", "d_state",
          "head_dim", "mlp_mult", "init_std", "embed_dropout", "resid_dropout")
 FIXED = ("task", "model", "size", "seed", *SHAPE)
@@ -434,8 +436,9 @@ def add_task_options(p:Parser, add:Callable) -> None:
 
 def resolve_args(argv:list[str]|None, program:str="train.py", default:str="text"
                  ) -> tuple[Namespace, Saved|None]:
-  """Returns the options, completed by the checkpoint that --resume or --init names and by the task's
-  defaults, and that checkpoint. What follows from the task's data is None still."""
+  """Returns the options, and the checkpoint that --resume or --init names, if any. The options are
+  completed by that checkpoint and the task's defaults; those that follow from the task's data are
+  still None."""
   p = parser(program, default)
   given = args = p.parse_args(argv)
   check_task(args.task)
@@ -459,8 +462,8 @@ def resolve_args(argv:list[str]|None, program:str="train.py", default:str="text"
   return args, start
 
 def args_from(start:Saved, p:Parser, args:Namespace, argv:list[str]|None) -> Namespace:
-  """Returns a checkpoint's options, with --init those of its shape alone, and over them what the
-  command line names. UserError where it names another value for what is fixed."""
+  """Returns the options of a checkpoint, with --init only those of its model's shape, overridden
+  by the command line's. UserError where that gives another value for an option that is fixed."""
   fixed = p.fixed if args.resume else {*SHAPE, "model", "size"}
   kept = vars(args).keys() - {"resume", "out"} if args.resume else fixed | {"tokenizer"}
   saved = {k: v for k, v in saved_args(start, p, args.resume).items() if k in kept}
@@ -578,7 +581,7 @@ def bigs_config(args:Namespace, vocab_size:int) -> BiGSConfig:
                     args.d_state, args.length, embed_dropout=args.embed_dropout)
 
 def make_model(args:Namespace, task:Task, start:Saved|None=None) -> Model:
-  "Makes a new model, or that of a checkpoint, and fits it to the task."
+  "Makes a new model, or the checkpoint's, and fits it to the task."
   if start is None:
     config = make_config(args, task.vocab_size)
     if isinstance(config, H3Config): return H3LM(config, seed=args.seed)
@@ -635,8 +638,9 @@ def make_step(model:Model, params:dict[str, Tensor], opt:AdamW, forward:Callable
               gradients:Gradients|None=None, update:Callable|None=None) -> Step:
   """Makes the plain step of training: forward, backward, clip, update.
 
-  Returns `step(batch, hyper) -> [loss, gradient norm]`, with `opt.hyper` for hyper. gradients takes
-  the place of forward and backward, update that of the optimizer's."""
+  Returns `step(batch, hyper) -> [loss, gradient norm]`, where hyper is what `opt.hyper` returns:
+  the step's learning rates, decay and so on, as Tensors. gradients takes the place of forward and
+  backward, update the place of the optimizer's."""
   gradients = gradients or forward_backward(model, params, forward)
   update = update or opt.update
   feed = Feed(opt.device)
@@ -655,8 +659,8 @@ def make_step(model:Model, params:dict[str, Tensor], opt:AdamW, forward:Callable
   return step
 
 def make_eval(model:Model, forward:Callable=Task.forward) -> Callable[[Batch], list[np.ndarray]]:
-  """Makes the plain evaluation: what `forward` returns of a batch, the mean loss first. Batches may
-  be of several shapes, each of which is compiled. Of several devices each does it all."""
+  """Makes the plain evaluation: batch -> what `forward` returns for it, the mean loss first. Each
+  shape of batch is compiled once. Of several devices each evaluates all."""
   device = next(iter(get_state_dict(model).values())).device
   def outputs(*batch): return [t.realize() for t in forward(model, *batch)]
   compiled = functools.cache(lambda shapes: capture(outputs))
@@ -711,7 +715,7 @@ COLUMNS = {"step": int, "loss_nats": lambda x: round(x, 5), "learning_rate": fou
            "gradient_norm": four_digits}
 
 def read_losses(meta:dict[str, str]) -> list[dict[str, float]]:
-  "Reads the log's rows in a checkpoint; a column that it has not is nan, one too many is left out."
+  "Reads the log's rows in a checkpoint; a column that it lacks is nan, one too many is left out."
   missing = [math.nan]*len(COLUMNS)
   return [dict(zip(COLUMNS, [*row, *missing])) for row in json.loads(meta["losses"])]
 
@@ -852,7 +856,7 @@ class Run:
     bert = task.tokenizer and args.tokenizer == "bert"  # its file goes beside the checkpoint
     self.vocab = task.tokenizer.path.read_bytes() if bert else None
     self.first = 0                                      # steps done before this process
-    self.saved: int|None = None                         # steps that the newest checkpoint has done
+    self.saved: int|None = None                         # steps done at the newest checkpoint
     self.failures = self.failed_at = 0                  # failures in a row; the last one's step
     if args.resume: self.resume(start)
     self.step = training_step(self.model, self.opt, task, args, self.scale)
@@ -889,10 +893,10 @@ class Run:
     print(text, flush=True)
 
   def train(self, step:int) -> None:
-    "Does one step, from 0; goes back where its loss or gradient is not finite."
+    "Does step number `step`, from 0; goes back where its loss or gradient is not finite."
     args = self.args
     lr = learning_rate(step, args.steps, args.lr, args.warmup, self.task.schedule)
-    ssm_scale = min(1e-3, args.lr) / args.lr
+    ssm_scale = min(1e-3, args.lr) / args.lr            # the SSMs' dynamics learn at 1e-3 at most
     hyper = self.opt.hyper(step, lr, args.weight_decay, args.clip, ssm_scale, self.scale.value)
     batch = self.task.batch(step)
     loss, norm = self.step(batch, hyper)
@@ -901,11 +905,11 @@ class Run:
       self.log.step(batch[0].size, step=step+1, loss_nats=loss, learning_rate=lr,
                     gradient_norm=norm)
     else: self.recover(step+1)
-    if step - self.first < 2: self.log.restart_clock()  # they compile
+    if step - self.first < 2: self.log.restart_clock()  # the first two compile
 
   def recover(self, step:int) -> None:
-    """Goes back to the last checkpoint, or to the beginning, in place; data and schedule go on.
-    UserError for the third time in a row."""
+    """Restores the last checkpoint's weights and moments in place, or those of the beginning; data
+    and schedule go on. UserError for the third time in a row."""
     # weights that blow up do so after a few good steps: fewer than RECOVERED between are "in a row"
     if step - self.failed_at > RECOVERED: self.failures = 0
     self.failures, self.failed_at = self.failures + 1, step
@@ -921,7 +925,7 @@ class Run:
     self.log.restart_clock()
 
   def evaluate(self, step:int) -> bool:
-    "Returns whether the loss on the held-out data is finite; if so it is shown."
+    "Evaluates on the held-out data; shows the loss if it is finite, and returns whether it is."
     task, outputs = self.task, [self.outputs(b) for b in self.task.held_out]
     counts = [task.count(b) for b in task.held_out]     # weights of the batches, as in training
     counts[len(counts)-task.metrics_only:] = [0]*task.metrics_only
@@ -1047,8 +1051,8 @@ def train(program:str, args:Namespace, start:Saved|None=None) -> int:
   return status
 
 def main(argv:list[str]|None=None, program:str="train.py", default:str="text") -> int:
-  """Trains a model; returns the exit status. program: the file whose tasks are registered, for
-  messages; default: its task where the command line names none."""
+  """Trains a model; returns the exit status. program: the file's name, for messages; default: the
+  task where the command line names none."""
   if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")
   p = parser(program, default)
   args = p.parse_args(argv)
