@@ -107,7 +107,7 @@ def conv_ref(w:Tensor, k:Tensor, D:Tensor|None) -> Tensor:
   return c if D is None else c + D.reshape(-1, 1)*w
 
 class Finish(NamedTuple):
-  """What follows the convolution, elementwise: y, given c = k ∗ w + D w, and its gradients.
+  """The elementwise end of a convolution: y, given c = k ∗ w + D w, and its gradients.
 
   Plain ops, the kernel and its gradient all take it from here. An option, such as an activation,
   would be one more field, set by `fftconv`; no kernel would have to know of it.
@@ -206,7 +206,7 @@ class ConvArgs(NamedTuple):
   q: Tensor|UOp|None = None
 
 class ConvSpec(NamedTuple):
-  "What a kernel of the convolution is made for, beside the shapes of its buffers."
+  "Constants that a kernel of the convolution is compiled for, beside the shapes of its buffers."
   names: tuple[str, ...]        # the fields of ConvArgs that are not None, in order
   machine: Machine
   finish: Finish
@@ -470,10 +470,10 @@ class FFTBuffer:
     "`inverse`, then `forward` of what body(j, off, y) -> (x, stores) makes of the inverse's y."
     self.inner_inverse()
     g, mem = self.group, self.mem.after(*self.done)
-    def turn(j:UOp) -> Stores:
+    def last_and_first(j:UOp) -> Stores:
       x, stores = zip(*(body(j, r*g.M, y) for r, y in enumerate(self.join(mem, j))))
       return [*itertools.chain(*stores), *self.split(mem, j, x)]
-    self.done = g.columns(turn),
+    self.done = g.columns(last_and_first),
     self.inner_forward()
   def spectrum(self, body:Callable, back_only:bool=False):
     """The last pass of X = F x, body(at, X) -> (Y, stores), and the first pass of y = F* Y.
@@ -665,7 +665,7 @@ def roots_of_unity(R:int, S:int, device:str) -> Tensor:
 RADIX = 8
 
 class Machine(NamedTuple):
-  "What the kernels ask of a device's renderer; its name is never asked."
+  "Properties of a device's renderer that the kernels depend on; its name is never asked."
   gpu: bool                          # threads, shared memory and barriers; else loops
   cores: int                         # threads of a CPU that share the outermost loop
   shared: int                        # bytes of shared memory
@@ -838,7 +838,7 @@ def check_ssm_shapes(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None, v:Tensor|N
                    f"chunk {chunk}")
 
 class WalkSpec(NamedTuple):
-  "What a kernel of the walk is made for: its arguments, shapes and sizes."
+  "Constants that a kernel of the walk is compiled for."
   names: tuple[str, ...]             # those of u, v, q that are not None
   machine: Machine
   B: int
@@ -1126,7 +1126,7 @@ class Walk(Workers):
     self.end(r, barrier=False)
 
 class Tile(NamedTuple):
-  "What one worker does of a matrix product at a time: rows, and `width` columns."
+  "The part of a matrix product that one worker does at a time: rows, and `width` columns."
   rows: list[UOp]
   conditions: list[UOp|None]         # whether a row is the worker's
   width: int
@@ -1432,15 +1432,15 @@ def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, i
   rows, D, filters, roots = (B, H, L), (H,), (1, H, L), (2, RADIX, N//RADIX)
   args = filters, rows, D, rows, rows
   X, K = (B//2, 4*H, 2, N), (1, 4*H, 2, N)
-  far, long = (2, 4, N), (B, H, 2*N)
+  outer_roots, long_rows = (2, 4, N), (B, H, 2*N)           # of a transform of length 4N
   gated = ConvSpec(("k", "u", "D", "v", "q"), m, Finish(True), RowPairs)
-  parts = ConvSpec(("k", "u"), m, Finish(False), ComplexRows)
+  inner = ConvSpec(("k", "u"), m, Finish(False), ComplexRows)
   return dict([source(conv_kernel, rows, roots, *args, spec=gated),
                source(conv_gradient_kernel, filters, rows, rows, rows, roots, rows, *args,
-               spec=gated), source(split_kernel, X, far, long, m=m),
-               source(join_kernel, long, far, X, m=m, shape=long),
-               source(conv_kernel, X, roots, K, X, spec=parts),
-               source(conv_gradient_kernel, K, X, roots, X, K, X, spec=parts)])
+               spec=gated), source(split_kernel, X, outer_roots, long_rows, m=m),
+               source(join_kernel, long_rows, outer_roots, X, m=m, shape=long_rows),
+               source(conv_kernel, X, roots, K, X, spec=inner),
+               source(conv_gradient_kernel, K, X, roots, X, K, X, spec=inner)])
 
 def main(argv:list[str]|None=None) -> int:
   ap = argparse.ArgumentParser(
@@ -1492,8 +1492,8 @@ def _vectors(r:Renderer) -> tuple[int, int]:
           32 if _compiler_says("__AVX512VL__") or _compiler_says("__ARM_NEON") else 16)
 
 def _float_on_cpu(*tensors:Tensor|None, small:tuple[Tensor, ...]=()) -> bool:
-  """Whether the CPU's matrix product and layer norm serve: float32, or what WEIGHTS has, not
-  empty, on a device without local memory."""
+  """Whether the CPU's matrix product and layer norm can take these: none is empty, none is on a
+  GPU, and all are float32, or, in `small`, of any type of WEIGHTS."""
   return bool(FLASH) and all(t is None or t.dtype == dtypes.float for t in tensors) \
     and all(t.dtype in WEIGHTS.values() for t in small) \
     and all(t is None or 0 not in t.shape for t in tensors + small) \
