@@ -105,20 +105,20 @@ def conv_ref(w:Tensor, k:Tensor, D:Tensor|None) -> Tensor:
   return c if D is None else c + D.reshape(-1, 1)*w
 
 class Finish(NamedTuple):
-  """What follows the convolution: y of c = k ∗ w + D w, number by number, and its gradients.
+  """What follows c = k ∗ w + D w, number by number: y; and dc = dy ∂y/∂c, dq = dy ∂y/∂q.
 
   One place for plain ops, the kernel and its gradient. An option, such as an activation, is a field
-  here, which `fftconv` sets; no kernel has to know of it.
+  here, which `fftconv` and `fftconv_ref` set; no kernel has to know of it.
   """
   gated: bool                   # whether there is a q
+  needs_c = False               # whether dc uses c (if not, it is None there): not a field
   def y(self, c:Tensor|UOp, q:Tensor|UOp|None) -> Tensor|UOp: return c*q if self.gated else c
-  needs_c = False               # whether dc depends on c: the backward kernel then makes c first
   def dc(self, dy:UOp, c:UOp|None, q:UOp|None) -> UOp: return dy*q if self.gated else dy
   def dq(self, dy:UOp, c:UOp, q:UOp) -> UOp: return c*dy
 
 def fftconv_ref(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None,
                 q:Tensor|None=None) -> Tensor:
-  "The definition of `fftconv`, same arguments, in plain tinygrad ops."
+  "The definition of `fftconv`, with its arguments but channels_last, in plain tinygrad ops."
   return Finish(q is not None).y(conv_ref(u if v is None else u*v, k, D), q)
 
 # ---------------------------------------------------------------- the public function
@@ -274,7 +274,7 @@ def conv_kernel(y:UOp, roots:UOp, *args:UOp, spec:ConvSpec) -> UOp:
 def conv_gradient_kernel(*buffers:UOp, spec:ConvSpec) -> UOp:
   """dk, du, dv, dq of `conv_kernel`. All comes from its inputs: kf, W = F w and c are made anew.
 
-  With e = dy ∂y/∂c (e = q dy) and E = F e, kf* the conjugate of kf, over the sequences n:
+  With e = dy ∂y/∂c (`finish.dc`) and E = F e, kf* the conjugate of kf, over the sequences n:
     dw = F* (kf* · E)      the correlation of e with the filter;  du = v dw, dv = u dw
     dk = F⁻¹ Σ_n W* · E    of two packed rows w₀ + i w₁, e₀ + i e₁ the real part: the correlation of
                            w₀ - i w₁ with e₀ + i e₁ is (w₀ ⋆ e₀ + w₁ ⋆ e₁) + i (…), so that one
@@ -290,12 +290,12 @@ def conv_gradient_kernel(*buffers:UOp, spec:ConvSpec) -> UOp:
   n = g.loop(spec.layout.count(x.u.shape), AxisType.REDUCE)            # over sequences
   rows = spec.layout(g, x.u.shape, n)
 
-  def load(f:Callable, j:UOp, off:int, c:Pair=(None, None)) -> Pair:
+  def apply(f:Callable, j:UOp, off:int, c:Pair=(None, None)) -> Pair:
     return each_row(f, rows.load(j, off, dy), c, rows.load(j, off, x.q))
   def store_dq(j:UOp, off:int, c:Pair) -> Stores:
-    return [] if x.q is None else rows.store(j, off, d.q, load(spec.finish.dq, j, off, c))
+    return [] if x.q is None else rows.store(j, off, d.q, apply(spec.finish.dq, j, off, c))
   def e_and_dq(j:UOp, off:int, c:Pair) -> tuple[Pair, Stores]:
-    return load(spec.finish.dc, j, off, c), store_dq(j, off, c)
+    return apply(spec.finish.dc, j, off, c), store_dq(j, off, c)
   buf.forward(lambda j, off: rows.load(j, off, x.u, x.v), n)                       # W = F w
   if spec.finish.needs_c:
     buf.spectrum(lambda at, X: (times(kf.get(at), X), W.put(at, X, n)))            # C = kf · W
@@ -305,7 +305,7 @@ def conv_gradient_kernel(*buffers:UOp, spec:ConvSpec) -> UOp:
     buf.spectrum(lambda at, X: (None, W.put(at, X, n)))
     W.done = buf.done
     buf.free()
-    buf.forward(lambda j, off: load(spec.finish.dc, j, off))                       # E = F e
+    buf.forward(lambda j, off: apply(spec.finish.dc, j, off))                      # E = F e
 
   def add(at:tuple, E:list[Pair]) -> tuple[list[Pair], list[UOp]]:
     terms = times(map(conj, W.get(at)), E)
