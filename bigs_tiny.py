@@ -199,7 +199,7 @@ class GatedSSM:
     h = self.LayerNorm(x)
     forward = self.duc_forward(convolve(self.gelu(self.du_forward(h)), K_f))
     backward = self.duc_backward(convolve(self.gelu(self.du_backward(h)), K_b, backward=True))
-    mixed = self.dol(forward * backward)                            # (B,L,I); no sum: T:325
+    mixed = self.dol(forward * backward)                            # (B,L,I); not a sum: T:325
     return x + self.do(self.gelu(mixed) * self.gelu(self.dv(h)))
 
 class GatedAttention:

@@ -110,17 +110,17 @@ class Finish(NamedTuple):
   """The elementwise end of a convolution: y, given c = k ∗ w + D w, and its gradients.
 
   Plain ops, the kernel and its gradient all take it from here. An option, such as an activation,
-  would be one more field, set by `fftconv`; no kernel would have to know of it.
+  would be one more field, set by `fftconv` and `fftconv_ref`; no kernel would know of it.
   """
   gated: bool                   # whether there is a q
+  needs_c = False               # whether dc uses c (if not, it is None there): not a field
   def y(self, c:Tensor|UOp, q:Tensor|UOp|None) -> Tensor|UOp: return c*q if self.gated else c
-  needs_c = False               # no field: whether dc depends on c, which is then computed first
   def dc(self, dy:UOp, c:UOp|None, q:UOp|None) -> UOp: return dy*q if self.gated else dy
   def dq(self, dy:UOp, c:UOp, q:UOp) -> UOp: return c*dy
 
 def fftconv_ref(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None,
                 q:Tensor|None=None) -> Tensor:
-  "The definition of `fftconv`, same arguments, in plain tinygrad ops."
+  "The definition of `fftconv`, with its arguments but channels_last, in plain tinygrad ops."
   return Finish(q is not None).y(conv_ref(u if v is None else u*v, k, D), q)
 
 # ---------------------------------------------------------------- the public function
@@ -296,12 +296,12 @@ def conv_gradient_kernel(*buffers:UOp, spec:ConvSpec) -> UOp:
   n = g.loop(spec.layout.count(x.u.shape), AxisType.REDUCE)            # over sequences
   rows = spec.layout(g, x.u.shape, n)
 
-  def load(f:Callable, j:UOp, off:int, c:Pair=(None, None)) -> Pair:
+  def apply(f:Callable, j:UOp, off:int, c:Pair=(None, None)) -> Pair:
     return each_row(f, rows.load(j, off, dy), c, rows.load(j, off, x.q))
   def store_dq(j:UOp, off:int, c:Pair) -> Stores:
-    return [] if x.q is None else rows.store(j, off, d.q, load(spec.finish.dq, j, off, c))
+    return [] if x.q is None else rows.store(j, off, d.q, apply(spec.finish.dq, j, off, c))
   def e_and_dq(j:UOp, off:int, c:Pair) -> tuple[Pair, Stores]:
-    return load(spec.finish.dc, j, off, c), store_dq(j, off, c)
+    return apply(spec.finish.dc, j, off, c), store_dq(j, off, c)
   buf.forward(lambda j, off: rows.load(j, off, x.u, x.v), n)                       # W = F w
   if spec.finish.needs_c:
     buf.spectrum(lambda at, X: (times(kf.get(at), X), W.put(at, X, n)))            # C = kf · W
@@ -311,7 +311,7 @@ def conv_gradient_kernel(*buffers:UOp, spec:ConvSpec) -> UOp:
     buf.spectrum(lambda at, X: (None, W.put(at, X, n)))
     W.done = buf.done
     buf.free()
-    buf.forward(lambda j, off: load(spec.finish.dc, j, off))                       # E = F e
+    buf.forward(lambda j, off: apply(spec.finish.dc, j, off))                      # E = F e
 
   def add(at:tuple, E:list[Pair]) -> tuple[list[Pair], list[UOp]]:
     terms = times(map(conj, W.get(at)), E)

@@ -93,11 +93,11 @@ def task(name:str, about:str, causal:bool|None, options:Callable|None=None, **de
   """Registers a task; decorates the function that makes it from the options, `args -> Task`.
 
   about: one phrase for --help. causal: whether its models are causal (True), bidirectional (False)
-  or, as --model says, either (None). defaults: of any option, where the command line says nothing.
-  options: adds options of its own with the function it is given, see `option_adder`.
+  or, as --model says, either (None). defaults: of any option, where the command line says nothing;
+  model, batch, length, steps, weight_decay have no others. options: adds options of its own with
+  the function it is given, see `option_adder`; with fixed=True --resume can't change them.
 
-  The function may set options that are still None where they follow from the data or from other
-  options (args.steps, args.warmup, args.lr, args.init_std, args.length)."""
+  The function may set args' steps, warmup, lr, init_std and length, where they are None still."""
   def register(make):
     TASKS[name] = Registered(make, about, causal, options, defaults)
     return make
