@@ -2341,8 +2341,6 @@ def bad(tmp:Path, run8:Path) -> dict[str, tuple]:
   ckpt, prompt = ["--model", str(run8/"out")], ["--prompt", "def"]
   return {
     "--fill with a model that reads on": (gen, [*ckpt, "--fill", "x [MASK]"], "no masked model"),
-    "nothing to draw": (bigs_tiny, ["--plot", str(tmp/"nope")], "no model at"),
-    "nothing to do": (bigs_tiny, [], "--plot"),
     "model with damaged metadata": (gen, [*prompt, "--model", str(tmp/"meta")], "metadata are damaged"),
     "no model": (gen, [*prompt, "--model", str(tmp/"nope")], "run train.py first"),
     "folder without model": (gen, [*prompt, "--model", str(tmp/"folder")], "run train.py first"),

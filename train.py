@@ -86,7 +86,6 @@ class Registered:
   defaults: dict[str, object]
 
 TASKS: dict[str, Registered] = {}
-DEFAULTS = dict(size="small", embed_dropout=0.0)        # what a task's defaults may leave out
 
 def task(name:str, about:str, causal:bool|None, options:Callable|None=None, **defaults) -> Callable:
   """Registers a task; decorates the function that makes it from the options, `args -> Task`.
@@ -108,10 +107,11 @@ SAMPLED = 1 << 26                               # so many training tokens serve 
 
 def text_options(add:Callable) -> None:
   add("--data PATH", str, None, "files or folders of text: UTF-8, or UTF-16 with its mark; .gz; "
-      ".jsonl with a text in each line", "Python's own source", nargs="+")
+      ".jsonl with a text in each line (default: Python's own source)", nargs="+")
   add("--text-key KEY", str, TEXT_KEY, "key of the text in each line of a .jsonl")
-  add("--tokenizer", str, "bytes", "how text becomes tokens", choices=TOKENIZERS, fixed=True)
-  add("--vocab FILE", str, None, "vocab.txt of the tokenizer bert", "that beside --init's file")
+  add("--tokenizer", str, "bytes", "how text becomes tokens", choices=TOKENIZERS)
+  add("--vocab FILE", str, None, "vocab.txt of the tokenizer bert (default: that beside --init's "
+      "file)")
   add("--holdout X", number(float, 0.001, 0.5), 0.05,
       "share of the data kept for evaluation; of text, its end", fixed=True)
 
@@ -205,8 +205,8 @@ SHORT = 0.1       # of the rows are cut short and padded, as in BERT
 
 def mlm_options(add:Callable) -> None:
   text_options(add)
-  add("--mask-run N", number(int, 1), None, "tokens masked next to each other, from 1 to N",
-      "8 bytes, 1 of other tokens")
+  add("--mask-run N", number(int, 1), None, "tokens masked next to each other, from 1 to N "
+      "(default: 8 bytes, 1 of other tokens)")
 
 def mask_out(rng:np.random.Generator, rows:np.ndarray, lengths:np.ndarray, run:int, mask:int,
              vocab_size:int) -> Batch:
@@ -302,44 +302,36 @@ BIDIRECTIONAL = {"bigs": "BiGS, gated SSMs in both directions",
                  "stack": "ungated SSMs in both directions",
                  "gated-attention": "BiGS with attention in place of its SSMs",
                  "bert": "attention in all layers"}
-# options that make a model's shape, and all that --resume can't change
+# options that make a model's shape, and those that are taken from a checkpoint and can't be changed
 SHAPE = ("d_model", "n_layer", "n_heads", "attn_layers", "rotary_dim", "max_positions", "d_state",
          "head_dim", "mlp_mult", "init_std", "embed_dropout", "resid_dropout")
-FIXED = ("task", "model", "size", "seed", *SHAPE)
+INHERITED = ("model", "size", "tokenizer", *SHAPE)      # with --init
+FIXED = ("task", "seed", *INHERITED)                    # with --resume
 # the files of the papers' tasks, and options that are other programs'
 PAPERS = dict(induction="synthetic", recall="synthetic", listops="arena", pixels="arena",
               classify="finetune", agreement="bigs")
-MOVED = dict.fromkeys(("reproduce", "seeds"), "python papers/NAME.py --reproduce") \
-  | {"bench": "python support/bench.py train"}
+MOVED = {"--reproduce": "python papers/NAME.py --reproduce",
+         "--seeds": "python papers/NAME.py --reproduce",
+         "--bench": "python support/bench.py train"}
+
+class Moved(argparse.Action):
+  "An option that is another program's, which `const` names."
+  def __call__(self, parser:argparse.ArgumentParser, *_) -> None:
+    raise UserError(f"{self.option_strings[0]} is another program's: {self.const}")
 
 def key_of(flag:str) -> str: return flag.split()[0].removeprefix("--").replace("-", "_")
 def flag_of(key:str) -> str: return "--" + key.replace("_", "-")
 
-class Help(argparse.HelpFormatter):
-  "Keeps the lines of a help text apart."
-  def _split_lines(self, text:str, width:int) -> list[str]:
-    wrap = super()._split_lines
-    return [line for part in text.split("\n") for line in wrap(part, width)]
-
 def option_adder(p:Parser, title:str) -> Callable:
-  """Returns `add(flag, type, default, help, shown=None, **argparse's keywords)` for a group of
-  options. A flag is "--name METAVAR". shown: the default as --help has it; by default those of the
-  tasks. The type bool makes a switch."""
+  """Returns `add(flag, type, default, help, **argparse's keywords)` for a group of options. A flag is
+  "--name METAVAR"; the type bool makes a switch."""
   group = p.add_argument_group(title)
-  def add(flag, kind, default, text, shown=None, **kw):
-    name, *metavar = flag.split()
-    if metavar: kw["metavar"] = metavar[0]
-    if kind is bool: return group.add_argument(name, action="store_true", help=text)
-    if shown is None: shown = by_task(key_of(name)) if default is None else default
-    text += f" (default: {shown})"
-    return group.add_argument(name, type=kind, default=default, help=text, **kw)
+  def add(flag, kind, default, text, **kw):
+    name, _, metavar = flag.partition(" ")
+    if kind is bool: group.add_argument(name, action="store_true", help=text)
+    else:
+      group.add_argument(name, type=kind, default=default, help=text, metavar=metavar or None, **kw)
   return add
-
-def by_task(key:str) -> str:
-  "Returns an option's default for each task, as --help shows it."
-  values = {name: (DEFAULTS | t.defaults).get(key) for name, t in TASKS.items()}
-  if len({*values.values()}) == 1: return str(values.popitem()[1])
-  return ", ".join(f"{v} for {name}" for name, v in values.items() if v is not None)
 
 def layer_list(text:str) -> list[int]:
   if text.strip() in ("", "none"): return []
@@ -348,48 +340,49 @@ def layer_list(text:str) -> list[int]:
     error = argparse.ArgumentTypeError(f"{text!r} is not layer numbers with commas, or none")
     raise error from None
 
-def parser(program:str="train.py", default:str="text") -> Parser:
-  """Returns the parser of a program's options. Its `owners` are the tasks that have an option of
-  their own, by the option's name, and `fixed` the options that --resume can't change."""
-  p = Parser(prog=program, description="Train a model of the H3 or the BiGS family.",
-             allow_abbrev=False, formatter_class=Help,
+def parser(program:str, task:str) -> Parser:
+  """Returns the parser of a program's options, with the defaults of a task. Its `owners` are the
+  tasks that have an option of their own, by the option's name, and `fixed` the options that --resume
+  can't change."""
+  check_task(task)
+  p = Parser(prog=program, description="Train a model of the H3 or the BiGS family. Defaults are "
+             f"those of --task {task}; with another --task, --help shows its.",
              epilog="example: python train.py --data book.txt --steps 2000 --length 512 --out book")
   positive, whole, fraction = number(int, 1), number(int, 0), number(float, 0, 0.99)
   above_0 = number(float, above=0)
-  small = SIZES[DEFAULTS["size"]]
   def lines(phrases): return "".join(f"{name}: {phrase}\n" for name, phrase in phrases.items())
 
   add = option_adder(p, "what to train on")
-  add("--task NAME", str, default, lines({name: t.about for name, t in TASKS.items()}))
-  add_task_options(p, add)
+  add("--task NAME", str, task, lines({name: t.about for name, t in TASKS.items()}))
+  add_task_options(p, add, task)
 
   add = option_adder(p, "model")
   add("--model NAME", str, None,
       f"causal; transformer and s4d also bidirectional, as the task wants:\n{lines(CAUSAL)}"
       f"bidirectional:\n{lines(BIDIRECTIONAL)}", choices=[*CAUSAL, *BIDIRECTIONAL])
-  add("--size", str, None, "sets --d-model, --n-layer, --n-heads and --lr", choices=SIZES)
-  add("--d-model N", positive, None, "width", small.d_model)
-  add("--n-layer N", positive, None, "layers", small.n_layer)
-  add("--n-heads N", positive, None, "attention heads", small.n_heads)
-  add("--attn-layers I,J", layer_list, None, "layers that are attention, from 0", "by --model")
-  add("--rotary-dim N", whole, None, "rotated dimensions of an attention head; 0: no positions",
-      "all in a transformer, else 0")
+  add("--size", str, "small", "sets --d-model, --n-layer, --n-heads and --lr", choices=SIZES)
+  add("--d-model N", positive, None, "width (default: by --size)")
+  add("--n-layer N", positive, None, "layers (default: by --size)")
+  add("--n-heads N", positive, None, "attention heads (default: by --size)")
+  add("--attn-layers I,J", layer_list, None, "layers that are attention, from 0 (default: by --model)")
+  add("--rotary-dim N", whole, None, "rotated dimensions of an attention head; 0: no positions "
+      "(default: all in a transformer, else 0)")
   add("--max-positions N", whole, 0, "learned positions, the longest text then; 0: none")
-  add("--init-std X", above_0, None, "standard deviation of the initial weights", 0.02)
+  add("--init-std X", above_0, None, "standard deviation of the initial weights (default: 0.02)")
   add("--d-state N", positive, 64, "state size of the SSMs")
   add("--head-dim N", positive, 1, "size of an H3 head")
-  add("--mlp-mult N", positive, None, "width of the MLP, or the gate, over --d-model",
-      "4; bigs 3, stack 5")
-  add("--embed-dropout X", fraction, None, "dropout after the embedding")
+  add("--mlp-mult N", positive, None, "width of the MLP, or the gate, over --d-model (default: 4; "
+      "bigs 3, stack 5)")
+  add("--embed-dropout X", fraction, 0.0, "dropout after the embedding")
   add("--resid-dropout X", fraction, 0.0, "dropout in the blocks of a causal model")
 
   add = option_adder(p, "training")
   add("--steps N", positive, None, "updates of the weights in all")
   add("--batch N", positive, None, "sequences a step")
   add("--length N", positive, None, "tokens a sequence")
-  add("--lr X", above_0, None, "highest learning rate", small.lr)
-  add("--warmup N", whole, None, "steps in which the learning rate rises, before it falls",
-      "a tenth of --steps, at most 1000")
+  add("--lr X", above_0, None, "highest learning rate (default: by --size)")
+  add("--warmup N", whole, None, "steps in which the learning rate rises, before it falls (default: "
+      "a tenth of --steps, at most 1000)")
   add("--weight-decay X", number(float, 0), None,
       "of all weights but biases, norms, and in causal models embeddings and the SSMs' dynamics")
   add("--clip X", above_0, 1.0, "largest norm of the whole gradient")
@@ -398,7 +391,7 @@ def parser(program:str="train.py", default:str="text") -> Parser:
       choices=PRECISIONS)
   add("--accumulate N", positive, 1, "parts that a step's sequences take turns in, for less memory")
   add("--truncate N", positive, None, "tokens after which the gradient is cut, for less memory: the "
-      "state goes on, what it should have held is not learned; --model h3 only", "none")
+      "state goes on, what it should have held is not learned; --model h3 only (default: none)")
   add("--checkpoint-activations", bool, False, "keep only what goes into each layer and compute the "
       "rest once more: less memory, a third more time; --task text only")
   add("--devices N", positive, 1, "devices that share a step's sequences")
@@ -406,79 +399,78 @@ def parser(program:str="train.py", default:str="text") -> Parser:
   add = option_adder(p, "run")
   add("--out DIR", str, OUT, "folder for checkpoint, log and plot")
   add("--resume", bool, False, "go on with the run in --out, with its settings but for those given")
-  add("--init FILE", str, None, "checkpoint, or official BiGS model, to take weights and shape from",
-      "random weights")
-  add("--eval-every N", positive, None, "steps between evaluations", "an eighth of --steps")
-  add("--save-every N", positive, None, "steps between checkpoints", "as --eval-every")
-  add("--log-every N", positive, None, "steps between lines where stdout is no terminal",
-      "a 20th of --steps")
+  add("--init FILE", str, None, "checkpoint, or official BiGS model, to take weights and shape from "
+      "(default: random weights)")
+  add("--eval-every N", positive, None, "steps between evaluations (default: an eighth of --steps)")
+  add("--save-every N", positive, None, "steps between checkpoints (default: as --eval-every)")
+  add("--log-every N", positive, None, "steps between lines where stdout is no terminal (default: a "
+      "20th of --steps)")
   add("--sample N", whole, 300, "tokens to generate at the end")
-  add("--sample-every N", positive, None, "steps between samples", "at the end only")
-  add("--log FILE", str, None, "table of losses", "log.csv in --out")
-  add("--plot FILE", str, None, "picture of them: .png, .svg or .pdf", "loss.png in --out")
-  for key in MOVED:
-    p.add_argument(flag_of(key), nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+  add("--sample-every N", positive, None, "steps between samples (default: at the end only)")
+  add("--log FILE", str, None, "table of losses (default: log.csv in --out)")
+  add("--plot FILE", str, None, "picture of them: .png, .svg or .pdf (default: loss.png in --out)")
+  for flag, where in MOVED.items():
+    p.add_argument(flag, nargs="?", action=Moved, const=where, default=argparse.SUPPRESS,
+                   help=argparse.SUPPRESS)
+  p.set_defaults(**TASKS[task].defaults)
   return p
 
-def add_task_options(p:Parser, add:Callable) -> None:
-  "Adds the tasks' own options; one of several tasks once, with what each says of it."
-  p.owners, p.fixed, actions = {}, {*FIXED}, {}
-  def add_for(name, flag, kind, default, text, *shown, fixed=False, **kw):
+def add_task_options(p:Parser, add:Callable, task:str) -> None:
+  "Adds the tasks' own options. One of several tasks is described by this task, or the first."
+  p.owners, p.fixed = {}, {*FIXED}
+  def add_for(name, flag, *words, fixed=False, **kw):
     key = key_of(flag)
-    if key not in actions: actions[key] = add(flag, kind, default, text, *shown, **kw)
-    elif text not in actions[key].help: actions[key].help += f"\n{name}: {text}"
+    if key not in p.owners: add(flag, *words, **kw)
     p.owners.setdefault(key, []).append(name)
     if fixed: p.fixed.add(key)
-  for name, t in TASKS.items():
-    if t.options: t.options(functools.partial(add_for, name))
+  for name in sorted(TASKS, key=task.__ne__):
+    if TASKS[name].options: TASKS[name].options(functools.partial(add_for, name))
+
+def chosen_task(argv:list[str]|None, program:str, default:str) -> str:
+  p = Parser(prog=program, add_help=False)
+  p.add_argument("--task", default=default)
+  return p.parse_known_args(argv)[0].task
 
 def resolve_args(argv:list[str]|None, program:str="train.py", default:str="text"
                  ) -> tuple[Namespace, Saved|None]:
-  """Returns the options, completed by the checkpoint that --resume or --init names and by the task's
-  defaults, and that checkpoint. What follows from the task's data is None still."""
-  p = parser(program, default)
-  given = args = p.parse_args(argv)
-  check_task(args.task)
-  setup_device()                                        # not before: --help needs no device
-  start = None
+  """Returns the options and the checkpoint that --resume or --init names: the parser's defaults, over
+  them the task's, the checkpoint's, and what the command line names. What follows from the task's
+  data is None still."""
+  p = parser(program, chosen_task(argv, program, default))
+  args, start = p.parse_args(argv), None
   if args.resume and args.init:
     raise UserError("--resume goes on with a run, --init starts one: give one of them")
+  setup_device()                                        # not before: --help needs no device
   if args.resume: start = read_newest(Path(args.out))
   elif args.init:
     path = find(args.init)
     start = Saved(path, *read_weights(path))
   if start:
-    args = args_from(start, p, args, argv)
-    check_task(args.task)
+    saved = saved_args(start, args.resume)
+    kept = fixed = INHERITED
+    if args.resume:
+      p = parser(program, saved["task"])
+      kept, fixed = vars(args).keys() - {"resume", "out"}, p.fixed
+    p.set_defaults(**{k: v for k, v in saved.items() if k in kept})
+    args = p.parse_args(argv)
+    for key in fixed:
+      value, old = getattr(args, key), p.get_default(key)
+      if value != old:
+        has = "" if old is None else f" {old}"
+        raise UserError(f"{flag_of(key)} {value} differs from the checkpoint's{has}: leave it out, "
+                        "or start afresh")
+    if not args.resume: args.init = str(start.path)
   for key, tasks in p.owners.items():
-    if getattr(given, key) != p.get_default(key) and args.task not in tasks:
+    if getattr(args, key) != p.get_default(key) and args.task not in tasks:
       raise UserError(f"{flag_of(key)} is for --task {' or '.join(tasks)}, not for {args.task}")
-  for key, value in (DEFAULTS | TASKS[args.task].defaults).items():
-    if getattr(args, key, None) is None: setattr(args, key, value)
   check_options(args)
   return args, start
 
-def args_from(start:Saved, p:Parser, args:Namespace, argv:list[str]|None) -> Namespace:
-  """Returns a checkpoint's options, with --init those of its shape alone, and over them what the
-  command line names. UserError where it names another value for what is fixed."""
-  fixed = p.fixed if args.resume else {*SHAPE, "model", "size"}
-  kept = vars(args).keys() - {"resume", "out"} if args.resume else fixed | {"tokenizer"}
-  saved = {k: v for k, v in saved_args(start, p, args.resume).items() if k in kept}
-  new = p.parse_args(argv, Namespace(**saved))
-  for key in fixed & saved.keys():
-    value, old = getattr(new, key), saved[key]
-    if value != old:
-      has = "" if old is None else f" {old}"
-      raise UserError(f"{flag_of(key)} {value} differs from the checkpoint's{has}: leave it out, or "
-                      "start afresh")
-  if not args.resume: new.init = str(start.path)
-  return new
-
-def saved_args(start:Saved, p:Parser, resume:bool) -> dict[str, object]:
+def saved_args(start:Saved, resume:bool) -> dict[str, object]:
   "Returns the options in a checkpoint. CheckpointError where it is none of ours, or damaged."
   path, tensors, meta = start
   if not meta and "bigs.embeddings.word_embeddings.weight" in tensors:     # an official model
-    return dict(model="bigs", size="small", tokenizer="bert") | {k: p.get_default(k) for k in SHAPE}
+    return dict(model="bigs", tokenizer="bert")
   if meta.get("model") not in ("h3", "bigs") or not {"config", "args", "step"} <= meta.keys():
     raise CheckpointError(f"{path} is not a checkpoint of train.py")
   try:
@@ -537,11 +529,12 @@ def check_options(args:Namespace) -> None:
 
 def fill_step_defaults(args:Namespace) -> None:
   "Sets the options that follow from the number of steps, and the learning rate."
-  defaults = dict(lr=SIZES[args.size].lr, warmup=min(1000, args.steps//10),
-                  eval_every=-(-args.steps//8), log_every=max(1, args.steps//20))
-  for key, value in defaults.items():
-    if getattr(args, key) is None: setattr(args, key, value)
-  if args.save_every is None: args.save_every = args.eval_every
+  steps = args.steps
+  args.lr = args.lr or SIZES[args.size].lr
+  if args.warmup is None: args.warmup = min(1000, steps//10)
+  args.eval_every = args.eval_every or -(-steps//8)
+  args.save_every = args.save_every or args.eval_every
+  args.log_every = args.log_every or max(1, steps//20)
 
 # ---- the model ----------------------------------------------------------------------------------
 
@@ -1050,15 +1043,13 @@ def main(argv:list[str]|None=None, program:str="train.py", default:str="text") -
   """Trains a model; returns the exit status. program: the file whose tasks are registered, for
   messages; default: its task where the command line names none."""
   if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")
-  p = parser(program, default)
-  args = p.parse_args(argv)
-  # a run that goes on keeps others out before its checkpoint is read
-  held = args.resume and Path(args.out).is_dir()
-  lock = lock_run_directory(Path(args.out)) if held else contextlib.nullcontext()
+  p = Parser(prog=program)
   try:
-    for key, where in MOVED.items():
-      if hasattr(args, key): raise UserError(f"{flag_of(key)} is another program's: {where}")
-    with lock: return train(program, *resolve_args(argv, program, default))
+    args = parser(program, chosen_task(argv, program, default)).parse_args(argv)
+    # a run that goes on keeps others out before its checkpoint is read
+    held = args.resume and Path(args.out).is_dir()
+    with lock_run_directory(Path(args.out)) if held else contextlib.nullcontext():
+      return train(program, *resolve_args(argv, program, default))
   except (UserError, CheckpointError) as e: p.error(str(e))
   except MemoryError: p.error("not enough memory: take a smaller --batch, --length or model")
   except OSError as e:

@@ -114,7 +114,7 @@ def read_images(path:Path) -> tuple[Images, Images|None]:
 
 def pixels_options(add:Callable) -> None:
   add("--data PATH", str, None, "a CSV of label, pixels 0 to 255, or an .npz of x_train, y_train, "
-      "x_test, y_test", "none", nargs="+")
+      "x_test, y_test", nargs="+")
   add("--holdout X", number(float, 0.001, 0.5), 0.05, "share of the images", fixed=True)
 
 @task("pixels", "labels of images, read pixel by pixel", causal=False, options=pixels_options,

@@ -45,8 +45,8 @@ def find_classes(table:Table, path:str) -> list[str]|None:
 def options(add:Callable) -> None:
   text_options(add)
   add("--columns L,T,…", str, None, "columns of the label and of one or two texts, by the "
-      "header's names or by number, from 1; 2,4 for CoLA's files", "what the header says")
-  add("--dev FILE", str, None, "such lines to evaluate on", "--holdout's share of --data")
+      "header's names or by number, from 1; 2,4 for CoLA's files (default: what the header says)")
+  add("--dev FILE", str, None, "such lines to evaluate on (default: --holdout's share of --data)")
 
 @task("classify", "labels of a TSV", causal=False, options=options, model="bigs", batch=16,
       length=128, weight_decay=0.01, steps=None)

@@ -11,7 +11,7 @@ Not here: guessing an encoding from the bytes, PDF and HTML.
 """
 from __future__ import annotations
 import argparse, bz2, codecs, collections, contextlib, functools, gzip, hashlib, importlib, io, json
-import lzma, math, os, re, shlex, sys, sysconfig, zlib
+import lzma, math, os, re, shlex, sys, sysconfig, textwrap, zlib
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, Callable, Iterator, NamedTuple
@@ -24,9 +24,12 @@ class UserError(Exception):
 # ---- command lines ------------------------------------------------------------------------------
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-  "Shows an option's default where it has one."
+  "Shows an option's default where it has one, and keeps the lines of a help text apart."
   def _get_help_string(self, action:argparse.Action) -> str|None:
-    return super()._get_help_string(action) if action.default is not None else action.help
+    if action.default is None or action.nargs == 0: return action.help         # 0: a switch
+    return super()._get_help_string(action)
+  def _split_lines(self, text:str, width:int) -> list[str]:
+    return [line for part in text.split("\n") for line in textwrap.wrap(part.strip(), width)]
 
 class Parser(argparse.ArgumentParser):
   "Reports a mistake in one line, whatever the words on the command line hold."
