@@ -704,9 +704,8 @@ COLUMNS = {"step": int, "loss_nats": lambda x: round(x, 5), "learning_rate": fou
            "gradient_norm": four_digits}
 
 def read_losses(meta:dict[str, str]) -> list[dict[str, float]]:
-  "Reads the log's rows in a checkpoint; a column that it has not is nan, one too many is left out."
-  missing = [math.nan]*len(COLUMNS)
-  return [dict(zip(COLUMNS, [*row, *missing])) for row in json.loads(meta["losses"])]
+  "Reads the log's rows in a checkpoint: it may have columns less, or more, which are left out."
+  return [dict(zip(COLUMNS, row)) for row in json.loads(meta["losses"])]
 
 def read_evals(meta:dict[str, str]) -> list[list]:
   "Reads the evaluations in a checkpoint, as in `Log.evals`; old ones have no metrics."
@@ -749,8 +748,8 @@ class Log:
     "Takes note of a step: how many tokens its batch had, and a value for each of COLUMNS."
     self.rows.append({k: rounded(values[k]) for k, rounded in COLUMNS.items()})
     self.times = (self.times + [time.perf_counter()])[-21:]
-    if len(self.rows) - self.resumed > 2:               # the first two compile and capture
-      self.seconds_a_step = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+    if len(self.rows) - self.resumed <= 2: self.restart_clock()     # they compile and capture
+    else: self.seconds_a_step = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
     step, steps = values["step"], self.args.steps
     text = self.progress(step, tokens)
     if self.live:
@@ -786,42 +785,42 @@ class Log:
     return f"{self.table}, {self.picture}"
 
   def write_table(self) -> None:
-    unit = self.task.unit.replace(" ", "_")
-    held_out = {step: {unit: loss} | metrics for step, loss, metrics in self.evals}
-    names = self.evals and held_out[self.evals[-1][0]]
-    baseline = {f"baseline_{unit}": round(self.task.baseline, 5)}
+    unit, baseline = self.task.unit, round(self.task.baseline, 5)
+    evals = {step: {unit: loss} | metrics for step, loss, metrics in self.evals}
+    rows = []
+    for r in self.rows:
+      step, nats = r["step"], r["loss_nats"]
+      row = {"step": step, "loss_nats": nats, unit: round(nats*self.task.per_nat, 5)} | r
+      held_out = {f"held_out_{k}": x for k, x in evals.get(step, {}).items()}
+      rows.append(row | {f"baseline_{unit}": baseline} | held_out)
+    names = dict.fromkeys(k for row in rows for k in row)
     with open(self.table, "w", newline="") as f:
-      table = csv.writer(f)
-      for i, r in enumerate(self.rows):
-        row = dict(step=r["step"], loss_nats=r["loss_nats"])
-        row |= {unit: round(r["loss_nats"]*self.task.per_nat, 5)} | r | baseline
-        if i == 0: table.writerow([*row, *(f"held_out_{k}".replace(" ", "_") for k in names)])
-        table.writerow([*row.values(), *held_out.get(r["step"], {}).values()])
+      table = csv.DictWriter(f, names, restval="")      # in a checkpoint's rows a column may be missing
+      table.writerow({k: k.replace(" ", "_") for k in names})
+      table.writerows(rows)
 
   def plot(self, title:str) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    x = np.array([r["step"] for r in self.rows])
-    y = np.array([r["loss_nats"] for r in self.rows]) * self.task.per_nat
+    "ImportError where matplotlib is missing."
+    from matplotlib.figure import Figure
+    x, y = np.array([(r["step"], r["loss_nats"]*self.task.per_nat) for r in self.rows]).T
     window = np.ones(min(len(y), 1 + 2*(len(y)//80)))
-    smooth = np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
-    baseline, name = self.task.baseline, self.task.baseline_name.split(" (")[0]
-    fig, ax = plt.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
-    ax.plot(x, y, color="#4c78a8", alpha=0.25, lw=0.8)
-    ax.plot(x, smooth, color="#4c78a8", lw=1.8, label="training")
-    ax.axhline(baseline, color="#888888", ls="--", lw=1.2, label=f"{name}: {baseline:.2f}")
+    smooth, weights = (np.convolve(z, window, "same") for z in (y, np.ones_like(y)))
+    name = self.task.baseline_name.split(" (")[0]
+    fig = Figure((8, 4.8), dpi=150, layout="constrained")
+    ax = fig.subplots()
+    ax.plot(x, y, color="tab:blue", alpha=0.25, lw=0.8)
+    ax.plot(x, smooth / weights, color="tab:blue", lw=1.8, label="training")
+    ax.axhline(self.task.baseline, color="gray", ls="--", label=f"{name}: {self.task.baseline:.2f}")
     if self.evals:
       steps, losses, _ = zip(*self.evals)
       label = f"held out: {losses[-1]:.2f} at the end"
-      ax.plot(steps, losses, "o-", color="#e45756", ms=5, lw=1, label=label)
+      ax.plot(steps, losses, "o-", color="tab:red", ms=5, lw=1, label=label)
     ax.set(xlabel="step", ylabel=self.task.unit)
     ax.set_title(title, fontsize=10.5, loc="left")
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False)
     fig.savefig(self.picture)
-    plt.close(fig)
 
 # ---- the run ------------------------------------------------------------------------------------
 
@@ -894,7 +893,6 @@ class Run:
       self.log.step(batch[0].size, step=step+1, loss_nats=loss, learning_rate=lr,
                     gradient_norm=norm)
     else: self.recover(step+1)
-    if step - self.first < 2: self.log.restart_clock()  # they compile
 
   def recover(self, step:int) -> None:
     """Goes back to the last checkpoint, or to the beginning, in place; data and schedule go on.
