@@ -1156,7 +1156,7 @@ def test_own_loop_learns_what_the_trainer_does(jit):
   batches = [(z[:, :-1], z[:, 1:]) for z in tokens_of(20, 5, 4, 13)]
   own, trained = H3LM(config), H3LM(config)
   losses = own_loop(own, batches, jit)
-  step = train.make_step(trained, get_state_dict(trained), opt := training.AdamW(get_state_dict(trained)))
+  step = train.make_step(trained, opt := training.AdamW(get_state_dict(trained)))
   want = [step(batch, opt.hyper(i, 1e-2, 0.0, 1e9, 1.0))[0] for i, batch in enumerate(batches)]
   np.testing.assert_allclose(losses, want, rtol=1e-5)
   for name, a, b in zip(get_state_dict(own), float64(own).values(), float64(trained).values()):

@@ -19,8 +19,9 @@ Not here: several machines.
 from __future__ import annotations
 import time
 START = time.perf_counter()
-import argparse, contextlib, csv, dataclasses, functools, json, math, os, shutil, sys
+import argparse, collections, contextlib, csv, dataclasses, functools, json, math, os, shlex, shutil, sys
 from argparse import Namespace
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 import numpy as np
@@ -34,8 +35,8 @@ from generate import MASK, MASK_RUN, OUT, print_fill, print_text, surprisal
 from h3tiny import H3Config, H3LM
 from support.checkpoints import (CHECKPOINT, CheckpointError, bigs_model, find, h3_model,
                                  read_weights)
-from support.text import (TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, is_jsonl, make_tokenizer,
-                          number, peak_memory, read_tokens, split)
+from support.text import (TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, make_tokenizer, number,
+                          peak_memory, read_tokens, split)
 from support.training import (MASKED, PRECISIONS, PREVIOUS, AdamW, Batch, CarriedState, Feed,
                               Gradients, Interrupt, LossScale, Model, Saved, Step, accumulated,
                               check_precision, check_writable, clean, fill, gradient_checkpointing,
@@ -135,8 +136,7 @@ class Windows:
         raise UserError(f"the text is too short: its {name} part has {len(part)} tokens and a "
                         f"window takes {size}: give more text or a smaller --length")
     name = ", ".join(args.data) if args.data else "Python's standard library"
-    kind = "text" if any(is_jsonl(Path(p)) for p in args.data or ()) else "file"
-    self.about = (f"{name}: {len(ends):,} {kind}{'s'*(len(ends) != 1)}, "
+    self.about = (f"{name}: {len(ends):,} text{'s'*(len(ends) != 1)}, "
                   f"{len(self.train)/1e6:.2f} M tokens to train on, "
                   f"{len(self.held)/1e6:.3f} M held out ({args.tokenizer})")
 
@@ -155,18 +155,17 @@ class Windows:
     starts = rng.integers(0, len(self.train)-self.size+1, self.batch)
     return self.windows(self.train, starts)
 
-def chunks(tokens:np.ndarray, overlap:int=0) -> Iterator[np.ndarray]:
-  "Yields the first tokens, some at a time: of a mapped file only these are in memory."
-  for i in range(0, min(len(tokens), SAMPLED), 1 << 20):
-    yield tokens[i:min(i + (1 << 20) + overlap, SAMPLED)]
+def chunks(tokens:np.ndarray) -> list[np.ndarray]:
+  "Returns the first tokens in parts: of a mapped file only one of them is in memory."
+  some = tokens[:SAMPLED]
+  return np.array_split(some, math.ceil(len(some) / (1 << 20)))
 
 def bigram_bits(train:np.ndarray, x:np.ndarray, y:np.ndarray) -> float:
   """Returns the bits that code every y after its x, from the counts of pairs in `train` plus one.
   Tokens are bytes; 256 is <|endoftext|>."""
   counts = np.ones(257*257, np.int64)
-  for some in chunks(train, 1):
-    pairs = some[:-1].astype(np.int64)*257 + some[1:]
-    counts += np.bincount(pairs, minlength=257*257)
+  for some in chunks(train):
+    counts += np.bincount(some[:-1].astype(np.int64)*257 + some[1:], minlength=257*257)
   counts = counts.reshape(257, 257)
   return float(-np.log2(counts / counts.sum(1, keepdims=True))[x, y].sum())
 
@@ -538,10 +537,6 @@ def fill_step_defaults(args:Namespace) -> None:
 
 # ---- the model ----------------------------------------------------------------------------------
 
-def make_config(args:Namespace, vocab_size:int) -> H3Config|BiGSConfig:
-  try: return (h3_config if is_causal(args) else bigs_config)(args, vocab_size)
-  except ValueError as e: raise UserError(str(e)) from None
-
 def dimensions(args:Namespace) -> list[int]:
   "Returns width, layers and heads, by --size where they are not given."
   size = SIZES[args.size]
@@ -573,7 +568,8 @@ def bigs_config(args:Namespace, vocab_size:int) -> BiGSConfig:
 def make_model(args:Namespace, task:Task, start:Saved|None=None) -> Model:
   "Makes a new model, or that of a checkpoint, and fits it to the task."
   if start is None:
-    config = make_config(args, task.vocab_size)
+    try: config = (h3_config if is_causal(args) else bigs_config)(args, task.vocab_size)
+    except ValueError as e: raise UserError(str(e)) from None
     if isinstance(config, H3Config): return H3LM(config, seed=args.seed)
     if task.labels: config.n_labels = len(task.labels)
     return BiGS(config, args.seed, (task.head,))
@@ -593,22 +589,6 @@ def make_model(args:Namespace, task:Task, start:Saved|None=None) -> Model:
   else: model.config.max_length = max(model.config.max_length, 2*args.length)
   return model
 
-def check_positions(model:Model, task:Task) -> None:
-  longest = max(b[0].shape[1] for b in task.held_out)
-  most = isinstance(model, H3LM) and model.config.max_positions
-  if most and longest > most:
-    raise UserError(f"the model has learned positions for {most} tokens, and the task has rows of "
-                    f"{longest}: give a larger --max-positions, or a smaller --length")
-
-def describe(c:H3Config|BiGSConfig) -> str:
-  if isinstance(c, BiGSConfig):
-    names = dict(gated="BiGS", stack="STACK/SSM", attention="BERT", s4d="S4D both ways")
-    name = names.get(c.block, "gated attention")
-  elif not c.attn_layers: name = c.ssm.upper()
-  else: name = "Transformer" if len(c.attn_layers) == c.n_layer else "hybrid H3"
-  text = f"{name}, {c.n_layer} layers of width {c.d_model}"
-  return f"{text}, attention in {', '.join(map(str, c.attn_layers))}" if "hybrid" in name else text
-
 # ---- a step -------------------------------------------------------------------------------------
 
 def learning_rate(step:int, steps:int, peak:float, warmup:int, schedule:str="cosine") -> float:
@@ -624,13 +604,13 @@ def forward_backward(model:Model, params:dict[str, Tensor], forward:Callable) ->
     return loss, loss.gradient(*params.values())
   return gradients
 
-def make_step(model:Model, params:dict[str, Tensor], opt:AdamW, forward:Callable=Task.forward,
+def make_step(model:Model, opt:AdamW, forward:Callable=Task.forward,
               gradients:Gradients|None=None, update:Callable|None=None) -> Step:
   """Makes the plain step of training: forward, backward, clip, update.
 
   Returns `step(batch, hyper) -> [loss, gradient norm]`, with `opt.hyper` for hyper. gradients takes
   the place of forward and backward, update that of the optimizer's."""
-  gradients = gradients or forward_backward(model, params, forward)
+  gradients = gradients or forward_backward(model, opt.params, forward)
   update = update or opt.update
   feed = Feed(opt.device)
 
@@ -660,10 +640,10 @@ def make_eval(model:Model, forward:Callable=Task.forward) -> Callable[[Batch], l
 
 def training_step(model:Model, opt:AdamW, task:Task, args:Namespace, scale:LossScale) -> Step:
   "Makes the plain step, or what the options make of it."
-  params = [*opt.params.values()]
+  params, half = [*opt.params.values()], half_precision(args.dtype)
   in_parts = args.accumulate > 1 or args.truncate
   if not (in_parts or args.devices > 1 or args.checkpoint_activations or scale.on):
-    return half_precision(args.dtype)(make_step(model, opt.params, opt, task.forward))
+    return half(make_step(model, opt, task.forward))
 
   carried, update = CarriedState(model, opt.device, cross_entropy), opt.update
   if args.truncate: gradients = truncated(carried, params)
@@ -680,12 +660,12 @@ def training_step(model:Model, opt:AdamW, task:Task, args:Namespace, scale:LossS
 
   if in_parts: run = accumulated(gradients, update, params, parts)
   else:
-    whole = make_step(model, opt.params, opt, gradients=gradients, update=update)
+    whole = make_step(model, opt, gradients=gradients, update=update)
     run = lambda batch, hyper: whole(next(parts(batch)), hyper)
   def step(batch, hyper):
     loss, norm = run(batch, hyper)
     return [loss / scale.value, norm]
-  return half_precision(args.dtype)(step)
+  return half(step)
 
 def evaluation(model:Model, opt:AdamW, task:Task, args:Namespace) -> Callable:
   "Makes the plain evaluation, or with --truncate one in pieces."
@@ -711,10 +691,7 @@ def read_evals(meta:dict[str, str]) -> list[list]:
   "Reads the evaluations in a checkpoint, as in `Log.evals`; old ones have no metrics."
   return [[step, loss, *metrics, {}][:3] for step, loss, *metrics in json.loads(meta["held_out"])]
 
-def duration(seconds:float) -> str:
-  s = round(seconds)
-  if s >= 3600: return f"{s//3600}h{s//60%60:02d}m"
-  return f"{s//60}m{s%60:02d}s" if s >= 60 else f"{s}s"
+def duration(seconds:float) -> str: return str(timedelta(seconds=round(seconds)))
 
 class Log:
   "The losses so far, the progress line, the CSV and the plot."
@@ -724,13 +701,10 @@ class Log:
     self.evals: list[list] = []                         # step, held-out loss in `unit`, metrics
     self.resumed = 0                                    # rows that are from before this process
     self.seconds_before = 0.0                           # of training, likewise
-    self.seconds_a_step = 0.0
+    self.times = collections.deque(maxlen=20)           # seconds of the last steps
     self.live = bool(sys.stdout and sys.stdout.isatty())
     self.table = Path(args.log or Path(args.out)/"log.csv")
     self.picture = Path(args.plot or Path(args.out)/"loss.png")
-    self.restart_clock()
-
-  def restart_clock(self) -> None: self.times = [time.perf_counter()]
 
   def seconds(self) -> float:
     "Returns the whole run's seconds, without those between a stop and --resume."
@@ -744,12 +718,12 @@ class Log:
     "Shows a line that stays, over the progress line if there is one."
     self.show(("\r\x1b[K" if self.live else "") + text)
 
-  def step(self, tokens:int, **values:float) -> None:
-    "Takes note of a step: how many tokens its batch had, and a value for each of COLUMNS."
+  def step(self, tokens:int, seconds:float, **values:float) -> None:
+    """Takes note of a step: how many tokens its batch had, the time it took, and a value for each of
+    COLUMNS."""
     self.rows.append({k: rounded(values[k]) for k, rounded in COLUMNS.items()})
-    self.times = (self.times + [time.perf_counter()])[-21:]
-    if len(self.rows) - self.resumed <= 2: self.restart_clock()     # they compile and capture
-    else: self.seconds_a_step = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+    # the first two compile and capture
+    if len(self.rows) - self.resumed > 2: self.times.append(seconds)
     step, steps = values["step"], self.args.steps
     text = self.progress(step, tokens)
     if self.live:
@@ -765,9 +739,9 @@ class Log:
     loss = sum(recent) / len(recent)
     text = (f"step {step:>{len(str(steps))}}/{steps}  loss {loss:.3f}  "
             f"{loss*self.task.per_nat:.3f} {unit}  lr {self.rows[-1]['learning_rate']:.1e}")
-    if self.seconds_a_step:
-      left = duration((steps-step)*self.seconds_a_step)
-      text += f"  {tokens/self.seconds_a_step:,.0f} tokens/s  {left} left"
+    if self.times:
+      a_step = sum(self.times) / len(self.times)
+      text += f"  {tokens/a_step:,.0f} tokens/s  {duration((steps-step)*a_step)} left"
     peak = peak_memory()
     return text if math.isnan(peak) else f"{text}  {peak/1e9:.2f} GB"
 
@@ -834,7 +808,11 @@ class Run:
     self.new_model = lambda: make_model(args, task, start)
     self.devices = open_devices(args.devices)
     self.model = self.new_model()
-    check_positions(self.model, task)
+    longest = max(b[0].shape[1] for b in task.held_out)
+    most = getattr(self.model.config, "max_positions", 0)
+    if most and longest > most:
+      raise UserError(f"the model has learned positions for {most} tokens, and the task has rows of "
+                      f"{longest}: give a larger --max-positions, or a smaller --length")
     if self.devices:
       for p in get_state_dict(self.model).values(): p.shard_(self.devices).realize()
     self.params = get_state_dict(self.model)
@@ -849,8 +827,11 @@ class Run:
     if args.resume: self.resume(start)
     self.step = training_step(self.model, self.opt, task, args, self.scale)
     self.outputs = evaluation(self.model, self.opt, task, args)
-    parameters = sum(p.numel() for p in self.params.values())
-    self.title = f"{describe(self.model.config)}, {parameters/1e6:.2f} M parameters"
+    millions = sum(p.numel() for p in self.params.values()) / 1e6
+    c = self.model.config
+    self.title = f"{args.model}: {c.n_layer} layers of width {c.d_model}"
+    if args.model == "hybrid": self.title += f", attention in {', '.join(map(str, c.attn_layers))}"
+    self.title += f"; {millions:.2f} M parameters"
 
   def resume(self, start:Saved) -> None:
     meta = start.meta
@@ -882,7 +863,7 @@ class Run:
 
   def train(self, step:int) -> None:
     "Does one step, from 0; goes back where its loss or gradient is not finite."
-    args = self.args
+    args, start = self.args, time.perf_counter()
     lr = learning_rate(step, args.steps, args.lr, args.warmup, self.task.schedule)
     ssm_scale = min(1e-3, args.lr) / args.lr
     hyper = self.opt.hyper(step, lr, args.weight_decay, args.clip, ssm_scale, self.scale.value)
@@ -890,8 +871,8 @@ class Run:
     loss, norm = self.step(batch, hyper)
     if step == self.first: self.log.line(f"first step after {time.perf_counter()-START:.1f} s")
     if math.isfinite(loss) and self.scale.accepts(math.isfinite(norm)):
-      self.log.step(batch[0].size, step=step+1, loss_nats=loss, learning_rate=lr,
-                    gradient_norm=norm)
+      self.log.step(batch[0].size, time.perf_counter() - start, step=step+1, loss_nats=loss,
+                    learning_rate=lr, gradient_norm=norm)
     else: self.recover(step+1)
 
   def recover(self, step:int) -> None:
@@ -909,7 +890,6 @@ class Run:
       for t in (*self.opt.m.values(), *self.opt.v.values()): fill(t, np.zeros(t.shape, np.float32))
     self.log.line(f"step {step}: the loss or the gradient is not finite: back to the weights of "
                   f"step {self.saved or 0}, without this batch")
-    self.log.restart_clock()
 
   def evaluate(self, step:int) -> bool:
     "Returns whether the loss on the held-out data is finite; if so it is shown."
@@ -921,7 +901,6 @@ class Run:
       metrics = {k: round(v, 5) for k, v in task.metrics(outputs).items()}
       self.log.evals.append([step, round(loss*task.held_out_per_nat, 5), metrics])
       self.log.line(f"step {step}: held out {self.log.held_out()}")
-    self.log.restart_clock()
     return math.isfinite(loss)
 
   def good_enough(self) -> bool:
@@ -950,7 +929,6 @@ class Run:
       failed = f"can't write {e.filename or self.path}: {e.strerror}; {left}"
       if must: raise UserError(failed) from None
       self.log.line(f"step {step}: {failed}, and the training goes on")
-    self.log.restart_clock()
 
   def metadata(self, step:int, done:bool) -> dict[str, str]:
     task, log = self.task, self.log
@@ -966,7 +944,6 @@ class Run:
     self.log.line("--- a sample ---")
     try: self.task.sample(self.model)
     finally: self.log.line("---")
-    self.log.restart_clock()
 
   def loop(self, interrupt:Interrupt) -> int:
     "Trains to the last step, or until interrupted; returns the exit status."
@@ -995,13 +972,14 @@ class Run:
     return 0
 
   def stopped(self, done:int) -> None:
+    args = self.args
     self.log.write(self.title)
     saved = f"the checkpoint is that of step {self.saved}"
     if self.saved == done: saved = f"saved {self.path}"
     if self.saved is None: saved = "nothing saved"
-    self.log.line(f"stopped after step {done} of {self.args.steps}, {saved}")
+    self.log.line(f"stopped after step {done} of {args.steps}, {saved}")
     if self.saved is not None:
-      self.log.line(f"go on with: python {self.program} --resume --out {self.out}")
+      self.log.line(f"go on with: python {self.program} --resume --out {shlex.quote(args.out)}")
 
   def finish(self) -> None:
     "Writes and shows what a finished run leaves."
@@ -1015,7 +993,7 @@ class Run:
       except KeyboardInterrupt: pass
     print(f"\nheld out: {self.log.held_out()}; {task.baseline_name}: {task.baseline:.3f}")
     print(f"wrote {self.path}, {files}; {duration(time.perf_counter()-START)} in all")
-    where = "" if args.out == OUT else f" --model {self.out}"
+    where = "" if args.out == OUT else f" --model {shlex.quote(args.out)}"
     if args.task == "text": print(f"more text: python generate.py{where}")
     if args.task == "mlm":
       print(f'more of it: python generate.py{where} --fill "what is {MASK} here?"')
