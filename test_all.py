@@ -3465,7 +3465,7 @@ def test_reproduce(tmp_path, untrained, capsys):
                     {"x": grid.Column("--task recall", "accuracy", {"A": "99"}),
                      "y": grid.Column("--task recall", "loss", {})}, seeds=2)
   def reproduce() -> int:
-    return grid.run_program("papers/x.py", small, "", ["--reproduce", "--out", str(tmp_path)])
+    return grid.run_program("papers/x.py", "", small, "", ["--reproduce", "--out", str(tmp_path)])
   for _ in range(2):
     assert reproduce() == 0
     out = capsys.readouterr().out
@@ -3492,7 +3492,7 @@ def test_reproduce_stops_and_goes_on(tmp_path):
 table = Grid('t', 't', 'a', {{'A': '--model h3', 'B': '--model s4d'}},
              {{'x': Column({options!r}, 'accuracy', {{}})}}, seeds=1)
 argv = ['--reproduce', '--out', {str(tmp_path)!r}]
-sys.exit(run_program('papers/synthetic.py', table, '', argv))"""
+sys.exit(run_program('papers/synthetic.py', '', table, '', argv))"""
   def steps() -> list[int]:
     files = sorted(tmp_path.rglob(checkpoints.CHECKPOINT))
     return [int(read_checkpoint(str(f))[1]["step"]) for f in files]
@@ -3527,6 +3527,8 @@ def test_filters_and_operations(tmp_path, monkeypatch, capsys):
   capsys.readouterr()
   assert bigs.main(["--flops"]) == 0
   assert len(re.findall(r"^ +\d+ .* \d\.\d\dx$", capsys.readouterr().out, re.M)) == 2
+  with pytest.raises(SystemExit): bigs.main(["--help"])
+  assert {"--flops", "--plot masked", "--reproduce"} <= {*re.findall(r"--(?:plot masked|\w+)", capsys.readouterr().out)}
 
 @slow
 def test_readme_of_the_papers(tmp_path, untrained, monkeypatch):

@@ -39,7 +39,7 @@ from support.text import (TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, ma
                           peak_memory, read_tokens, split)
 from support.training import (MASKED, PRECISIONS, PREVIOUS, AdamW, Batch, CarriedState, Feed,
                               Gradients, Interrupt, LossScale, Model, Saved, Step, accumulated,
-                              check_precision, check_writable, clean, fill, gradient_checkpointing,
+                              check_precision, check_writable, fill, gradient_checkpointing,
                               half_precision, lock_run_directory, on_devices, open_devices, pieces,
                               read_newest, restore, save_beside_previous, set_aside, tensor_on,
                               training_state, truncated, truncated_eval, weigh, weighted)
@@ -1007,11 +1007,12 @@ def train(program:str, args:Namespace, start:Saved|None=None) -> int:
   fill_step_defaults(args)
   run = Run(program, args, task, start)
   check_writable(run.out, run.log.table.parent, run.log.picture.parent)
-  clean(run.out)
   run.announce()
   # a run that goes on holds the lock already
   lock = contextlib.nullcontext() if args.resume else lock_run_directory(run.out)
-  with lock, Interrupt() as interrupt: status = run.loop(interrupt)
+  with lock, Interrupt() as interrupt:
+    for left in run.out.glob("checkpoint*.tmp"): left.unlink()      # by one that was killed
+    status = run.loop(interrupt)
   if status == 0: run.finish()
   return status
 

@@ -179,6 +179,6 @@ def show_speed(out:Path) -> None:
   print_table(["", *GRID.rows], table)
   print("the H3 paper, over a Transformer: S4 2.9x, with FlashConv 5.8x (unverified)")
 
-main = functools.partial(run_program, PROGRAM, GRID, "listops", then=show_speed)
+main = functools.partial(run_program, PROGRAM, __doc__, GRID, "listops", then=show_speed)
 
 if __name__ == "__main__": sys.exit(main())

@@ -90,6 +90,6 @@ def classify_task(args:argparse.Namespace) -> Task:
   return label_task(args, about, tok, tok.masked_size, drawn_from(rows, args), held_out, rows[2],
                     classes, "linear")
 
-main = functools.partial(run_program, "papers/finetune.py", None, "classify")
+main = functools.partial(run_program, "papers/finetune.py", __doc__, None, "classify")
 
 if __name__ == "__main__": sys.exit(main())

@@ -127,6 +127,6 @@ GRID = Grid(
    "recall": Column(RECALL, "accuracy", {"S4D": "86.0", "H3": "99.8", "attention": "100"}),
    "recall at 40": Column(RECALL, "accuracy at 40", {"H3": "98.4"})})
 
-main = functools.partial(run_program, "papers/synthetic.py", GRID, "recall")
+main = functools.partial(run_program, "papers/synthetic.py", __doc__, GRID, "recall")
 
 if __name__ == "__main__": sys.exit(main())

@@ -419,11 +419,9 @@ def read_tsv(path:str, columns:str|None=None, n_texts:int|None=None) -> Table:
   columns: which they are in, by the header's names or by number; by default those that a header
   like GLUE's names, or without one label, text, or label, text, text. n_texts: how many texts there
   must be. Raises UserError, with a line's number."""
-  text = read_text(path)
-  if not text: raise UserError(f"{path} is empty: there is nothing to train on")
-  split_lines = enumerate(re.split(r"\r\n|\n|\r", text), 1)
+  split_lines = enumerate(re.split(r"\r\n|\n|\r", read_text(path)), 1)
   rows = [(i, line.split("\t")) for i, line in split_lines if line.strip()]
-  if not rows: raise UserError(f"{path} has no lines: each is label, tab, text")
+  if not rows: raise UserError(f"{path} is empty, it has no lines: each is label, tab, text")
   first, names = rows[0]
   where = f"{path} line {first}"
   at, header = find_columns([cells for _, cells in rows], columns, n_texts, where)
@@ -435,51 +433,40 @@ def read_tsv(path:str, columns:str|None=None, n_texts:int|None=None) -> Table:
   width, a_line = len(names), f"{len(names)} columns"
   if not header and not columns:
     width, a_line = len(at), "label" + ", tab, text"*(len(at) - 1)
-  table = Table([], [], [])
   for i, cells in rows:
     fits = len(cells) == width
     if not fits or not all(cells[j].strip() for j in at[1:]):
       has = f"{len(cells)} column{'s'*(len(cells) != 1)}{' and an empty text'*fits}"
       raise UserError(f"{path} line {i} has {has}: a line is {a_line}; --columns names others, "
                       "in CoLA's files 2,4")
-    table.labels.append(cells[at[0]].strip())
-    table.texts.append([cells[j] for j in at[1:]])
-    table.lines.append(i)
-  return table
+  return Table([cells[at[0]].strip() for _, cells in rows],
+               [[cells[j] for j in at[1:]] for _, cells in rows], [i for i, _ in rows])
 
 def find_columns(rows:list[list[str]], columns:str|None, n_texts:int|None, where:str
                  ) -> tuple[list[int], bool]:
   """The columns of the label and of the texts, from 0, and whether the first row is a header. See
   `read_tsv`; where: what an error calls the first row."""
   names = [cell.strip().strip('"') for cell in rows[0]]
-  known = known_columns(names)
-  if columns: return parse_columns(columns, names, where, bool(known))
-  if known: return known, True
+  lower = [name.lower() for name in names]
+  labels, texts = ([lower.index(n) for n in known if n in lower] for known in (LABELS, TEXTS))
+  header = bool(labels and texts)
+  if columns:
+    at = [column_at(c.strip(), columns, names, where) for c in columns.split(",")]
+    if len(at) in (2, 3): return at, header or not re.fullmatch(r"[\d\s,]+", columns)
+    raise UserError(f"--columns {columns}: give the column of the label and those of one or two "
+                    "texts, as in 2,4")
+  if header: return [labels[0], *sorted(texts)[:2]], True
   again = any(cells[0] == rows[0][0] for cells in rows[1:])          # then it is no column's name
-  if not again and {name.lower() for name in names} & {*LABELS, *TEXTS}:
+  if not again and labels + texts:
     raise UserError(f"{where} looks like a header ({', '.join(names[:12])}) and does not name both "
                     "a label and a text as GLUE's do: name their columns with --columns")
   width = 1 + n_texts if n_texts else min(3, max(2, len(names)))
   return [*range(width)], False
 
-def known_columns(names:list[str]) -> list[int]:
-  "The columns of label and one or two texts that a header like GLUE's names; none of another line."
-  names = [name.lower() for name in names]
-  labels, texts = ([names.index(n) for n in known if n in names] for known in (LABELS, TEXTS))
-  return [labels[0], *sorted(texts)[:2]] if labels and texts else []
-
-def parse_columns(columns:str, names:list[str], where:str, header:bool) -> tuple[list[int], bool]:
-  "What --columns names, by the header's names or by number from 1, and whether there is a header."
-  wanted = [c.strip() for c in columns.split(",")]
-  if len(wanted) not in (2, 3):
-    raise UserError(f"--columns {columns}: give the column of the label and those of one or two "
-                    "texts, as in 2,4")
-  if all(re.fullmatch("[1-9][0-9]{0,8}", c) for c in wanted):
-    at = [int(c) - 1 for c in wanted]
-    if max(at) >= len(names):
-      raise UserError(f"{where} has {len(names)} columns, and --columns {columns} names others")
-    return at, header
-  for c in wanted:
-    if c not in names:
-      raise UserError(f"{where} names no column {c!r}, only {', '.join(names[:12])}")
-  return [names.index(c) for c in wanted], True
+def column_at(column:str, columns:str, names:list[str], where:str) -> int:
+  "One of --columns, by number from 1 or by the header's name, as a number from 0."
+  if re.fullmatch("[0-9]{1,9}", column):
+    if 1 <= int(column) <= len(names): return int(column) - 1
+    raise UserError(f"{where} has {len(names)} columns, and --columns {columns} names others")
+  if column in names: return names.index(column)
+  raise UserError(f"{where} names no column {column!r}, only {', '.join(names[:12])}")

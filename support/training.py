@@ -107,18 +107,20 @@ def adamw_kernel(p:UOp, m:UOp, v:UOp, g:UOp, hyper:UOp, sumsq:UOp, beta2:float, 
   """Updates one parameter and its moments in place (Loshchilov & Hutter, arXiv 1711.05101). A
   gradient that is not finite changes nothing."""
   n = p.numel()
-  p, m, v, g, sumsq = (t.flatten() for t in (p, m, v, g, sumsq))
-  h = Hyper(*(hyper[k] for k in range(len(Hyper._fields))))
   i = UOp.range(n, 0)
+  p, m, v, g = (t.flatten()[i] for t in (p, m, v, g))               # one weight and what is its
+  h = Hyper(*(hyper[k] for k in range(len(Hyper._fields))))
   norm = sumsq[0].sqrt()*h.unscale                                  # of the whole gradient
   clip = (h.clip / (norm + 1e-6)).minimum(1.0)
-  gi = g[i] * (clip*h.unscale)
-  mi = BETA1*m[i] + (1-BETA1)*gi
-  vi = beta2*v[i] + (1-beta2)*gi*gi
-  pi = p[i] - h.lr * mi*h.unbias_m / ((vi*h.unbias_v).sqrt() + eps) - h.decay * p[i]
+  g = g * (clip*h.unscale)
+  new_m = BETA1*m + (1-BETA1)*g
+  new_v = beta2*v + (1-beta2)*g*g
+  step = new_m*h.unbias_m / ((new_v*h.unbias_v).sqrt() + eps)
+  new_p = p - h.lr*step - h.decay*p
   finite = sumsq[0].load() < math.inf
-  new = [old[i].store(finite.where(x, old[i].load())) for old, x in ((p, pi), (m, mi), (v, vi))]
-  return UOp.group(*new).end(i).sink(arg=KernelInfo(name=f"adamw_{n}"))
+  def update(old, new): return old.store(finite.where(new, old.load()))
+  stores = map(update, (p, m, v), (new_p, new_m, new_v))
+  return UOp.group(*stores).end(i).sink(arg=KernelInfo(name=f"adamw_{n}"))
 
 class AdamW:
   """AdamW with the gradient's global norm clipped, decay and learning rate by group.
@@ -135,7 +137,8 @@ class AdamW:
             scale:float=1.0) -> list[Tensor]:
     """Returns `Hyper` for each group. step: from 0; ssm_scale: the rate of the SSMs' dynamics over
     lr; scale: what the loss is multiplied by."""
-    plain = Hyper(lr, 0, 1 / (1 - BETA1**(step+1)), 1 / (1 - self.beta2**(step+1)), clip, 1 / scale)
+    unbias_m, unbias_v = (1 / (1 - beta**(step+1)) for beta in (BETA1, self.beta2))
+    plain = Hyper(lr, 0, unbias_m, unbias_v, clip, 1 / scale)
     groups = [plain._replace(decay=lr*weight_decay), plain, plain._replace(lr=lr*ssm_scale)]
     return [self.feed(i, np.array(h, np.float32)) for i, h in enumerate(groups)]
 
@@ -409,13 +412,6 @@ def set_aside(path:Path) -> Path:
     os.replace(path, aside)
     return aside
 
-def clean(out:Path) -> None:
-  "Removes what a run that was killed while it wrote has left behind."
-  for f in out.glob("checkpoint*.safetensors.*.tmp"):
-    try: os.kill(int(f.suffixes[-2][1:]), 0)
-    except (ValueError, ProcessLookupError): f.unlink(missing_ok=True)
-    except OSError: pass                         # it lives, and is somebody else's
-
 class Saved(NamedTuple):
   "A checkpoint as it was read."
   path: Path
@@ -457,16 +453,16 @@ class Interrupt:
   not. SIGHUP is left alone where nohup ignores it."""
   def __init__(self, handler:Callable|None=None):
     self.handler, self.seen = handler or self.note, 0
-    names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-    if "SIGHUP" in names and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN: names.pop()
-    self.signals = [getattr(signal, n) for n in names]
 
   def __enter__(self) -> Interrupt:
-    self.old = [signal.signal(s, self.handler) for s in self.signals]
+    signals = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)     # Windows has none
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN: signals.append(hangup)
+    self.old = {s: signal.signal(s, self.handler) for s in signals}
     return self
 
   def __exit__(self, *_) -> None:
-    for s, old in zip(self.signals, self.old): signal.signal(s, old)
+    for s, old in self.old.items(): signal.signal(s, old)
 
   def note(self, signum:int, frame) -> None:
     if self.seen: raise KeyboardInterrupt
