@@ -1,10 +1,10 @@
 """Trains H3, hybrid and Transformer language models, and BiGS, BERT and what lies between them.
 
-  python train.py                          a small hybrid on Python's own source, in minutes on a CPU
+  python train.py                          a small hybrid on Python's own source, in minutes
   python train.py --data book.txt notes/ --steps 3000 --out book
-  python train.py --resume --out book      goes on where a run stopped, to the bit as if it never had
+  python train.py --resume --out book      goes on where a run stopped, as if it never had
   python train.py --task mlm --out masked  BiGS: fill in what is masked, see generate.py --fill
-  python train.py --help                   every option
+  python train.py --help                   every option; with --task, that task's defaults
 
 From top to bottom: tasks, text, masked text, the options, the model, the plain step of training,
 the log, the run. What wraps the plain step (parts, devices, half precision, ...) and what keeps a
@@ -19,11 +19,12 @@ Not here: several machines.
 from __future__ import annotations
 import time
 START = time.perf_counter()
-import argparse, collections, contextlib, csv, dataclasses, functools, json, math, os, shlex, shutil, sys
+import argparse, collections, contextlib, csv, dataclasses, functools, json, math, os, shlex
+import shutil, sys
 from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, NamedTuple
 import numpy as np
 from tinygrad import Device, Tensor
 from tinygrad.helpers import Context
@@ -35,8 +36,8 @@ from generate import MASK, MASK_RUN, OUT, print_fill, print_text, surprisal
 from h3tiny import H3Config, H3LM
 from support.checkpoints import (CHECKPOINT, CheckpointError, bigs_model, find, h3_model,
                                  read_weights)
-from support.text import (TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, make_tokenizer, number,
-                          peak_memory, read_tokens, split)
+from support.text import (TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, make_tokenizer,
+                          number, peak_memory, read_tokens, split)
 from support.training import (MASKED, PRECISIONS, PREVIOUS, AdamW, Batch, CarriedState, Feed,
                               Gradients, Interrupt, LossScale, Model, Saved, Step, accumulated,
                               check_precision, check_writable, fill, gradient_checkpointing,
@@ -322,8 +323,8 @@ def key_of(flag:str) -> str: return flag.split()[0].removeprefix("--").replace("
 def flag_of(key:str) -> str: return "--" + key.replace("_", "-")
 
 def option_adder(p:Parser, title:str) -> Callable:
-  """Returns `add(flag, type, default, help, **argparse's keywords)` for a group of options. A flag is
-  "--name METAVAR"; the type bool makes a switch."""
+  """Returns `add(flag, type, default, help, **argparse's keywords)` for a group of options. A flag
+  is "--name METAVAR"; the type bool makes a switch."""
   group = p.add_argument_group(title)
   def add(flag, kind, default, text, **kw):
     name, _, metavar = flag.partition(" ")
@@ -340,9 +341,10 @@ def layer_list(text:str) -> list[int]:
     raise error from None
 
 def parser(program:str, task:str) -> Parser:
-  """Returns the parser of a program's options, with the defaults of a task. Its `owners` are the
-  tasks that have an option of their own, by the option's name, and `fixed` the options that --resume
-  can't change."""
+  """Returns the parser of a program's options, with the defaults of a task.
+
+  Its `owners` are the tasks that have an option of their own, by the option's name, and `fixed` the
+  options that --resume can't change."""
   check_task(task)
   p = Parser(prog=program, description="Train a model of the H3 or the BiGS family. Defaults are "
              f"those of --task {task}; with another --task, --help shows its.",
@@ -363,7 +365,8 @@ def parser(program:str, task:str) -> Parser:
   add("--d-model N", positive, None, "width (default: by --size)")
   add("--n-layer N", positive, None, "layers (default: by --size)")
   add("--n-heads N", positive, None, "attention heads (default: by --size)")
-  add("--attn-layers I,J", layer_list, None, "layers that are attention, from 0 (default: by --model)")
+  add("--attn-layers I,J", layer_list, None, "layers that are attention, from 0 (default: by "
+      "--model)")
   add("--rotary-dim N", whole, None, "rotated dimensions of an attention head; 0: no positions "
       "(default: all in a transformer, else 0)")
   add("--max-positions N", whole, 0, "learned positions, the longest text then; 0: none")
@@ -380,8 +383,8 @@ def parser(program:str, task:str) -> Parser:
   add("--batch N", positive, None, "sequences a step")
   add("--length N", positive, None, "tokens a sequence")
   add("--lr X", above_0, None, "highest learning rate (default: by --size)")
-  add("--warmup N", whole, None, "steps in which the learning rate rises, before it falls (default: "
-      "a tenth of --steps, at most 1000)")
+  add("--warmup N", whole, None, "steps in which the learning rate rises, before it falls "
+      "(default: a tenth of --steps, at most 1000)")
   add("--weight-decay X", number(float, 0), None,
       "of all weights but biases, norms, and in causal models embeddings and the SSMs' dynamics")
   add("--clip X", above_0, 1.0, "largest norm of the whole gradient")
@@ -389,21 +392,21 @@ def parser(program:str, task:str) -> Parser:
   add("--dtype", str, "float32", "of the factors in products with weights; all else stays float32",
       choices=PRECISIONS)
   add("--accumulate N", positive, 1, "parts that a step's sequences take turns in, for less memory")
-  add("--truncate N", positive, None, "tokens after which the gradient is cut, for less memory: the "
-      "state goes on, what it should have held is not learned; --model h3 only (default: none)")
-  add("--checkpoint-activations", bool, False, "keep only what goes into each layer and compute the "
-      "rest once more: less memory, a third more time; --task text only")
+  add("--truncate N", positive, None, "tokens after which the gradient is cut, for less memory: "
+      "the state goes on, what it should have held is not learned; --model h3 only (default: none)")
+  add("--checkpoint-activations", bool, False, "keep only what goes into each layer and compute "
+      "the rest once more: less memory, a third more time; --task text only")
   add("--devices N", positive, 1, "devices that share a step's sequences")
 
   add = option_adder(p, "run")
   add("--out DIR", str, OUT, "folder for checkpoint, log and plot")
   add("--resume", bool, False, "go on with the run in --out, with its settings but for those given")
-  add("--init FILE", str, None, "checkpoint, or official BiGS model, to take weights and shape from "
-      "(default: random weights)")
+  add("--init FILE", str, None, "checkpoint, or official BiGS model, to take weights and shape "
+      "from (default: random weights)")
   add("--eval-every N", positive, None, "steps between evaluations (default: an eighth of --steps)")
   add("--save-every N", positive, None, "steps between checkpoints (default: as --eval-every)")
-  add("--log-every N", positive, None, "steps between lines where stdout is no terminal (default: a "
-      "20th of --steps)")
+  add("--log-every N", positive, None, "steps between lines where stdout is no terminal (default: "
+      "a 20th of --steps)")
   add("--sample N", whole, 300, "tokens to generate at the end")
   add("--sample-every N", positive, None, "steps between samples (default: at the end only)")
   add("--log FILE", str, None, "table of losses (default: log.csv in --out)")
@@ -432,9 +435,10 @@ def chosen_task(argv:list[str]|None, program:str, default:str) -> str:
 
 def resolve_args(argv:list[str]|None, program:str="train.py", default:str="text"
                  ) -> tuple[Namespace, Saved|None]:
-  """Returns the options and the checkpoint that --resume or --init names: the parser's defaults, over
-  them the task's, the checkpoint's, and what the command line names. What follows from the task's
-  data is None still."""
+  """Returns the options, and the checkpoint that --resume or --init names.
+
+  The command line stands over the checkpoint's options, these over the task's defaults, and these
+  over the parser's. What follows from the task's data is None still."""
   p = parser(program, chosen_task(argv, program, default))
   args, start = p.parse_args(argv), None
   if args.resume and args.init:
@@ -489,9 +493,13 @@ def is_causal(args:Namespace) -> bool:
   either = args.model in ("transformer", "s4d")
   return causal if either and causal is not None else args.model in CAUSAL
 
-def has_attention(args:Namespace) -> bool:
-  if args.attn_layers is None: return args.model in ("hybrid", "transformer")
-  return len(args.attn_layers) > 0
+def attention_layers(args:Namespace) -> list[int]:
+  "Returns the layers of a causal model that are attention, from 0."
+  if args.attn_layers is not None: return args.attn_layers
+  n = args.n_layer or SIZES[args.size].n_layer
+  # the paper's hybrid has two, the 2nd and the (2 + N/2)th; a shallow one has one
+  if args.model == "hybrid": return [1, 1 + n//2] if n >= 8 else [n//2]
+  return [*range(n)] if args.model == "transformer" else []
 
 def check_options(args:Namespace) -> None:
   "Raises UserError where options do not fit each other, before anything is read or built."
@@ -510,7 +518,7 @@ def check_options(args:Namespace) -> None:
   checks = [
     (args.head_dim != 1 and model in ("transformer", "s4d"),
      f"--head-dim is for --model h3 or hybrid, not for {model}"),
-    (cut and (args.task != "text" or has_attention(args) or args.max_positions),
+    (cut and (args.task != "text" or attention_layers(args) or args.max_positions),
      "--truncate carries the state of H3 layers, attention and learned positions have none: it is "
      "for --task text --model h3"),
     (cut and (args.length or 0) % cut,
@@ -544,15 +552,12 @@ def dimensions(args:Namespace) -> list[int]:
 
 def h3_config(args:Namespace, vocab_size:int) -> H3Config:
   d_model, n_layer, n_heads = dimensions(args)
-  attention, rotary_dim = args.attn_layers, args.rotary_dim or 0
-  # the paper's hybrid has two attention layers, the 2nd and the (2 + N/2)th; a shallow one has one
-  hybrid = (1, 1 + n_layer//2) if n_layer >= 8 else (n_layer//2,)
-  if attention is None:
-    attention = dict(hybrid=hybrid, transformer=range(n_layer)).get(args.model, ())
+  rotary_dim = args.rotary_dim or 0
   if args.rotary_dim is None and args.model == "transformer" and not args.max_positions:
     rotary_dim = d_model // n_heads // 2 * 2
-  return H3Config(vocab_size, d_model, n_layer, tuple(attention), n_heads, rotary_dim, args.d_state,
-                  args.head_dim, args.mlp_mult or 4, ssm="s4d" if args.model == "s4d" else "h3",
+  return H3Config(vocab_size, d_model, n_layer, tuple(attention_layers(args)), n_heads, rotary_dim,
+                  args.d_state, args.head_dim, args.mlp_mult or 4,
+                  ssm="s4d" if args.model == "s4d" else "h3",
                   embed_dropout=args.embed_dropout, resid_dropout=args.resid_dropout,
                   init_std=args.init_std or 0.02, max_length=max(2048, 2*args.length),
                   max_positions=args.max_positions)
@@ -719,8 +724,8 @@ class Log:
     self.show(("\r\x1b[K" if self.live else "") + text)
 
   def step(self, tokens:int, seconds:float, **values:float) -> None:
-    """Takes note of a step: how many tokens its batch had, the time it took, and a value for each of
-    COLUMNS."""
+    """Takes note of a step: how many tokens its batch had, the time it took, and a value for each
+    of COLUMNS."""
     self.rows.append({k: rounded(values[k]) for k, rounded in COLUMNS.items()})
     # the first two compile and capture
     if len(self.rows) - self.resumed > 2: self.times.append(seconds)
@@ -769,7 +774,7 @@ class Log:
       rows.append(row | {f"baseline_{unit}": baseline} | held_out)
     names = dict.fromkeys(k for row in rows for k in row)
     with open(self.table, "w", newline="") as f:
-      table = csv.DictWriter(f, names, restval="")      # in a checkpoint's rows a column may be missing
+      table = csv.DictWriter(f, names, restval="")      # a checkpoint's rows may lack a column
       table.writerow({k: k.replace(" ", "_") for k in names})
       table.writerows(rows)
 
@@ -811,8 +816,8 @@ class Run:
     longest = max(b[0].shape[1] for b in task.held_out)
     most = getattr(self.model.config, "max_positions", 0)
     if most and longest > most:
-      raise UserError(f"the model has learned positions for {most} tokens, and the task has rows of "
-                      f"{longest}: give a larger --max-positions, or a smaller --length")
+      raise UserError(f"the model has learned positions for {most} tokens, and the task has rows "
+                      f"of {longest}: give a larger --max-positions, or a smaller --length")
     if self.devices:
       for p in get_state_dict(self.model).values(): p.shard_(self.devices).realize()
     self.params = get_state_dict(self.model)
@@ -887,7 +892,8 @@ class Run:
     if self.saved is not None: restore(read_newest(self.out), self.state)
     else:
       for k, p in get_state_dict(self.new_model()).items(): fill(self.params[k], p.numpy())
-      for t in (*self.opt.m.values(), *self.opt.v.values()): fill(t, np.zeros(t.shape, np.float32))
+      moments = [*self.opt.m.values(), *self.opt.v.values()]
+      for t in moments: fill(t, np.zeros(t.shape, np.float32))
     self.log.line(f"step {step}: the loss or the gradient is not finite: back to the weights of "
                   f"step {self.saved or 0}, without this batch")
 

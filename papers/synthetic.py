@@ -21,7 +21,7 @@ from typing import Callable
 import numpy as np
 from papers.grid import UNVERIFIED, Column, Grid, drawn_from, run_program
 from support.text import UserError
-from train import SIZES, Batch, Task, cross_entropy, has_attention, number, task
+from train import SIZES, Batch, Task, attention_layers, cross_entropy, number, task
 
 TRAIN, TEST = 5000, 500                           # sequences, none of them twice
 
@@ -70,7 +70,7 @@ def synthetic_task(args:argparse.Namespace) -> Task:
   name, L, V = args.task, args.length, args.symbols
   if L < 4: raise UserError(f"--task {name} wants a --length of at least 4")
   if args.warmup is None: args.warmup = args.steps//10
-  if args.init_std is None and has_attention(args):
+  if args.init_std is None and attention_layers(args):
     # the official 0.02 is for wide models: with it attention of width 32 learns no induction
     args.init_std = math.sqrt(2/5 / (args.d_model or SIZES[args.size].d_model))
 

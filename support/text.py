@@ -179,15 +179,16 @@ def opened(path:Path) -> BinaryIO:
   return Frames(path) if zstd().__name__ == "zstandard" else zstd().open(path, "rb")
 
 def pieces(path:Path) -> Iterator[str]:
-  "The text of a file, piece by piece. Raises NotText, with the place of a wrong byte; OSError."
+  "The text of a file, piece by piece. Raises NotText, with the place of a wrong byte."
   damaged = f"{path} is damaged, or not what its name says: it can't be unpacked"
   try:
     with opened(path) as f: yield from decoded(f, path)
   except (*DAMAGED, *([zstd().ZstdError] if zstd() else [])) as e:
     raise NotText(f"{damaged} ({e})") from None
   except OSError as e:
-    if e.strerror or not is_packed(path): raise            # the system's own have a text
-    raise NotText(f"{damaged} ({e})") from None
+    why = f"can't read {path}: {e.strerror or e}"
+    if is_packed(path) and not e.strerror: why = f"{damaged} ({e})"    # the system's own have one
+    raise NotText(why) from None
 
 def decoded(f:BinaryIO, path:Path) -> Iterator[str]:
   "Bytes to text, by the mark that they begin with, else as UTF-8. Raises NotText."
@@ -245,7 +246,7 @@ def lines(path:Path) -> Iterator[str]:
 
 def documents(path:Path, key:str=TEXT_KEY) -> Iterator[Iterator[str]]:
   """The texts of a file, each piece by piece: of a .jsonl file what `key` names in each line, else
-  the whole of it. Raises NotText, with a line's number, for what holds none; OSError."""
+  the whole of it. Raises NotText, with a line's number, for what holds none."""
   if not is_jsonl(path): yield pieces(path)
   else:
     for i, line in enumerate(lines(path), 1):
@@ -267,13 +268,11 @@ def json_text(line:str, key:str, where:str) -> str:
 
 def read_texts(path:str, key:str=TEXT_KEY) -> list[str]:
   "The texts of a file, as in `documents`. Raises UserError."
-  try: return ["".join(text) for text in documents(Path(path), key)]
-  except OSError as e: raise UserError(f"can't read {path}: {e.strerror or e}") from None
+  return ["".join(text) for text in documents(Path(path), key)]
 
 def read_text(path:str) -> str:
   "The whole of a file, whatever its name. Raises UserError."
-  try: return "".join(pieces(Path(path)))
-  except OSError as e: raise UserError(f"can't read {path}: {e.strerror or e}") from None
+  return "".join(pieces(Path(path)))
 
 # ---- files to tokens ----------------------------------------------------------------------------
 
@@ -379,19 +378,14 @@ def write_files(files:list[tuple[Path, str|None]], tok:Tokenizer, key:str, sink:
 def write_tokens(path:Path, tok:Tokenizer, key:str, sink:BinaryIO, ends:list[int]) -> None:
   "Appends the tokens of a file's texts to `sink`, and where each ends to `ends`. Raises NotText."
   begin, before = sink.tell(), len(ends)
-  for text in reading(documents(path, key), path):
-    for some in token_pieces(reading(text, path), tok): sink.write(some.astype(np.uint16).tobytes())
+  for text in documents(path, key):
+    for some in token_pieces(text, tok): sink.write(some.astype(np.uint16).tobytes())
     sink.write(np.uint16(tok.eot).tobytes())
     ends.append(sink.tell()//2)
   texts = len(ends) - before
   if sink.tell() == begin + 2*texts:                       # an <|endoftext|> each, and nothing else
     what = "has no text in it" if path.stat().st_size else "is empty"
     raise NotText(f"{path} {what}: there is nothing to train on")
-
-def reading(parts:Iterator, path:Path) -> Iterator:
-  "The same parts. Raises NotText if the file can't be read: an OSError is then the writer's."
-  try: yield from parts
-  except OSError as e: raise NotText(f"can't read {path}: {e.strerror or e}") from None
 
 def split(ends:np.ndarray, share:float) -> int:
   "The number of tokens for training: all but the last texts, or of few texts all but the end."

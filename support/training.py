@@ -91,8 +91,9 @@ class Hyper(NamedTuple):
 UNSCALE = Hyper._fields.index("unscale")
 
 def sumsq_kernel(total:UOp, g:UOp) -> UOp:
-  """Adds Σ_j g[i,j]² to total[i]. g is cut into as many slices as total is long, which lie side by
-  side on the CPU and are interleaved on a GPU."""
+  """Adds Σ_j g[i,j]² to total[i].
+
+  g is cut into as many slices as total is long: side by side on the CPU, interleaved on a GPU."""
   n, T = g.numel(), total.numel()
   rows = -(-n // T)
   total, g = total.flatten(), g.flatten()
@@ -248,8 +249,8 @@ def on_devices(devices:tuple[str, ...], gradients:Gradients, update:Callable
 
 def accumulated(gradients:Gradients, update:Callable, params:list[Tensor],
                 parts:Callable[[Batch], Iterable[Batch]]) -> Step:
-  """Takes the place of the plain step: goes through `parts` of the batch one after the other, in the
-  memory that one needs, and adds up their gradients for one update."""
+  """Takes the place of the plain step: goes through `parts` of the batch one after the other, in
+  the memory that one needs, and adds up their gradients for one update."""
   feed, sums = Feed(params[0].device), zeros_like(params)
   @capture
   def add(*part):
@@ -335,7 +336,7 @@ def gradient_checkpointing(model:H3LM, params:list[Tensor], loss_of:Callable) ->
   def gradients(weight, tokens, targets):
     found: dict[int, Tensor] = {}                                   # by the parameter's id
     def backward(out, weights, dy, *inputs):
-      "From the gradient of `out`: keeps those of `weights`, returns the last one, that of `inputs`."
+      "From the gradient of `out`: keeps those of `weights`, returns that of the last input."
       grads = out.gradient(*weights, *inputs, gradient=dy)
       Tensor.realize(loss, *grads)
       for p, g in zip(weights, grads):
@@ -449,8 +450,8 @@ def restore(start:Saved, state:dict[str, Tensor]) -> None:
     if k in tensors: fill(t, tensors[k].numpy().astype(t.numpy().dtype, copy=False))
 
 class Interrupt:
-  """While training, the first Ctrl-C, SIGTERM or SIGHUP waits for the step to end; a second one does
-  not. SIGHUP is left alone where nohup ignores it."""
+  """While training, the first Ctrl-C, SIGTERM or SIGHUP waits for the step to end; a second one
+  does not. SIGHUP is left alone where nohup ignores it."""
   def __init__(self, handler:Callable|None=None):
     self.handler, self.seen = handler or self.note, 0
 
