@@ -36,8 +36,8 @@ from generate import MASK, MASK_RUN, OUT, print_fill, print_text, surprisal
 from h3tiny import H3Config, H3LM
 from support.checkpoints import (CHECKPOINT, CheckpointError, bigs_model, find, h3_model,
                                  read_weights)
-from support.text import (TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, make_tokenizer,
-                          number, peak_memory, read_tokens, split)
+from support.text import (TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, is_jsonl,
+                          make_tokenizer, number, peak_memory, read_tokens, split)
 from support.training import (MASKED, PRECISIONS, PREVIOUS, AdamW, Batch, CarriedState, Feed,
                               Gradients, Interrupt, LossScale, Model, Saved, Step, accumulated,
                               check_precision, check_writable, fill, gradient_checkpointing,
@@ -73,9 +73,8 @@ class Task:
   labels: list[str]|None = None                 # of its classifier
   schedule: str = "cosine"                      # of the learning rate, to a tenth; "linear": to 0
   sample: Callable|None = None                  # shows what the model does
-  metrics_only: int = 0                         # so many of the last held-out batches add no loss
   stop_at: tuple[str, float]|None = None        # a metric that ends the run, three times so high
-  # how many targets a batch's mean loss is the mean of
+  # how many targets a batch's mean loss is the mean of; 0: held out for `metrics` alone
   count: Callable[[Batch], int] = lambda batch: int((batch[-1] >= 0).sum())
 
 @dataclasses.dataclass
@@ -137,7 +136,8 @@ class Windows:
         raise UserError(f"the text is too short: its {name} part has {len(part)} tokens and a "
                         f"window takes {size}: give more text or a smaller --length")
     name = ", ".join(args.data) if args.data else "Python's standard library"
-    self.about = (f"{name}: {len(ends):,} text{'s'*(len(ends) != 1)}, "
+    kind = "text" if any(is_jsonl(Path(p)) for p in args.data or ()) else "file"
+    self.about = (f"{name}: {len(ends):,} {kind}{'s'*(len(ends) != 1)}, "
                   f"{len(self.train)/1e6:.2f} M tokens to train on, "
                   f"{len(self.held)/1e6:.3f} M held out ({args.tokenizer})")
 
@@ -194,7 +194,7 @@ def text_task(args:Namespace) -> Task:
   def sample(model):
     prompt = "def " if not args.data and tok.name == "bytes" else ""
     print_text(model, tok, [prompt], args.sample, temperature=0.7, seed=args.seed,
-          max_length=args.sample+8)
+               max_length=args.sample+8)
   return Task(text.about, tok, tok.vocab_size, batch, [*map(shifted, held)], bigram,
               "a byte-bigram model", per_nat, held_out_per_nat, sample=sample)
 
@@ -463,6 +463,7 @@ def resolve_args(argv:list[str]|None, program:str="train.py", default:str="text"
         raise UserError(f"{flag_of(key)} {value} differs from the checkpoint's{has}: leave it out, "
                         "or start afresh")
     if not args.resume: args.init = str(start.path)
+  else: fill_shape(args)
   for key, tasks in p.owners.items():
     if getattr(args, key) != p.get_default(key) and args.task not in tasks:
       raise UserError(f"{flag_of(key)} is for --task {' or '.join(tasks)}, not for {args.task}")
@@ -496,7 +497,7 @@ def is_causal(args:Namespace) -> bool:
 def attention_layers(args:Namespace) -> list[int]:
   "Returns the layers of a causal model that are attention, from 0."
   if args.attn_layers is not None: return args.attn_layers
-  n = args.n_layer or SIZES[args.size].n_layer
+  n = args.n_layer
   # the paper's hybrid has two, the 2nd and the (2 + N/2)th; a shallow one has one
   if args.model == "hybrid": return [1, 1 + n//2] if n >= 8 else [n//2]
   return [*range(n)] if args.model == "transformer" else []
@@ -534,6 +535,15 @@ def check_options(args:Namespace) -> None:
     if wrong: raise UserError(message)
   check_precision(args.dtype)
 
+def fill_shape(args:Namespace) -> None:
+  "Sets width, layers and heads by --size where they are not given."
+  size, layers = SIZES[args.size], SIZES[args.size].n_layer
+  # a gated layer has 13 D² weights to the others' 12
+  if args.model in ("bigs", "gated-attention"): layers -= layers // 24
+  args.d_model = args.d_model or size.d_model
+  args.n_layer = args.n_layer or layers
+  args.n_heads = args.n_heads or size.n_heads
+
 def fill_step_defaults(args:Namespace) -> None:
   "Sets the options that follow from the number of steps, and the learning rate."
   steps = args.steps
@@ -545,30 +555,22 @@ def fill_step_defaults(args:Namespace) -> None:
 
 # ---- the model ----------------------------------------------------------------------------------
 
-def dimensions(args:Namespace) -> list[int]:
-  "Returns width, layers and heads, by --size where they are not given."
-  size = SIZES[args.size]
-  return [getattr(args, k) or getattr(size, k) for k in ("d_model", "n_layer", "n_heads")]
-
 def h3_config(args:Namespace, vocab_size:int) -> H3Config:
-  d_model, n_layer, n_heads = dimensions(args)
   rotary_dim = args.rotary_dim or 0
   if args.rotary_dim is None and args.model == "transformer" and not args.max_positions:
-    rotary_dim = d_model // n_heads // 2 * 2
-  return H3Config(vocab_size, d_model, n_layer, tuple(attention_layers(args)), n_heads, rotary_dim,
-                  args.d_state, args.head_dim, args.mlp_mult or 4,
+    rotary_dim = args.d_model // args.n_heads // 2 * 2
+  return H3Config(vocab_size, args.d_model, args.n_layer, tuple(attention_layers(args)),
+                  args.n_heads, rotary_dim, args.d_state, args.head_dim, args.mlp_mult or 4,
                   ssm="s4d" if args.model == "s4d" else "h3",
                   embed_dropout=args.embed_dropout, resid_dropout=args.resid_dropout,
                   init_std=args.init_std or 0.02, max_length=max(2048, 2*args.length),
                   max_positions=args.max_positions)
 
 def bigs_config(args:Namespace, vocab_size:int) -> BiGSConfig:
-  d_model, n_layer, n_heads = dimensions(args)
   block = dict(bigs="gated", bert="attention", transformer="attention").get(args.model, args.model)
-  # a gated layer has 13 D² weights to the others' 12
-  if args.n_layer is None and block.startswith("gated"): n_layer -= n_layer // 24
-  return BiGSConfig(vocab_size, d_model, n_layer, block, (args.mlp_mult or 0)*d_model, n_heads,
-                    args.d_state, args.length, embed_dropout=args.embed_dropout)
+  return BiGSConfig(vocab_size, args.d_model, args.n_layer, block,
+                    (args.mlp_mult or 0)*args.d_model, args.n_heads, args.d_state, args.length,
+                    embed_dropout=args.embed_dropout)
 
 def make_model(args:Namespace, task:Task, start:Saved|None=None) -> Model:
   "Makes a new model, or that of a checkpoint, and fits it to the task."
@@ -593,6 +595,12 @@ def make_model(args:Namespace, task:Task, start:Saved|None=None) -> Model:
   if isinstance(model, BiGS): model.lengthen(args.length)
   else: model.config.max_length = max(model.config.max_length, 2*args.length)
   return model
+
+def describe(name:str, config:H3Config|BiGSConfig) -> str:
+  text = f"{name}: {config.n_layer} layers of width {config.d_model}"
+  attention = getattr(config, "attn_layers", ())
+  if not 0 < len(attention) < config.n_layer: return text
+  return f"{text}, attention in {', '.join(map(str, attention))}"
 
 # ---- a step -------------------------------------------------------------------------------------
 
@@ -833,10 +841,7 @@ class Run:
     self.step = training_step(self.model, self.opt, task, args, self.scale)
     self.outputs = evaluation(self.model, self.opt, task, args)
     millions = sum(p.numel() for p in self.params.values()) / 1e6
-    c = self.model.config
-    self.title = f"{args.model}: {c.n_layer} layers of width {c.d_model}"
-    if args.model == "hybrid": self.title += f", attention in {', '.join(map(str, c.attn_layers))}"
-    self.title += f"; {millions:.2f} M parameters"
+    self.title = f"{describe(args.model, self.model.config)}; {millions:.2f} M parameters"
 
   def resume(self, start:Saved) -> None:
     meta = start.meta
@@ -901,7 +906,6 @@ class Run:
     "Returns whether the loss on the held-out data is finite; if so it is shown."
     task, outputs = self.task, [self.outputs(b) for b in self.task.held_out]
     counts = [task.count(b) for b in task.held_out]     # weights of the batches, as in training
-    counts[len(counts)-task.metrics_only:] = [0]*task.metrics_only
     loss = float(np.average([o[0] for o in outputs], weights=counts))
     if math.isfinite(loss):
       metrics = {k: round(v, 5) for k, v in task.metrics(outputs).items()}

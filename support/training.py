@@ -98,6 +98,7 @@ def sumsq_kernel(total:UOp, g:UOp) -> UOp:
   rows = -(-n // T)
   total, g = total.flatten(), g.flatten()
   i = UOp.range(T, 0)
+  # a sum over one row is none to tinygrad
   j = UOp.range(rows, 1, AxisType.REDUCE) if rows > 1 else UOp.const(0, dtypes.weakint)
   at = i*rows + j if T <= CPU_SLICES else j*T + i
   x = g[at] if n % T == 0 else g[at.valid(at < n)]
