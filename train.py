@@ -596,6 +596,13 @@ def make_model(args:Namespace, task:Task, start:Saved|None=None) -> Model:
   else: model.config.max_length = max(model.config.max_length, 2*args.length)
   return model
 
+def check_positions(model:Model, task:Task) -> None:
+  most = getattr(model.config, "max_positions", 0)
+  longest = max(b[0].shape[1] for b in task.held_out)
+  if most and longest > most:
+    raise UserError(f"the model has learned positions for {most} tokens, and the task has rows of "
+                    f"{longest}: give a larger --max-positions, or a smaller --length")
+
 def describe(name:str, config:H3Config|BiGSConfig) -> str:
   text = f"{name}: {config.n_layer} layers of width {config.d_model}"
   attention = getattr(config, "attn_layers", ())
@@ -821,11 +828,7 @@ class Run:
     self.new_model = lambda: make_model(args, task, start)
     self.devices = open_devices(args.devices)
     self.model = self.new_model()
-    longest = max(b[0].shape[1] for b in task.held_out)
-    most = getattr(self.model.config, "max_positions", 0)
-    if most and longest > most:
-      raise UserError(f"the model has learned positions for {most} tokens, and the task has rows "
-                      f"of {longest}: give a larger --max-positions, or a smaller --length")
+    check_positions(self.model, task)
     if self.devices:
       for p in get_state_dict(self.model).values(): p.shard_(self.devices).realize()
     self.params = get_state_dict(self.model)
