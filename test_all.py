@@ -2604,7 +2604,7 @@ def test_resume_is_exact(run8, tmp_path, monkeypatch, capsys):
   dropout = ["--embed-dropout", "0.2", "--n-layer", "1"]
   for extra, owner, method, call, signum, stop in (([], train.Log, "step", 4, signal.SIGINT, 4),
                                                    (dropout, train.Run, "evaluate", 1, signal.SIGTERM, 5)):
-    whole, parts = tmp_path/"whole" if extra else run8[0]/"out", tmp_path/method
+    whole, parts = tmp_path/"whole" if extra else run8[0]/"out", tmp_path/f"its {method}"
     if extra: assert train.main([*run8[1], *extra, "--out", str(whole)]) == 0
     calls, real = itertools.count(1), getattr(owner, method)
     def interrupted(*args, **kw):
@@ -2614,7 +2614,7 @@ def test_resume_is_exact(run8, tmp_path, monkeypatch, capsys):
       m.setattr(owner, method, interrupted)
       assert train.main([*run8[1], *extra, "--out", str(parts)]) == 128 + signum
     said = capsys.readouterr().out
-    assert f"stopped after step {stop} of 8, saved" in said and f"python train.py --resume --out {parts}" in said
+    assert f"stopped after step {stop} of 8, saved" in said and f"python train.py --resume --out '{parts}'" in said
     assert metadata(parts/gen.CHECKPOINT)["step"] == str(stop)
     assert train.main(["--resume", "--out", str(parts)]) == 0
     same_runs(whole, parts)
