@@ -1,10 +1,10 @@
 """Trains H3, hybrid and Transformer language models, and BiGS, BERT and what lies between them.
 
-  python train.py                          a small hybrid on Python's own source, in minutes on a CPU
+  python train.py                          a small hybrid on Python's own source, in minutes
   python train.py --data book.txt notes/ --steps 3000 --out book
-  python train.py --resume --out book      goes on where a run stopped, to the bit as if it never had
+  python train.py --resume --out book      goes on where a run stopped, as if it never had
   python train.py --task mlm --out masked  BiGS: fill in what is masked, see generate.py --fill
-  python train.py --help                   every option
+  python train.py --help                   every option; with --task, that task's defaults
 
 From top to bottom: tasks, text, masked text, the options, the model, the plain step of training,
 the log, the run. What wraps the plain step (parts, devices, half precision, ...) and what keeps a
@@ -19,10 +19,12 @@ Not here: several machines.
 from __future__ import annotations
 import time
 START = time.perf_counter()
-import argparse, contextlib, csv, dataclasses, functools, json, math, os, shutil, sys
+import argparse, collections, contextlib, csv, dataclasses, functools, json, math, os, shlex
+import shutil, sys
 from argparse import Namespace
+from datetime import timedelta
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, NamedTuple
 import numpy as np
 from tinygrad import Device, Tensor
 from tinygrad.helpers import Context
@@ -34,11 +36,11 @@ from generate import MASK, MASK_RUN, OUT, print_fill, print_text, surprisal
 from h3tiny import H3Config, H3LM
 from support.checkpoints import (CHECKPOINT, CheckpointError, bigs_model, find, h3_model,
                                  read_weights)
-from support.text import (TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, is_jsonl, make_tokenizer,
-                          number, peak_memory, read_tokens, split)
+from support.text import (TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, is_jsonl,
+                          make_tokenizer, number, peak_memory, read_tokens, split)
 from support.training import (MASKED, PRECISIONS, PREVIOUS, AdamW, Batch, CarriedState, Feed,
                               Gradients, Interrupt, LossScale, Model, Saved, Step, accumulated,
-                              check_precision, check_writable, clean, fill, gradient_checkpointing,
+                              check_precision, check_writable, fill, gradient_checkpointing,
                               half_precision, lock_run_directory, on_devices, open_devices, pieces,
                               read_newest, restore, save_beside_previous, set_aside, tensor_on,
                               training_state, truncated, truncated_eval, weigh, weighted)
@@ -71,10 +73,9 @@ class Task:
   labels: list[str]|None = None                 # the labels of its classifier
   schedule: str = "cosine"                      # see `learning_rate`
   sample: Callable|None = None                  # (model) prints what the model does
-  metrics_only: int = 0                         # how many of the last held-out batches add no loss
   # (metric, value): the run ends once the metric is at least that in three evaluations in a row
   stop_at: tuple[str, float]|None = None
-  # how many targets a batch has: its mean loss is the mean over these
+  # how many targets a batch has: its mean loss is the mean over these; 0: for `metrics` alone
   count: Callable[[Batch], int] = lambda batch: int((batch[-1] >= 0).sum())
 
 @dataclasses.dataclass
@@ -87,7 +88,6 @@ class Registered:
   defaults: dict[str, object]
 
 TASKS: dict[str, Registered] = {}
-DEFAULTS = dict(size="small", embed_dropout=0.0)        # what a task's defaults may leave out
 
 def task(name:str, about:str, causal:bool|None, options:Callable|None=None, **defaults) -> Callable:
   """Registers a task; decorates the function that makes it from the options, `args -> Task`.
@@ -109,10 +109,11 @@ SAMPLED = 1 << 26                    # at most so many training tokens go into s
 
 def text_options(add:Callable) -> None:
   add("--data PATH", str, None, "files or folders of text: UTF-8, or UTF-16 with its mark; .gz; "
-      ".jsonl with a text in each line", "Python's own source", nargs="+")
+      ".jsonl with a text in each line (default: Python's own source)", nargs="+")
   add("--text-key KEY", str, TEXT_KEY, "key of the text in each line of a .jsonl")
-  add("--tokenizer", str, "bytes", "how text becomes tokens", choices=TOKENIZERS, fixed=True)
-  add("--vocab FILE", str, None, "vocab.txt of the tokenizer bert", "that beside --init's file")
+  add("--tokenizer", str, "bytes", "how text becomes tokens", choices=TOKENIZERS)
+  add("--vocab FILE", str, None, "vocab.txt of the tokenizer bert (default: that beside --init's "
+      "file)")
   add("--holdout X", number(float, 0.001, 0.5), 0.05,
       "share of the data kept for evaluation; of text, its end", fixed=True)
 
@@ -156,18 +157,17 @@ class Windows:
     starts = rng.integers(0, len(self.train)-self.size+1, self.batch)
     return self.windows(self.train, starts)
 
-def chunks(tokens:np.ndarray, overlap:int=0) -> Iterator[np.ndarray]:
-  "Yields the first SAMPLED tokens in chunks: of a mapped file only these are in memory."
-  for i in range(0, min(len(tokens), SAMPLED), 1 << 20):
-    yield tokens[i:min(i + (1 << 20) + overlap, SAMPLED)]
+def chunks(tokens:np.ndarray) -> list[np.ndarray]:
+  "Returns the first tokens in parts: of a mapped file only one of them is in memory."
+  some = tokens[:SAMPLED]
+  return np.array_split(some, math.ceil(len(some) / (1 << 20)))
 
 def bigram_bits(train:np.ndarray, x:np.ndarray, y:np.ndarray) -> float:
   """Returns the bits that code every y after its x, from the counts of pairs in `train` plus one.
   Tokens are bytes; 256 is <|endoftext|>."""
   counts = np.ones(257*257, np.int64)
-  for some in chunks(train, 1):
-    pairs = some[:-1].astype(np.int64)*257 + some[1:]
-    counts += np.bincount(pairs, minlength=257*257)
+  for some in chunks(train):
+    counts += np.bincount(some[:-1].astype(np.int64)*257 + some[1:], minlength=257*257)
   counts = counts.reshape(257, 257)
   return float(-np.log2(counts / counts.sum(1, keepdims=True))[x, y].sum())
 
@@ -195,7 +195,7 @@ def text_task(args:Namespace) -> Task:
   def sample(model):
     prompt = "def " if not args.data and tok.name == "bytes" else ""
     print_text(model, tok, [prompt], args.sample, temperature=0.7, seed=args.seed,
-          max_length=args.sample+8)
+               max_length=args.sample+8)
   return Task(text.about, tok, tok.vocab_size, batch, [*map(shifted, held)], bigram,
               "a byte-bigram model", per_nat, held_out_per_nat, sample=sample)
 
@@ -206,8 +206,8 @@ SHORT = 0.1       # share of the rows that are cut short and padded, as in BERT
 
 def mlm_options(add:Callable) -> None:
   text_options(add)
-  add("--mask-run N", number(int, 1), None, "tokens masked next to each other, from 1 to N",
-      "8 bytes, 1 of other tokens")
+  add("--mask-run N", number(int, 1), None, "tokens masked next to each other, from 1 to N "
+      "(default: 8 bytes, 1 of other tokens)")
 
 def mask_out(rng:np.random.Generator, rows:np.ndarray, lengths:np.ndarray, run:int, mask:int,
              vocab_size:int) -> Batch:
@@ -304,44 +304,36 @@ BIDIRECTIONAL = {"bigs": "BiGS, gated SSMs in both directions",
                  "stack": "ungated SSMs in both directions",
                  "gated-attention": "BiGS with attention in place of its SSMs",
                  "bert": "attention in all layers"}
-# options that make a model's shape, and all those that --resume can't change
+# options that make a model's shape, and those that are taken from a checkpoint and can't be changed
 SHAPE = ("d_model", "n_layer", "n_heads", "attn_layers", "rotary_dim", "max_positions", "d_state",
          "head_dim", "mlp_mult", "init_std", "embed_dropout", "resid_dropout")
-FIXED = ("task", "model", "size", "seed", *SHAPE)
+INHERITED = ("model", "size", "tokenizer", *SHAPE)      # with --init
+FIXED = ("task", "seed", *INHERITED)                    # with --resume
 # the files of the papers' tasks, and options that are other programs'
 PAPERS = dict(induction="synthetic", recall="synthetic", listops="arena", pixels="arena",
               classify="finetune", agreement="bigs")
-MOVED = dict.fromkeys(("reproduce", "seeds"), "python papers/NAME.py --reproduce") \
-  | {"bench": "python support/bench.py train"}
+MOVED = {"--reproduce": "python papers/NAME.py --reproduce",
+         "--seeds": "python papers/NAME.py --reproduce",
+         "--bench": "python support/bench.py train"}
+
+class Moved(argparse.Action):
+  "An option that is another program's, which `const` names."
+  def __call__(self, parser:argparse.ArgumentParser, *_) -> None:
+    raise UserError(f"{self.option_strings[0]} is another program's: {self.const}")
 
 def key_of(flag:str) -> str: return flag.split()[0].removeprefix("--").replace("-", "_")
 def flag_of(key:str) -> str: return "--" + key.replace("_", "-")
 
-class Help(argparse.HelpFormatter):
-  "Keeps the lines of a help text apart."
-  def _split_lines(self, text:str, width:int) -> list[str]:
-    wrap = super()._split_lines
-    return [line for part in text.split("\n") for line in wrap(part, width)]
-
 def option_adder(p:Parser, title:str) -> Callable:
-  """Returns `add(flag, type, default, help, shown=None, **argparse's keywords)` for a group of
-  options. A flag is "--name METAVAR". shown: the default as --help has it; by default those of the
-  tasks. The type bool makes a switch."""
+  """Returns `add(flag, type, default, help, **argparse's keywords)` for a group of options. A flag
+  is "--name METAVAR"; the type bool makes a switch."""
   group = p.add_argument_group(title)
-  def add(flag, kind, default, text, shown=None, **kw):
-    name, *metavar = flag.split()
-    if metavar: kw["metavar"] = metavar[0]
-    if kind is bool: return group.add_argument(name, action="store_true", help=text)
-    if shown is None: shown = by_task(key_of(name)) if default is None else default
-    text += f" (default: {shown})"
-    return group.add_argument(name, type=kind, default=default, help=text, **kw)
+  def add(flag, kind, default, text, **kw):
+    name, _, metavar = flag.partition(" ")
+    if kind is bool: group.add_argument(name, action="store_true", help=text)
+    else:
+      group.add_argument(name, type=kind, default=default, help=text, metavar=metavar or None, **kw)
   return add
-
-def by_task(key:str) -> str:
-  "Returns an option's default for each task, as --help shows it."
-  values = {name: (DEFAULTS | t.defaults).get(key) for name, t in TASKS.items()}
-  if len({*values.values()}) == 1: return str(values.popitem()[1])
-  return ", ".join(f"{v} for {name}" for name, v in values.items() if v is not None)
 
 def layer_list(text:str) -> list[int]:
   if text.strip() in ("", "none"): return []
@@ -350,48 +342,51 @@ def layer_list(text:str) -> list[int]:
     error = argparse.ArgumentTypeError(f"{text!r} is not layer numbers with commas, or none")
     raise error from None
 
-def parser(program:str="train.py", default:str="text") -> Parser:
-  """Returns the parser of a program's options. Its `owners` are the tasks that have an option of
-  their own, by the option's name, and `fixed` the options that --resume can't change."""
-  p = Parser(prog=program, description="Train a model of the H3 or the BiGS family.",
-             allow_abbrev=False, formatter_class=Help,
+def parser(program:str, task:str) -> Parser:
+  """Returns the parser of a program's options, with the defaults of a task.
+
+  Its `owners` are the tasks that have an option of their own, by the option's name, and `fixed` the
+  options that --resume can't change."""
+  check_task(task)
+  p = Parser(prog=program, description="Train a model of the H3 or the BiGS family. Defaults are "
+             f"those of --task {task}; with another --task, --help shows its.",
              epilog="example: python train.py --data book.txt --steps 2000 --length 512 --out book")
   positive, whole, fraction = number(int, 1), number(int, 0), number(float, 0, 0.99)
   above_0 = number(float, above=0)
-  small = SIZES[DEFAULTS["size"]]
   def lines(phrases): return "".join(f"{name}: {phrase}\n" for name, phrase in phrases.items())
 
   add = option_adder(p, "what to train on")
-  add("--task NAME", str, default, lines({name: t.about for name, t in TASKS.items()}))
-  add_task_options(p, add)
+  add("--task NAME", str, task, lines({name: t.about for name, t in TASKS.items()}))
+  add_task_options(p, add, task)
 
   add = option_adder(p, "model")
   add("--model NAME", str, None,
       f"causal; transformer and s4d also bidirectional, as the task wants:\n{lines(CAUSAL)}"
       f"bidirectional:\n{lines(BIDIRECTIONAL)}", choices=[*CAUSAL, *BIDIRECTIONAL])
-  add("--size", str, None, "sets --d-model, --n-layer, --n-heads and --lr", choices=SIZES)
-  add("--d-model N", positive, None, "width", small.d_model)
-  add("--n-layer N", positive, None, "layers", small.n_layer)
-  add("--n-heads N", positive, None, "attention heads", small.n_heads)
-  add("--attn-layers I,J", layer_list, None, "layers that are attention, from 0", "by --model")
-  add("--rotary-dim N", whole, None, "rotated dimensions of an attention head; 0: no positions",
-      "all in a transformer, else 0")
+  add("--size", str, "small", "sets --d-model, --n-layer, --n-heads and --lr", choices=SIZES)
+  add("--d-model N", positive, None, "width (default: by --size)")
+  add("--n-layer N", positive, None, "layers (default: by --size)")
+  add("--n-heads N", positive, None, "attention heads (default: by --size)")
+  add("--attn-layers I,J", layer_list, None, "layers that are attention, from 0 (default: by "
+      "--model)")
+  add("--rotary-dim N", whole, None, "rotated dimensions of an attention head; 0: no positions "
+      "(default: all in a transformer, else 0)")
   add("--max-positions N", whole, 0, "learned positions, the longest text then; 0: none")
-  add("--init-std X", above_0, None, "standard deviation of the initial weights", 0.02)
+  add("--init-std X", above_0, None, "standard deviation of the initial weights (default: 0.02)")
   add("--d-state N", positive, 64, "state size of the SSMs")
   add("--head-dim N", positive, 1, "size of an H3 head")
-  add("--mlp-mult N", positive, None, "width of the MLP, or the gate, over --d-model",
-      "4; bigs 3, stack 5")
-  add("--embed-dropout X", fraction, None, "dropout after the embedding")
+  add("--mlp-mult N", positive, None, "width of the MLP, or the gate, over --d-model (default: 4; "
+      "bigs 3, stack 5)")
+  add("--embed-dropout X", fraction, 0.0, "dropout after the embedding")
   add("--resid-dropout X", fraction, 0.0, "dropout in the blocks of a causal model")
 
   add = option_adder(p, "training")
   add("--steps N", positive, None, "updates of the weights in all")
   add("--batch N", positive, None, "sequences a step")
   add("--length N", positive, None, "tokens a sequence")
-  add("--lr X", above_0, None, "highest learning rate", small.lr)
-  add("--warmup N", whole, None, "steps in which the learning rate rises, before it falls",
-      "a tenth of --steps, at most 1000")
+  add("--lr X", above_0, None, "highest learning rate (default: by --size)")
+  add("--warmup N", whole, None, "steps in which the learning rate rises, before it falls "
+      "(default: a tenth of --steps, at most 1000)")
   add("--weight-decay X", number(float, 0), None,
       "of all weights but biases, norms, and in causal models embeddings and the SSMs' dynamics")
   add("--clip X", above_0, 1.0, "largest norm of the whole gradient")
@@ -399,89 +394,89 @@ def parser(program:str="train.py", default:str="text") -> Parser:
   add("--dtype", str, "float32", "of the factors in products with weights; all else stays float32",
       choices=PRECISIONS)
   add("--accumulate N", positive, 1, "parts that a step's sequences take turns in, for less memory")
-  add("--truncate N", positive, None, "tokens after which the gradient is cut, for less memory: the "
-      "state goes on, what it should have held is not learned; --model h3 only", "none")
-  add("--checkpoint-activations", bool, False, "keep only what goes into each layer and compute the "
-      "rest once more: less memory, a third more time; --task text only")
+  add("--truncate N", positive, None, "tokens after which the gradient is cut, for less memory: "
+      "the state goes on, what it should have held is not learned; --model h3 only (default: none)")
+  add("--checkpoint-activations", bool, False, "keep only what goes into each layer and compute "
+      "the rest once more: less memory, a third more time; --task text only")
   add("--devices N", positive, 1, "devices that share a step's sequences")
 
   add = option_adder(p, "run")
   add("--out DIR", str, OUT, "folder for checkpoint, log and plot")
   add("--resume", bool, False, "go on with the run in --out, with its settings but for those given")
-  add("--init FILE", str, None, "checkpoint, or official BiGS model, to take weights and shape from",
-      "random weights")
-  add("--eval-every N", positive, None, "steps between evaluations", "an eighth of --steps")
-  add("--save-every N", positive, None, "steps between checkpoints", "as --eval-every")
-  add("--log-every N", positive, None, "steps between lines where stdout is no terminal",
-      "a 20th of --steps")
+  add("--init FILE", str, None, "checkpoint, or official BiGS model, to take weights and shape "
+      "from (default: random weights)")
+  add("--eval-every N", positive, None, "steps between evaluations (default: an eighth of --steps)")
+  add("--save-every N", positive, None, "steps between checkpoints (default: as --eval-every)")
+  add("--log-every N", positive, None, "steps between lines where stdout is no terminal (default: "
+      "a 20th of --steps)")
   add("--sample N", whole, 300, "tokens to generate at the end")
-  add("--sample-every N", positive, None, "steps between samples", "at the end only")
-  add("--log FILE", str, None, "table of losses", "log.csv in --out")
-  add("--plot FILE", str, None, "picture of them: .png, .svg or .pdf", "loss.png in --out")
-  for key in MOVED:
-    p.add_argument(flag_of(key), nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+  add("--sample-every N", positive, None, "steps between samples (default: at the end only)")
+  add("--log FILE", str, None, "table of losses (default: log.csv in --out)")
+  add("--plot FILE", str, None, "picture of them: .png, .svg or .pdf (default: loss.png in --out)")
+  for flag, where in MOVED.items():
+    p.add_argument(flag, nargs="?", action=Moved, const=where, default=argparse.SUPPRESS,
+                   help=argparse.SUPPRESS)
+  p.set_defaults(**TASKS[task].defaults)
   return p
 
-def add_task_options(p:Parser, add:Callable) -> None:
-  "Adds the tasks' own options; one of several tasks once, with what each says of it."
-  p.owners, p.fixed, actions = {}, {*FIXED}, {}
-  def add_for(name, flag, kind, default, text, *shown, fixed=False, **kw):
+def add_task_options(p:Parser, add:Callable, task:str) -> None:
+  "Adds the tasks' own options. One of several tasks is described by this task, or the first."
+  p.owners, p.fixed = {}, {*FIXED}
+  def add_for(name, flag, *words, fixed=False, **kw):
     key = key_of(flag)
-    if key not in actions: actions[key] = add(flag, kind, default, text, *shown, **kw)
-    elif text not in actions[key].help: actions[key].help += f"\n{name}: {text}"
+    if key not in p.owners: add(flag, *words, **kw)
     p.owners.setdefault(key, []).append(name)
     if fixed: p.fixed.add(key)
-  for name, t in TASKS.items():
-    if t.options: t.options(functools.partial(add_for, name))
+  for name in sorted(TASKS, key=task.__ne__):
+    if TASKS[name].options: TASKS[name].options(functools.partial(add_for, name))
+
+def chosen_task(argv:list[str]|None, program:str, default:str) -> str:
+  p = Parser(prog=program, add_help=False)
+  p.add_argument("--task", default=default)
+  return p.parse_known_args(argv)[0].task
 
 def resolve_args(argv:list[str]|None, program:str="train.py", default:str="text"
                  ) -> tuple[Namespace, Saved|None]:
-  """Returns the options, and the checkpoint that --resume or --init names, if any. The options are
-  completed by that checkpoint and the task's defaults; those that follow from the task's data are
-  still None."""
-  p = parser(program, default)
-  given = args = p.parse_args(argv)
-  check_task(args.task)
-  setup_device()                                        # not before: --help needs no device
-  start = None
+  """Returns the options, and the checkpoint that --resume or --init names.
+
+  The command line stands over the checkpoint's options, these over the task's defaults, and these
+  over the parser's. What follows from the task's data is None still."""
+  p = parser(program, chosen_task(argv, program, default))
+  args, start = p.parse_args(argv), None
   if args.resume and args.init:
     raise UserError("--resume goes on with a run, --init starts one: give one of them")
+  setup_device()                                        # not before: --help needs no device
   if args.resume: start = read_newest(Path(args.out))
   elif args.init:
     path = find(args.init)
     start = Saved(path, *read_weights(path))
   if start:
-    args = args_from(start, p, args, argv)
-    check_task(args.task)
+    saved = saved_args(start, args.resume)
+    kept = fixed = INHERITED
+    if args.resume:
+      p = parser(program, saved["task"])
+      kept, fixed = vars(args).keys() - {"resume", "out"}, p.fixed
+    p.set_defaults(**{k: v for k, v in saved.items() if k in kept})
+    args = p.parse_args(argv)
+    for key in fixed:
+      value, old = getattr(args, key), p.get_default(key)
+      if value != old:
+        has = "" if old is None else f" {old}"
+        raise UserError(f"{flag_of(key)} {value} differs from the checkpoint's{has}: leave it out, "
+                        "or start afresh")
+    if not args.resume: args.init = str(start.path)
+  else: fill_shape(args)
   for key, tasks in p.owners.items():
-    if getattr(given, key) != p.get_default(key) and args.task not in tasks:
+    if getattr(args, key) != p.get_default(key) and args.task not in tasks:
       raise UserError(f"{flag_of(key)} is for --task {' or '.join(tasks)}, not for {args.task}")
-  for key, value in (DEFAULTS | TASKS[args.task].defaults).items():
-    if getattr(args, key, None) is None: setattr(args, key, value)
   check_options(args)
   return args, start
 
-def args_from(start:Saved, p:Parser, args:Namespace, argv:list[str]|None) -> Namespace:
-  """Returns the options of a checkpoint, with --init only those of its model's shape, overridden
-  by the command line's. UserError where that gives another value for an option that is fixed."""
-  fixed = p.fixed if args.resume else {*SHAPE, "model", "size"}
-  kept = vars(args).keys() - {"resume", "out"} if args.resume else fixed | {"tokenizer"}
-  saved = {k: v for k, v in saved_args(start, p, args.resume).items() if k in kept}
-  new = p.parse_args(argv, Namespace(**saved))
-  for key in fixed & saved.keys():
-    value, old = getattr(new, key), saved[key]
-    if value != old:
-      has = "" if old is None else f" {old}"
-      raise UserError(f"{flag_of(key)} {value} differs from the checkpoint's{has}: leave it out, or "
-                      "start afresh")
-  if not args.resume: new.init = str(start.path)
-  return new
-
-def saved_args(start:Saved, p:Parser, resume:bool) -> dict[str, object]:
+def saved_args(start:Saved, resume:bool) -> dict[str, object]:
   "Returns the options in a checkpoint. CheckpointError where it is none of ours, or damaged."
   path, tensors, meta = start
   if not meta and "bigs.embeddings.word_embeddings.weight" in tensors:     # an official model
-    return dict(model="bigs", size="small", tokenizer="bert") | {k: p.get_default(k) for k in SHAPE}
+    return dict(model="bigs", tokenizer="bert")
   if meta.get("model") not in ("h3", "bigs") or not {"config", "args", "step"} <= meta.keys():
     raise CheckpointError(f"{path} is not a checkpoint of train.py")
   try:
@@ -501,9 +496,13 @@ def is_causal(args:Namespace) -> bool:
   either = args.model in ("transformer", "s4d")
   return causal if either and causal is not None else args.model in CAUSAL
 
-def has_attention(args:Namespace) -> bool:
-  if args.attn_layers is None: return args.model in ("hybrid", "transformer")
-  return len(args.attn_layers) > 0
+def attention_layers(args:Namespace) -> list[int]:
+  "Returns the layers of a causal model that are attention, from 0."
+  if args.attn_layers is not None: return args.attn_layers
+  n = args.n_layer
+  # the paper's hybrid has two, the 2nd and the (2 + N/2)th; a shallow one has one
+  if args.model == "hybrid": return [1, 1 + n//2] if n >= 8 else [n//2]
+  return [*range(n)] if args.model == "transformer" else []
 
 def check_options(args:Namespace) -> None:
   "Raises UserError where options do not fit each other, before anything is read or built."
@@ -522,7 +521,7 @@ def check_options(args:Namespace) -> None:
   checks = [
     (args.head_dim != 1 and model in ("transformer", "s4d"),
      f"--head-dim is for --model h3 or hybrid, not for {model}"),
-    (cut and (args.task != "text" or has_attention(args) or args.max_positions),
+    (cut and (args.task != "text" or attention_layers(args) or args.max_positions),
      "--truncate carries the state of H3 layers, attention and learned positions have none: it is "
      "for --task text --model h3"),
     (cut and (args.length or 0) % cut,
@@ -538,52 +537,48 @@ def check_options(args:Namespace) -> None:
     if wrong: raise UserError(message)
   check_precision(args.dtype)
 
+def fill_shape(args:Namespace) -> None:
+  "Sets width, layers and heads by --size where they are not given."
+  size, layers = SIZES[args.size], SIZES[args.size].n_layer
+  # a gated layer has 13 D² weights to the others' 12
+  if args.model in ("bigs", "gated-attention"): layers -= layers // 24
+  args.d_model = args.d_model or size.d_model
+  args.n_layer = args.n_layer or layers
+  args.n_heads = args.n_heads or size.n_heads
+
 def fill_step_defaults(args:Namespace) -> None:
   "Sets the options that follow from the number of steps, and the learning rate."
-  defaults = dict(lr=SIZES[args.size].lr, warmup=min(1000, args.steps//10),
-                  eval_every=-(-args.steps//8), log_every=max(1, args.steps//20))
-  for key, value in defaults.items():
-    if getattr(args, key) is None: setattr(args, key, value)
-  if args.save_every is None: args.save_every = args.eval_every
+  steps = args.steps
+  args.lr = args.lr or SIZES[args.size].lr
+  if args.warmup is None: args.warmup = min(1000, steps//10)
+  args.eval_every = args.eval_every or -(-steps//8)
+  args.save_every = args.save_every or args.eval_every
+  args.log_every = args.log_every or max(1, steps//20)
 
 # ---- the model ----------------------------------------------------------------------------------
 
-def make_config(args:Namespace, vocab_size:int) -> H3Config|BiGSConfig:
-  try: return (h3_config if is_causal(args) else bigs_config)(args, vocab_size)
-  except ValueError as e: raise UserError(str(e)) from None
-
-def dimensions(args:Namespace) -> list[int]:
-  "Returns width, layers and heads, by --size where they are not given."
-  size = SIZES[args.size]
-  return [getattr(args, k) or getattr(size, k) for k in ("d_model", "n_layer", "n_heads")]
-
 def h3_config(args:Namespace, vocab_size:int) -> H3Config:
-  d_model, n_layer, n_heads = dimensions(args)
-  attention, rotary_dim = args.attn_layers, args.rotary_dim or 0
-  # the paper's hybrid has two attention layers, the 2nd and the (2 + N/2)th; a shallow one has one
-  hybrid = (1, 1 + n_layer//2) if n_layer >= 8 else (n_layer//2,)
-  if attention is None:
-    attention = dict(hybrid=hybrid, transformer=range(n_layer)).get(args.model, ())
+  rotary_dim = args.rotary_dim or 0
   if args.rotary_dim is None and args.model == "transformer" and not args.max_positions:
-    rotary_dim = d_model // n_heads // 2 * 2
-  return H3Config(vocab_size, d_model, n_layer, tuple(attention), n_heads, rotary_dim, args.d_state,
-                  args.head_dim, args.mlp_mult or 4, ssm="s4d" if args.model == "s4d" else "h3",
+    rotary_dim = args.d_model // args.n_heads // 2 * 2
+  return H3Config(vocab_size, args.d_model, args.n_layer, tuple(attention_layers(args)),
+                  args.n_heads, rotary_dim, args.d_state, args.head_dim, args.mlp_mult or 4,
+                  ssm="s4d" if args.model == "s4d" else "h3",
                   embed_dropout=args.embed_dropout, resid_dropout=args.resid_dropout,
                   init_std=args.init_std or 0.02, max_length=max(2048, 2*args.length),
                   max_positions=args.max_positions)
 
 def bigs_config(args:Namespace, vocab_size:int) -> BiGSConfig:
-  d_model, n_layer, n_heads = dimensions(args)
   block = dict(bigs="gated", bert="attention", transformer="attention").get(args.model, args.model)
-  # a gated layer has 13 D² weights to the others' 12
-  if args.n_layer is None and block.startswith("gated"): n_layer -= n_layer // 24
-  return BiGSConfig(vocab_size, d_model, n_layer, block, (args.mlp_mult or 0)*d_model, n_heads,
-                    args.d_state, args.length, embed_dropout=args.embed_dropout)
+  return BiGSConfig(vocab_size, args.d_model, args.n_layer, block,
+                    (args.mlp_mult or 0)*args.d_model, args.n_heads, args.d_state, args.length,
+                    embed_dropout=args.embed_dropout)
 
 def make_model(args:Namespace, task:Task, start:Saved|None=None) -> Model:
   "Makes a new model, or the checkpoint's, and fits it to the task."
   if start is None:
-    config = make_config(args, task.vocab_size)
+    try: config = (h3_config if is_causal(args) else bigs_config)(args, task.vocab_size)
+    except ValueError as e: raise UserError(str(e)) from None
     if isinstance(config, H3Config): return H3LM(config, seed=args.seed)
     if task.labels: config.n_labels = len(task.labels)
     return BiGS(config, args.seed, (task.head,))
@@ -604,20 +599,17 @@ def make_model(args:Namespace, task:Task, start:Saved|None=None) -> Model:
   return model
 
 def check_positions(model:Model, task:Task) -> None:
+  most = getattr(model.config, "max_positions", 0)
   longest = max(b[0].shape[1] for b in task.held_out)
-  most = isinstance(model, H3LM) and model.config.max_positions
   if most and longest > most:
     raise UserError(f"the model has learned positions for {most} tokens, and the task has rows of "
                     f"{longest}: give a larger --max-positions, or a smaller --length")
 
-def describe(c:H3Config|BiGSConfig) -> str:
-  if isinstance(c, BiGSConfig):
-    names = dict(gated="BiGS", stack="STACK/SSM", attention="BERT", s4d="S4D both ways")
-    name = names.get(c.block, "gated attention")
-  elif not c.attn_layers: name = c.ssm.upper()
-  else: name = "Transformer" if len(c.attn_layers) == c.n_layer else "hybrid H3"
-  text = f"{name}, {c.n_layer} layers of width {c.d_model}"
-  return f"{text}, attention in {', '.join(map(str, c.attn_layers))}" if "hybrid" in name else text
+def describe(name:str, config:H3Config|BiGSConfig) -> str:
+  text = f"{name}: {config.n_layer} layers of width {config.d_model}"
+  attention = getattr(config, "attn_layers", ())
+  if not 0 < len(attention) < config.n_layer: return text
+  return f"{text}, attention in {', '.join(map(str, attention))}"
 
 # ---- a step -------------------------------------------------------------------------------------
 
@@ -634,14 +626,13 @@ def forward_backward(model:Model, params:dict[str, Tensor], forward:Callable) ->
     return loss, loss.gradient(*params.values())
   return gradients
 
-def make_step(model:Model, params:dict[str, Tensor], opt:AdamW, forward:Callable=Task.forward,
+def make_step(model:Model, opt:AdamW, forward:Callable=Task.forward,
               gradients:Gradients|None=None, update:Callable|None=None) -> Step:
   """Makes the plain step of training: forward, backward, clip, update.
 
-  Returns `step(batch, hyper) -> [loss, gradient norm]`, where hyper is what `opt.hyper` returns:
-  the step's learning rates, decay and so on, as Tensors. gradients takes the place of forward and
-  backward, update the place of the optimizer's."""
-  gradients = gradients or forward_backward(model, params, forward)
+  Returns `step(batch, hyper) -> [loss, gradient norm]`, with `opt.hyper` for hyper. gradients takes
+  the place of forward and backward, update that of the optimizer's."""
+  gradients = gradients or forward_backward(model, opt.params, forward)
   update = update or opt.update
   feed = Feed(opt.device)
 
@@ -671,10 +662,10 @@ def make_eval(model:Model, forward:Callable=Task.forward) -> Callable[[Batch], l
 
 def training_step(model:Model, opt:AdamW, task:Task, args:Namespace, scale:LossScale) -> Step:
   "Makes the plain step, or what the options make of it."
-  params = [*opt.params.values()]
+  params, half = [*opt.params.values()], half_precision(args.dtype)
   in_parts = args.accumulate > 1 or args.truncate
   if not (in_parts or args.devices > 1 or args.checkpoint_activations or scale.on):
-    return half_precision(args.dtype)(make_step(model, opt.params, opt, task.forward))
+    return half(make_step(model, opt, task.forward))
 
   carried, update = CarriedState(model, opt.device, cross_entropy), opt.update
   if args.truncate: gradients = truncated(carried, params)
@@ -691,12 +682,12 @@ def training_step(model:Model, opt:AdamW, task:Task, args:Namespace, scale:LossS
 
   if in_parts: run = accumulated(gradients, update, params, parts)
   else:
-    whole = make_step(model, opt.params, opt, gradients=gradients, update=update)
+    whole = make_step(model, opt, gradients=gradients, update=update)
     run = lambda batch, hyper: whole(next(parts(batch)), hyper)
   def step(batch, hyper):
     loss, norm = run(batch, hyper)
     return [loss / scale.value, norm]
-  return half_precision(args.dtype)(step)
+  return half(step)
 
 def evaluation(model:Model, opt:AdamW, task:Task, args:Namespace) -> Callable:
   "Makes the plain evaluation, or with --truncate one in pieces."
@@ -715,18 +706,14 @@ COLUMNS = {"step": int, "loss_nats": lambda x: round(x, 5), "learning_rate": fou
            "gradient_norm": four_digits}
 
 def read_losses(meta:dict[str, str]) -> list[dict[str, float]]:
-  "Reads the log's rows in a checkpoint; a column that it lacks is nan, one too many is left out."
-  missing = [math.nan]*len(COLUMNS)
-  return [dict(zip(COLUMNS, [*row, *missing])) for row in json.loads(meta["losses"])]
+  "Reads the log's rows in a checkpoint: it may have columns less, or more, which are left out."
+  return [dict(zip(COLUMNS, row)) for row in json.loads(meta["losses"])]
 
 def read_evals(meta:dict[str, str]) -> list[list]:
   "Reads the evaluations in a checkpoint, as in `Log.evals`; old ones have no metrics."
   return [[step, loss, *metrics, {}][:3] for step, loss, *metrics in json.loads(meta["held_out"])]
 
-def duration(seconds:float) -> str:
-  s = round(seconds)
-  if s >= 3600: return f"{s//3600}h{s//60%60:02d}m"
-  return f"{s//60}m{s%60:02d}s" if s >= 60 else f"{s}s"
+def duration(seconds:float) -> str: return str(timedelta(seconds=round(seconds)))
 
 class Log:
   "The losses so far, the progress line, the CSV and the plot."
@@ -736,13 +723,10 @@ class Log:
     self.evals: list[list] = []                         # step, held-out loss in `unit`, metrics
     self.resumed = 0                                    # rows that are from before this process
     self.seconds_before = 0.0                           # of training, likewise
-    self.seconds_a_step = 0.0
+    self.times = collections.deque(maxlen=20)           # seconds of the last steps
     self.live = bool(sys.stdout and sys.stdout.isatty())
     self.table = Path(args.log or Path(args.out)/"log.csv")
     self.picture = Path(args.plot or Path(args.out)/"loss.png")
-    self.restart_clock()
-
-  def restart_clock(self) -> None: self.times = [time.perf_counter()]
 
   def seconds(self) -> float:
     "Returns the whole run's seconds, without those between a stop and --resume."
@@ -756,12 +740,12 @@ class Log:
     "Shows a line that stays, over the progress line if there is one."
     self.show(("\r\x1b[K" if self.live else "") + text)
 
-  def step(self, tokens:int, **values:float) -> None:
-    "Takes note of a step: how many tokens its batch had, and a value for each of COLUMNS."
+  def step(self, tokens:int, seconds:float, **values:float) -> None:
+    """Takes note of a step: how many tokens its batch had, the time it took, and a value for each
+    of COLUMNS."""
     self.rows.append({k: rounded(values[k]) for k, rounded in COLUMNS.items()})
-    self.times = (self.times + [time.perf_counter()])[-21:]
-    if len(self.rows) - self.resumed > 2:               # the first two compile and capture
-      self.seconds_a_step = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+    # the first two compile and capture
+    if len(self.rows) - self.resumed > 2: self.times.append(seconds)
     step, steps = values["step"], self.args.steps
     text = self.progress(step, tokens)
     if self.live:
@@ -777,9 +761,9 @@ class Log:
     loss = sum(recent) / len(recent)
     text = (f"step {step:>{len(str(steps))}}/{steps}  loss {loss:.3f}  "
             f"{loss*self.task.per_nat:.3f} {unit}  lr {self.rows[-1]['learning_rate']:.1e}")
-    if self.seconds_a_step:
-      left = duration((steps-step)*self.seconds_a_step)
-      text += f"  {tokens/self.seconds_a_step:,.0f} tokens/s  {left} left"
+    if self.times:
+      a_step = sum(self.times) / len(self.times)
+      text += f"  {tokens/a_step:,.0f} tokens/s  {duration((steps-step)*a_step)} left"
     peak = peak_memory()
     return text if math.isnan(peak) else f"{text}  {peak/1e9:.2f} GB"
 
@@ -797,42 +781,42 @@ class Log:
     return f"{self.table}, {self.picture}"
 
   def write_table(self) -> None:
-    unit = self.task.unit.replace(" ", "_")
-    held_out = {step: {unit: loss} | metrics for step, loss, metrics in self.evals}
-    names = self.evals and held_out[self.evals[-1][0]]
-    baseline = {f"baseline_{unit}": round(self.task.baseline, 5)}
+    unit, baseline = self.task.unit, round(self.task.baseline, 5)
+    evals = {step: {unit: loss} | metrics for step, loss, metrics in self.evals}
+    rows = []
+    for r in self.rows:
+      step, nats = r["step"], r["loss_nats"]
+      row = {"step": step, "loss_nats": nats, unit: round(nats*self.task.per_nat, 5)} | r
+      held_out = {f"held_out_{k}": x for k, x in evals.get(step, {}).items()}
+      rows.append(row | {f"baseline_{unit}": baseline} | held_out)
+    names = dict.fromkeys(k for row in rows for k in row)
     with open(self.table, "w", newline="") as f:
-      table = csv.writer(f)
-      for i, r in enumerate(self.rows):
-        row = dict(step=r["step"], loss_nats=r["loss_nats"])
-        row |= {unit: round(r["loss_nats"]*self.task.per_nat, 5)} | r | baseline
-        if i == 0: table.writerow([*row, *(f"held_out_{k}".replace(" ", "_") for k in names)])
-        table.writerow([*row.values(), *held_out.get(r["step"], {}).values()])
+      table = csv.DictWriter(f, names, restval="")      # a checkpoint's rows may lack a column
+      table.writerow({k: k.replace(" ", "_") for k in names})
+      table.writerows(rows)
 
   def plot(self, title:str) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    x = np.array([r["step"] for r in self.rows])
-    y = np.array([r["loss_nats"] for r in self.rows]) * self.task.per_nat
+    "ImportError where matplotlib is missing."
+    from matplotlib.figure import Figure
+    x, y = np.array([(r["step"], r["loss_nats"]*self.task.per_nat) for r in self.rows]).T
     window = np.ones(min(len(y), 1 + 2*(len(y)//80)))
-    smooth = np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
-    baseline, name = self.task.baseline, self.task.baseline_name.split(" (")[0]
-    fig, ax = plt.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
-    ax.plot(x, y, color="#4c78a8", alpha=0.25, lw=0.8)
-    ax.plot(x, smooth, color="#4c78a8", lw=1.8, label="training")
-    ax.axhline(baseline, color="#888888", ls="--", lw=1.2, label=f"{name}: {baseline:.2f}")
+    smooth, weights = (np.convolve(z, window, "same") for z in (y, np.ones_like(y)))
+    name = self.task.baseline_name.split(" (")[0]
+    fig = Figure((8, 4.8), dpi=150, layout="constrained")
+    ax = fig.subplots()
+    ax.plot(x, y, color="tab:blue", alpha=0.25, lw=0.8)
+    ax.plot(x, smooth / weights, color="tab:blue", lw=1.8, label="training")
+    ax.axhline(self.task.baseline, color="gray", ls="--", label=f"{name}: {self.task.baseline:.2f}")
     if self.evals:
       steps, losses, _ = zip(*self.evals)
       label = f"held out: {losses[-1]:.2f} at the end"
-      ax.plot(steps, losses, "o-", color="#e45756", ms=5, lw=1, label=label)
+      ax.plot(steps, losses, "o-", color="tab:red", ms=5, lw=1, label=label)
     ax.set(xlabel="step", ylabel=self.task.unit)
     ax.set_title(title, fontsize=10.5, loc="left")
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False)
     fig.savefig(self.picture)
-    plt.close(fig)
 
 # ---- the run ------------------------------------------------------------------------------------
 
@@ -861,8 +845,8 @@ class Run:
     if args.resume: self.resume(start)
     self.step = training_step(self.model, self.opt, task, args, self.scale)
     self.outputs = evaluation(self.model, self.opt, task, args)
-    parameters = sum(p.numel() for p in self.params.values())
-    self.title = f"{describe(self.model.config)}, {parameters/1e6:.2f} M parameters"
+    millions = sum(p.numel() for p in self.params.values()) / 1e6
+    self.title = f"{describe(args.model, self.model.config)}; {millions:.2f} M parameters"
 
   def resume(self, start:Saved) -> None:
     meta = start.meta
@@ -893,8 +877,8 @@ class Run:
     print(text, flush=True)
 
   def train(self, step:int) -> None:
-    "Does step number `step`, from 0; goes back where its loss or gradient is not finite."
-    args = self.args
+    "Does one step, from 0; goes back where its loss or gradient is not finite."
+    args, start = self.args, time.perf_counter()
     lr = learning_rate(step, args.steps, args.lr, args.warmup, self.task.schedule)
     ssm_scale = min(1e-3, args.lr) / args.lr            # the SSMs' dynamics learn at 1e-3 at most
     hyper = self.opt.hyper(step, lr, args.weight_decay, args.clip, ssm_scale, self.scale.value)
@@ -902,10 +886,9 @@ class Run:
     loss, norm = self.step(batch, hyper)
     if step == self.first: self.log.line(f"first step after {time.perf_counter()-START:.1f} s")
     if math.isfinite(loss) and self.scale.accepts(math.isfinite(norm)):
-      self.log.step(batch[0].size, step=step+1, loss_nats=loss, learning_rate=lr,
-                    gradient_norm=norm)
+      self.log.step(batch[0].size, time.perf_counter() - start, step=step+1, loss_nats=loss,
+                    learning_rate=lr, gradient_norm=norm)
     else: self.recover(step+1)
-    if step - self.first < 2: self.log.restart_clock()  # the first two compile
 
   def recover(self, step:int) -> None:
     """Restores the last checkpoint's weights and moments in place, or those of the beginning; data
@@ -919,22 +902,20 @@ class Run:
     if self.saved is not None: restore(read_newest(self.out), self.state)
     else:
       for k, p in get_state_dict(self.new_model()).items(): fill(self.params[k], p.numpy())
-      for t in (*self.opt.m.values(), *self.opt.v.values()): fill(t, np.zeros(t.shape, np.float32))
+      moments = [*self.opt.m.values(), *self.opt.v.values()]
+      for t in moments: fill(t, np.zeros(t.shape, np.float32))
     self.log.line(f"step {step}: the loss or the gradient is not finite: back to the weights of "
                   f"step {self.saved or 0}, without this batch")
-    self.log.restart_clock()
 
   def evaluate(self, step:int) -> bool:
     "Evaluates on the held-out data; shows the loss if it is finite, and returns whether it is."
     task, outputs = self.task, [self.outputs(b) for b in self.task.held_out]
     counts = [task.count(b) for b in task.held_out]     # weights of the batches, as in training
-    counts[len(counts)-task.metrics_only:] = [0]*task.metrics_only
     loss = float(np.average([o[0] for o in outputs], weights=counts))
     if math.isfinite(loss):
       metrics = {k: round(v, 5) for k, v in task.metrics(outputs).items()}
       self.log.evals.append([step, round(loss*task.held_out_per_nat, 5), metrics])
       self.log.line(f"step {step}: held out {self.log.held_out()}")
-    self.log.restart_clock()
     return math.isfinite(loss)
 
   def good_enough(self) -> bool:
@@ -963,7 +944,6 @@ class Run:
       failed = f"can't write {e.filename or self.path}: {e.strerror}; {left}"
       if must: raise UserError(failed) from None
       self.log.line(f"step {step}: {failed}, and the training goes on")
-    self.log.restart_clock()
 
   def metadata(self, step:int, done:bool) -> dict[str, str]:
     task, log = self.task, self.log
@@ -979,7 +959,6 @@ class Run:
     self.log.line("--- a sample ---")
     try: self.task.sample(self.model)
     finally: self.log.line("---")
-    self.log.restart_clock()
 
   def loop(self, interrupt:Interrupt) -> int:
     "Trains to the last step, or until interrupted; returns the exit status."
@@ -1008,13 +987,14 @@ class Run:
     return 0
 
   def stopped(self, done:int) -> None:
+    args = self.args
     self.log.write(self.title)
     saved = f"the checkpoint is that of step {self.saved}"
     if self.saved == done: saved = f"saved {self.path}"
     if self.saved is None: saved = "nothing saved"
-    self.log.line(f"stopped after step {done} of {self.args.steps}, {saved}")
+    self.log.line(f"stopped after step {done} of {args.steps}, {saved}")
     if self.saved is not None:
-      self.log.line(f"go on with: python {self.program} --resume --out {self.out}")
+      self.log.line(f"go on with: python {self.program} --resume --out {shlex.quote(args.out)}")
 
   def finish(self) -> None:
     "Writes and shows what a finished run leaves."
@@ -1028,7 +1008,7 @@ class Run:
       except KeyboardInterrupt: pass
     print(f"\nheld out: {self.log.held_out()}; {task.baseline_name}: {task.baseline:.3f}")
     print(f"wrote {self.path}, {files}; {duration(time.perf_counter()-START)} in all")
-    where = "" if args.out == OUT else f" --model {self.out}"
+    where = "" if args.out == OUT else f" --model {shlex.quote(args.out)}"
     if args.task == "text": print(f"more text: python generate.py{where}")
     if args.task == "mlm":
       print(f'more of it: python generate.py{where} --fill "what is {MASK} here?"')
@@ -1042,11 +1022,12 @@ def train(program:str, args:Namespace, start:Saved|None=None) -> int:
   fill_step_defaults(args)
   run = Run(program, args, task, start)
   check_writable(run.out, run.log.table.parent, run.log.picture.parent)
-  clean(run.out)
   run.announce()
   # a run that goes on holds the lock already
   lock = contextlib.nullcontext() if args.resume else lock_run_directory(run.out)
-  with lock, Interrupt() as interrupt: status = run.loop(interrupt)
+  with lock, Interrupt() as interrupt:
+    for left in run.out.glob("checkpoint*.tmp"): left.unlink()      # by one that was killed
+    status = run.loop(interrupt)
   if status == 0: run.finish()
   return status
 
@@ -1054,15 +1035,13 @@ def main(argv:list[str]|None=None, program:str="train.py", default:str="text") -
   """Trains a model; returns the exit status. program: the file's name, for messages; default: the
   task where the command line names none."""
   if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")
-  p = parser(program, default)
-  args = p.parse_args(argv)
-  # a run that goes on keeps others out before its checkpoint is read
-  held = args.resume and Path(args.out).is_dir()
-  lock = lock_run_directory(Path(args.out)) if held else contextlib.nullcontext()
+  p = Parser(prog=program)
   try:
-    for key, where in MOVED.items():
-      if hasattr(args, key): raise UserError(f"{flag_of(key)} is another program's: {where}")
-    with lock: return train(program, *resolve_args(argv, program, default))
+    args = parser(program, chosen_task(argv, program, default)).parse_args(argv)
+    # a run that goes on keeps others out before its checkpoint is read
+    held = args.resume and Path(args.out).is_dir()
+    with lock_run_directory(Path(args.out)) if held else contextlib.nullcontext():
+      return train(program, *resolve_args(argv, program, default))
   except (UserError, CheckpointError) as e: p.error(str(e))
   except MemoryError: p.error("not enough memory: take a smaller --batch, --length or model")
   except OSError as e:

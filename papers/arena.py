@@ -114,7 +114,7 @@ def read_images(path:Path) -> tuple[Images, Images|None]:
 
 def pixels_options(add:Callable) -> None:
   add("--data PATH", str, None, "a CSV of label, pixels 0 to 255, or an .npz of x_train, y_train, "
-      "x_test, y_test", "none", nargs="+")
+      "x_test, y_test", nargs="+")
   add("--holdout X", number(float, 0.001, 0.5), 0.05, "share of the images", fixed=True)
 
 @task("pixels", "labels of images, read pixel by pixel", causal=False, options=pixels_options,
@@ -179,6 +179,6 @@ def show_speed(out:Path) -> None:
   print_table(["", *GRID.rows], table)
   print("the H3 paper, over a Transformer: S4 2.9x, with FlashConv 5.8x (unverified)")
 
-main = functools.partial(run_program, PROGRAM, GRID, "listops", then=show_speed)
+main = functools.partial(run_program, PROGRAM, __doc__, GRID, "listops", then=show_speed)
 
 if __name__ == "__main__": sys.exit(main())

@@ -207,7 +207,7 @@ def plot_filters(name:str, offsets:int) -> Path:
 
 def look(argv:list[str]) -> int:
   "The command line of --plot and --flops."
-  parser = Parser(prog="papers/bigs.py", allow_abbrev=False)
+  parser = Parser(prog="papers/bigs.py")
   add = parser.add_argument
   add("--plot", metavar="CHECKPOINT", help="draw each layer's filters into filters.png beside it")
   add("--offsets", metavar="N", type=number(int, 1), default=10,
@@ -226,6 +226,6 @@ def main(argv:list[str]|None=None) -> int:
   argv = sys.argv[1:] if argv is None else argv
   # in front; elsewhere --plot is train.py's, the picture of the losses
   if argv[:1] in (["--plot"], ["--flops"]): return look(argv)
-  return run_program("papers/bigs.py", GRID, "agreement", argv)
+  return run_program("papers/bigs.py", __doc__, GRID, "agreement", argv)
 
 if __name__ == "__main__": sys.exit(main())

@@ -45,8 +45,8 @@ def find_classes(table:Table, path:str) -> list[str]|None:
 def options(add:Callable) -> None:
   text_options(add)
   add("--columns L,T,…", str, None, "columns of the label and of one or two texts, by the "
-      "header's names or by number, from 1; 2,4 for CoLA's files", "what the header says")
-  add("--dev FILE", str, None, "such lines to evaluate on", "--holdout's share of --data")
+      "header's names or by number, from 1; 2,4 for CoLA's files (default: what the header says)")
+  add("--dev FILE", str, None, "such lines to evaluate on (default: --holdout's share of --data)")
 
 @task("classify", "labels of a TSV", causal=False, options=options, model="bigs", batch=16,
       length=128, weight_decay=0.01, steps=None)
@@ -90,6 +90,6 @@ def classify_task(args:argparse.Namespace) -> Task:
   return label_task(args, about, tok, tok.masked_size, drawn_from(rows, args), held_out, rows[2],
                     classes, "linear")
 
-main = functools.partial(run_program, "papers/finetune.py", None, "classify")
+main = functools.partial(run_program, "papers/finetune.py", __doc__, None, "classify")
 
 if __name__ == "__main__": sys.exit(main())

@@ -27,6 +27,7 @@ from support.text import Tokenizer, UserError
 from support.training import PREVIOUS, Interrupt, check_writable, read_newest
 from train import Batch, Parser, Task, cross_entropy, duration, number, read_evals
 
+CSV_COLUMNS = "model task seed steps figure paper minutes".split()
 COLORS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2")
 ONE_CORE = {"NUM_CPU_THREADS": "1"}
 RECIPE = 2      # raised where other data or defaults make a finished run another one
@@ -135,28 +136,29 @@ def print_table(head:list[str], rows:list[list[str]]) -> None:
 def report(grid:Grid, cells:Cells, out:Path) -> None:
   "Prints the table with the paper's figures; writes table.csv, and with matplotlib curves.png."
   digits = 1 if grid.percent else 3
-  seeds = len(next(iter(cells.values())))
-  lines = [["model", "task", "seed", "steps", "figure", "paper", "minutes"]]
-  table = []
-  for column in grid.columns:
-    shown = [column]
+  lines, table = [], []
+  runs = {row: set() for row in grid.rows}        # columns may share a run
+  for name, column in grid.columns.items():
+    shown = [name]
     for row in grid.rows:
-      paper, figures = grid.columns[column].paper.get(row, ""), []
-      for seed, run in enumerate(cells[row, column]):
-        step, figure = grid.curve(run, column)[-1]
+      paper, figures = column.paper.get(row, ""), []
+      for seed, run in enumerate(cells[row, name]):
+        step, figure = grid.curve(run, name)[-1]
         figures.append(figure)
-        lines.append([row, column, seed, step, round(figure, 4), paper, round(run.minutes(), 2)])
+        lines.append([row, name, seed, step, round(figure, 4), paper, round(run.minutes(), 2)])
+      runs[row].update(cells[row, name])
       mean, least, most = (f"{f(figures):.{digits}f}" for f in (np.mean, min, max))
       shown.append(f"{mean} ({least}-{most})" + f" [{paper}]"*bool(paper))
     table.append(shown)
-  runs = {row: {run for column in grid.columns for run in cells[row, column]} for row in grid.rows}
-  minutes = [sum(run.minutes() for run in some) / seeds for some in runs.values()]
+  seeds = len(figures)
+  minutes = [f"{sum(run.minutes() for run in some) / seeds:.1f}" for some in runs.values()]
   print()
-  print_table(["", *grid.rows], [*table, ["minutes a seed", *(f"{x:.1f}" for x in minutes)]])
+  print_table(["", *grid.rows], [*table, ["minutes a seed", *minutes]])
   one_core = "; a run has one core"*(Device.DEFAULT == "CPU")
   print(f"the mean of {seeds} seed{'s'*(seeds > 1)} (least-most) [the paper's]{one_core}",
         flush=True)
-  with open(out/"table.csv", "w", newline="") as f: csv.writer(f).writerows(lines)
+  with open(out/"table.csv", "w", newline="") as f:
+    csv.writer(f).writerows([CSV_COLUMNS, *lines])
   try: plot_curves(grid, cells, out/"curves.png")
   except ImportError:
     print(f"wrote {out/'table.csv'} (pip install matplotlib, and the curves are drawn too)")
@@ -188,15 +190,16 @@ def plot_curves(grid:Grid, cells:Cells, path:Path) -> None:
 
 # ---- a program's command line -------------------------------------------------------------------
 
-def run_program(program:str, grid:Grid|None, default:str, argv:list[str]|None=None,
+def run_program(program:str, about:str, grid:Grid|None, default:str, argv:list[str]|None=None,
                 then:Callable|None=None) -> int:
   """With --reproduce trains the grid; else one model, by train.py's options and the tasks' own.
 
-  default: the task where the command line names none. then: what follows the table, given the
-  grid's folder."""
+  about: what --help begins with. default: the task where the command line names none. then: what
+  follows the table, given the grid's folder."""
   argv = sys.argv[1:] if argv is None else argv
+  if {"-h", "--help"} & {*argv}: print(about)
   if "--reproduce" not in argv or grid is None: return train.main(argv, program, default)
-  parser = Parser(prog=program, allow_abbrev=False)
+  parser = Parser(prog=program)
   parser.add_argument("--reproduce", action="store_true")
   parser.add_argument("--seeds", type=number(int, 1), default=grid.seeds)
   parser.add_argument("--out", default="reproduced")
@@ -272,8 +275,8 @@ def regression_metrics(targets:np.ndarray, predictions:np.ndarray) -> dict[str, 
     _, group, counts = np.unique(x, return_inverse=True, return_counts=True)
     return (counts.cumsum() - (counts-1)/2)[group]
   def pearson(a, b):
-    a, b = a - a.mean(), b - b.mean()
-    return float(a @ b / math.sqrt((a @ a) * (b @ b) or 1))
+    varies = np.ptp(a) and np.ptp(b)
+    return float(np.corrcoef(a, b)[0, 1]) if varies else 0.0
   return {"Pearson": pearson(targets, predictions),
           "Spearman": pearson(ranks(targets), ranks(predictions))}
 
@@ -283,25 +286,24 @@ def label_task(args:argparse.Namespace, about:str, tokenizer:Tokenizer|None, voc
   """A label for each row, by an encoder with a head on top: the number of a class, or without
   `classes` a real value. trained: labels of training rows, from which the baseline guesses."""
   targets = held_out[2]
-  join = lambda outputs: np.concatenate([predictions for _, predictions in outputs])
-  if classes is None:
-    def forward(model, tokens, mask, values):
-      predictions = model.classify(tokens, mask).squeeze(-1)
-      return ((predictions - values)**2).mean(), predictions
-    def metrics(outputs): return regression_metrics(targets, join(outputs))
-    baseline, scale, unit = ((targets - trained.mean())**2).mean(), 1.0, "squared error"
-    guess = "the mean of all"
-  else:
-    def forward(model, tokens, mask, labels):
-      logits = model.classify(tokens, mask)
-      return cross_entropy(logits.unsqueeze(1), labels.unsqueeze(1)), logits.argmax(-1)
-    def metrics(outputs):
-      return classification_metrics(targets, join(outputs).astype(int), len(classes))
+  def forward(model, tokens, mask, labels):
+    logits = model.classify(tokens, mask)
+    if classes: return cross_entropy(logits.unsqueeze(1), labels.unsqueeze(1)), logits.argmax(-1)
+    values = logits.squeeze(-1)
+    return ((values - labels)**2).mean(), values
+  def metrics(outputs):
+    predictions = np.concatenate([predicted for _, predicted in outputs])
+    if classes: return classification_metrics(targets, predictions.astype(int), len(classes))
+    return regression_metrics(targets, predictions)
+  if classes:
     counts = 1 + np.bincount(trained, minlength=len(classes))
     bits = -np.log2(counts / counts.sum())
     baseline, scale, unit = bits[targets].mean(), 1/math.log(2), "bits per label"
     share = np.mean(targets == counts.argmax())
     guess = f"labels by their frequency (the commonest is right at {share:.3f})"
+  else:
+    baseline, scale, unit = ((targets - trained.mean())**2).mean(), 1.0, "squared error"
+    guess = "the mean of all"
   batches = [take(held_out, slice(i, i+args.batch)) for i in range(0, len(targets), args.batch)]
   return Task(about, tokenizer, vocab_size, batch, batches, float(baseline), guess, scale, scale,
               unit, forward, metrics, "classify", classes or [""], schedule,

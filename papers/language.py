@@ -26,6 +26,6 @@ GRID = Grid(
     {"H3": "21.0", "hybrid H3": "19.6", "Transformer": "20.6"})},
   percent=False)
 
-main = functools.partial(run_program, "papers/language.py", GRID, "text")
+main = functools.partial(run_program, "papers/language.py", __doc__, GRID, "text")
 
 if __name__ == "__main__": sys.exit(main())

@@ -21,7 +21,7 @@ from typing import Callable
 import numpy as np
 from papers.grid import UNVERIFIED, Column, Grid, drawn_from, run_program
 from support.text import UserError
-from train import SIZES, Batch, Task, cross_entropy, has_attention, number, task
+from train import Batch, Task, attention_layers, cross_entropy, number, task
 
 TRAIN, TEST = 5000, 500                           # sequences, none of them twice
 
@@ -70,9 +70,9 @@ def synthetic_task(args:argparse.Namespace) -> Task:
   name, L, V = args.task, args.length, args.symbols
   if L < 4: raise UserError(f"--task {name} wants a --length of at least 4")
   if args.warmup is None: args.warmup = args.steps//10
-  if args.init_std is None and has_attention(args):
+  if args.init_std is None and attention_layers(args):
     # the official 0.02 is for wide models: with it attention of width 32 learns no induction
-    args.init_std = math.sqrt(2/5 / (args.d_model or SIZES[args.size].d_model))
+    args.init_std = math.sqrt(2/5 / args.d_model)
 
   def draw(split, n, length):
     "The first n different sequences of a split."
@@ -113,8 +113,8 @@ def synthetic_task(args:argparse.Namespace) -> Task:
            f"{TEST} held out")
   return Task(about, None, V, batch, test + longer, math.log2(answers),
               f"answers at random ({guess} is right at {chance:.3f})", unit="bits per symbol",
-              forward=forward, metrics=metrics, schedule=schedule, metrics_only=len(longer),
-              stop_at=("accuracy", 0.995))
+              forward=forward, metrics=metrics, schedule=schedule, stop_at=("accuracy", 0.995),
+              count=lambda batch: Task.count(batch) * (batch[0].shape[1] < 2*L))
 
 RECALL = "--task recall --eval-every 785"
 GRID = Grid(
@@ -127,6 +127,6 @@ GRID = Grid(
    "recall": Column(RECALL, "accuracy", {"S4D": "86.0", "H3": "99.8", "attention": "100"}),
    "recall at 40": Column(RECALL, "accuracy at 40", {"H3": "98.4"})})
 
-main = functools.partial(run_program, "papers/synthetic.py", GRID, "recall")
+main = functools.partial(run_program, "papers/synthetic.py", __doc__, GRID, "recall")
 
 if __name__ == "__main__": sys.exit(main())

@@ -285,7 +285,7 @@ def our_training(model:H3LM, tokens:np.ndarray) -> Callable:
   params = get_state_dict(model)
   optimizer = AdamW(params)
   hyper = optimizer.hyper(0, lr=1e-3, weight_decay=0.1, clip=1.0, ssm_scale=1.0)
-  step = train.make_step(model, params, optimizer)
+  step = train.make_step(model, optimizer)
   return lambda i: step((tokens, tokens), hyper)
 
 def our_decoding(model:H3LM, tokens:np.ndarray) -> Callable:

@@ -11,7 +11,7 @@ Not here: guessing an encoding from the bytes, PDF and HTML.
 """
 from __future__ import annotations
 import argparse, bz2, codecs, collections, contextlib, functools, gzip, hashlib, importlib, io, json
-import lzma, math, os, re, shlex, sys, sysconfig, zlib
+import lzma, math, os, re, shlex, sys, sysconfig, textwrap, zlib
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, Callable, Iterator, NamedTuple
@@ -24,9 +24,12 @@ class UserError(Exception):
 # ---- command lines ------------------------------------------------------------------------------
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-  "Shows an option's default where it has one."
+  "Shows an option's default where it has one, and keeps the lines of a help text apart."
   def _get_help_string(self, action:argparse.Action) -> str|None:
-    return super()._get_help_string(action) if action.default is not None else action.help
+    if action.default is None or action.nargs == 0: return action.help         # 0: a switch
+    return super()._get_help_string(action)
+  def _split_lines(self, text:str, width:int) -> list[str]:
+    return [line for part in text.split("\n") for line in textwrap.wrap(part.strip(), width)]
 
 class Parser(argparse.ArgumentParser):
   "Reports a mistake in one line, whatever the words on the command line hold."
@@ -176,15 +179,16 @@ def opened(path:Path) -> BinaryIO:
   return Frames(path) if zstd().__name__ == "zstandard" else zstd().open(path, "rb")
 
 def pieces(path:Path) -> Iterator[str]:
-  "The text of a file, piece by piece. Raises NotText, with the place of a wrong byte; OSError."
+  "The text of a file, piece by piece. Raises NotText, with the place of a wrong byte."
   damaged = f"{path} is damaged, or not what its name says: it can't be unpacked"
   try:
     with opened(path) as f: yield from decoded(f, path)
   except (*DAMAGED, *([zstd().ZstdError] if zstd() else [])) as e:
     raise NotText(f"{damaged} ({e})") from None
   except OSError as e:
-    if e.strerror or not is_packed(path): raise            # the system's own have a text
-    raise NotText(f"{damaged} ({e})") from None
+    why = f"can't read {path}: {e.strerror or e}"
+    if is_packed(path) and not e.strerror: why = f"{damaged} ({e})"    # the system's own have one
+    raise NotText(why) from None
 
 def decoded(f:BinaryIO, path:Path) -> Iterator[str]:
   "Bytes to text, by the mark that they begin with, else as UTF-8. Raises NotText."
@@ -242,7 +246,7 @@ def lines(path:Path) -> Iterator[str]:
 
 def documents(path:Path, key:str=TEXT_KEY) -> Iterator[Iterator[str]]:
   """The texts of a file, each piece by piece: of a .jsonl file what `key` names in each line, else
-  the whole of it. Raises NotText, with a line's number, for what holds none; OSError."""
+  the whole of it. Raises NotText, with a line's number, for what holds none."""
   if not is_jsonl(path): yield pieces(path)
   else:
     for i, line in enumerate(lines(path), 1):
@@ -264,13 +268,11 @@ def json_text(line:str, key:str, where:str) -> str:
 
 def read_texts(path:str, key:str=TEXT_KEY) -> list[str]:
   "The texts of a file, as in `documents`. Raises UserError."
-  try: return ["".join(text) for text in documents(Path(path), key)]
-  except OSError as e: raise UserError(f"can't read {path}: {e.strerror or e}") from None
+  return ["".join(text) for text in documents(Path(path), key)]
 
 def read_text(path:str) -> str:
   "The whole of a file, whatever its name. Raises UserError."
-  try: return "".join(pieces(Path(path)))
-  except OSError as e: raise UserError(f"can't read {path}: {e.strerror or e}") from None
+  return "".join(pieces(Path(path)))
 
 # ---- files to tokens ----------------------------------------------------------------------------
 
@@ -376,19 +378,14 @@ def write_files(files:list[tuple[Path, str|None]], tok:Tokenizer, key:str, sink:
 def write_tokens(path:Path, tok:Tokenizer, key:str, sink:BinaryIO, ends:list[int]) -> None:
   "Appends the tokens of a file's texts to `sink`, and where each ends to `ends`. Raises NotText."
   begin, before = sink.tell(), len(ends)
-  for text in reading(documents(path, key), path):
-    for some in token_pieces(reading(text, path), tok): sink.write(some.astype(np.uint16).tobytes())
+  for text in documents(path, key):
+    for some in token_pieces(text, tok): sink.write(some.astype(np.uint16).tobytes())
     sink.write(np.uint16(tok.eot).tobytes())
     ends.append(sink.tell()//2)
   texts = len(ends) - before
   if sink.tell() == begin + 2*texts:                       # an <|endoftext|> each, and nothing else
     what = "has no text in it" if path.stat().st_size else "is empty"
     raise NotText(f"{path} {what}: there is nothing to train on")
-
-def reading(parts:Iterator, path:Path) -> Iterator:
-  "The same parts. Raises NotText if the file can't be read: an OSError is then the writer's."
-  try: yield from parts
-  except OSError as e: raise NotText(f"can't read {path}: {e.strerror or e}") from None
 
 def split(ends:np.ndarray, share:float) -> int:
   "The number of tokens for training: all but the last texts, or of few texts all but the end."
@@ -416,11 +413,9 @@ def read_tsv(path:str, columns:str|None=None, n_texts:int|None=None) -> Table:
   columns: which they are in, by the header's names or by number; by default those that a header
   like GLUE's names, or without one label, text, or label, text, text. n_texts: how many texts there
   must be. Raises UserError, with a line's number."""
-  text = read_text(path)
-  if not text: raise UserError(f"{path} is empty: there is nothing to train on")
-  split_lines = enumerate(re.split(r"\r\n|\n|\r", text), 1)
+  split_lines = enumerate(re.split(r"\r\n|\n|\r", read_text(path)), 1)
   rows = [(i, line.split("\t")) for i, line in split_lines if line.strip()]
-  if not rows: raise UserError(f"{path} has no lines: each is label, tab, text")
+  if not rows: raise UserError(f"{path} is empty, it has no lines: each is label, tab, text")
   first, names = rows[0]
   where = f"{path} line {first}"
   at, header = find_columns([cells for _, cells in rows], columns, n_texts, where)
@@ -432,51 +427,40 @@ def read_tsv(path:str, columns:str|None=None, n_texts:int|None=None) -> Table:
   width, a_line = len(names), f"{len(names)} columns"
   if not header and not columns:
     width, a_line = len(at), "label" + ", tab, text"*(len(at) - 1)
-  table = Table([], [], [])
   for i, cells in rows:
     fits = len(cells) == width
     if not fits or not all(cells[j].strip() for j in at[1:]):
       has = f"{len(cells)} column{'s'*(len(cells) != 1)}{' and an empty text'*fits}"
       raise UserError(f"{path} line {i} has {has}: a line is {a_line}; --columns names others, "
                       "in CoLA's files 2,4")
-    table.labels.append(cells[at[0]].strip())
-    table.texts.append([cells[j] for j in at[1:]])
-    table.lines.append(i)
-  return table
+  return Table([cells[at[0]].strip() for _, cells in rows],
+               [[cells[j] for j in at[1:]] for _, cells in rows], [i for i, _ in rows])
 
 def find_columns(rows:list[list[str]], columns:str|None, n_texts:int|None, where:str
                  ) -> tuple[list[int], bool]:
   """The columns of the label and of the texts, from 0, and whether the first row is a header. See
   `read_tsv`; where: what an error calls the first row."""
   names = [cell.strip().strip('"') for cell in rows[0]]
-  known = known_columns(names)
-  if columns: return parse_columns(columns, names, where, bool(known))
-  if known: return known, True
+  lower = [name.lower() for name in names]
+  labels, texts = ([lower.index(n) for n in known if n in lower] for known in (LABELS, TEXTS))
+  header = bool(labels and texts)
+  if columns:
+    at = [column_at(c.strip(), columns, names, where) for c in columns.split(",")]
+    if len(at) in (2, 3): return at, header or not re.fullmatch(r"[\d\s,]+", columns)
+    raise UserError(f"--columns {columns}: give the column of the label and those of one or two "
+                    "texts, as in 2,4")
+  if header: return [labels[0], *sorted(texts)[:2]], True
   again = any(cells[0] == rows[0][0] for cells in rows[1:])          # then it is no column's name
-  if not again and {name.lower() for name in names} & {*LABELS, *TEXTS}:
+  if not again and labels + texts:
     raise UserError(f"{where} looks like a header ({', '.join(names[:12])}) and does not name both "
                     "a label and a text as GLUE's do: name their columns with --columns")
   width = 1 + n_texts if n_texts else min(3, max(2, len(names)))
   return [*range(width)], False
 
-def known_columns(names:list[str]) -> list[int]:
-  "The columns of label and one or two texts that a header like GLUE's names; none of another line."
-  names = [name.lower() for name in names]
-  labels, texts = ([names.index(n) for n in known if n in names] for known in (LABELS, TEXTS))
-  return [labels[0], *sorted(texts)[:2]] if labels and texts else []
-
-def parse_columns(columns:str, names:list[str], where:str, header:bool) -> tuple[list[int], bool]:
-  "What --columns names, by the header's names or by number from 1, and whether there is a header."
-  wanted = [c.strip() for c in columns.split(",")]
-  if len(wanted) not in (2, 3):
-    raise UserError(f"--columns {columns}: give the column of the label and those of one or two "
-                    "texts, as in 2,4")
-  if all(re.fullmatch("[1-9][0-9]{0,8}", c) for c in wanted):
-    at = [int(c) - 1 for c in wanted]
-    if max(at) >= len(names):
-      raise UserError(f"{where} has {len(names)} columns, and --columns {columns} names others")
-    return at, header
-  for c in wanted:
-    if c not in names:
-      raise UserError(f"{where} names no column {c!r}, only {', '.join(names[:12])}")
-  return [names.index(c) for c in wanted], True
+def column_at(column:str, columns:str, names:list[str], where:str) -> int:
+  "One of --columns, by number from 1 or by the header's name, as a number from 0."
+  if re.fullmatch("[0-9]{1,9}", column):
+    if 1 <= int(column) <= len(names): return int(column) - 1
+    raise UserError(f"{where} has {len(names)} columns, and --columns {columns} names others")
+  if column in names: return names.index(column)
+  raise UserError(f"{where} names no column {column!r}, only {', '.join(names[:12])}")

@@ -91,12 +91,14 @@ class Hyper(NamedTuple):
 UNSCALE = Hyper._fields.index("unscale")
 
 def sumsq_kernel(total:UOp, g:UOp) -> UOp:
-  """Adds Σ_j g[i,j]² to total[i]. g is cut into as many slices as total is long, which lie side by
-  side on the CPU and are interleaved on a GPU."""
+  """Adds Σ_j g[i,j]² to total[i].
+
+  g is cut into as many slices as total is long: side by side on the CPU, interleaved on a GPU."""
   n, T = g.numel(), total.numel()
   rows = -(-n // T)
   total, g = total.flatten(), g.flatten()
   i = UOp.range(T, 0)
+  # a sum over one row is none to tinygrad
   j = UOp.range(rows, 1, AxisType.REDUCE) if rows > 1 else UOp.const(0, dtypes.weakint)
   at = i*rows + j if T <= CPU_SLICES else j*T + i
   x = g[at] if n % T == 0 else g[at.valid(at < n)]
@@ -107,18 +109,20 @@ def adamw_kernel(p:UOp, m:UOp, v:UOp, g:UOp, hyper:UOp, sumsq:UOp, beta2:float, 
   """Updates one parameter and its moments in place (Loshchilov & Hutter, arXiv 1711.05101). A
   gradient that is not finite changes nothing."""
   n = p.numel()
-  p, m, v, g, sumsq = (t.flatten() for t in (p, m, v, g, sumsq))
-  h = Hyper(*(hyper[k] for k in range(len(Hyper._fields))))
   i = UOp.range(n, 0)
+  p, m, v, g = (t.flatten()[i] for t in (p, m, v, g))               # one weight and what is its
+  h = Hyper(*(hyper[k] for k in range(len(Hyper._fields))))
   norm = sumsq[0].sqrt()*h.unscale                                  # of the whole gradient
   clip = (h.clip / (norm + 1e-6)).minimum(1.0)
-  gi = g[i] * (clip*h.unscale)
-  mi = BETA1*m[i] + (1-BETA1)*gi
-  vi = beta2*v[i] + (1-beta2)*gi*gi
-  pi = p[i] - h.lr * mi*h.unbias_m / ((vi*h.unbias_v).sqrt() + eps) - h.decay * p[i]
+  g = g * (clip*h.unscale)
+  new_m = BETA1*m + (1-BETA1)*g
+  new_v = beta2*v + (1-beta2)*g*g
+  step = new_m*h.unbias_m / ((new_v*h.unbias_v).sqrt() + eps)
+  new_p = p - h.lr*step - h.decay*p
   finite = sumsq[0].load() < math.inf
-  new = [old[i].store(finite.where(x, old[i].load())) for old, x in ((p, pi), (m, mi), (v, vi))]
-  return UOp.group(*new).end(i).sink(arg=KernelInfo(name=f"adamw_{n}"))
+  def update(old, new): return old.store(finite.where(new, old.load()))
+  stores = map(update, (p, m, v), (new_p, new_m, new_v))
+  return UOp.group(*stores).end(i).sink(arg=KernelInfo(name=f"adamw_{n}"))
 
 class AdamW:
   """AdamW with the gradient's global norm clipped, decay and learning rate by group.
@@ -135,7 +139,8 @@ class AdamW:
             scale:float=1.0) -> list[Tensor]:
     """Returns `Hyper` for each group. step: from 0; ssm_scale: the rate of the SSMs' dynamics over
     lr; scale: what the loss is multiplied by."""
-    plain = Hyper(lr, 0, 1 / (1 - BETA1**(step+1)), 1 / (1 - self.beta2**(step+1)), clip, 1 / scale)
+    unbias_m, unbias_v = (1 / (1 - beta**(step+1)) for beta in (BETA1, self.beta2))
+    plain = Hyper(lr, 0, unbias_m, unbias_v, clip, 1 / scale)
     groups = [plain._replace(decay=lr*weight_decay), plain, plain._replace(lr=lr*ssm_scale)]
     return [self.feed(i, np.array(h, np.float32)) for i, h in enumerate(groups)]
 
@@ -245,8 +250,8 @@ def on_devices(devices:tuple[str, ...], gradients:Gradients, update:Callable
 
 def accumulated(gradients:Gradients, update:Callable, params:list[Tensor],
                 parts:Callable[[Batch], Iterable[Batch]]) -> Step:
-  """Takes the place of the plain step: goes through `parts` of the batch one after the other, in the
-  memory that one needs, and adds up their gradients for one update."""
+  """Takes the place of the plain step: goes through `parts` of the batch one after the other, in
+  the memory that one needs, and adds up their gradients for one update."""
   feed, sums = Feed(params[0].device), zeros_like(params)
   @capture
   def add(*part):
@@ -332,7 +337,7 @@ def gradient_checkpointing(model:H3LM, params:list[Tensor], loss_of:Callable) ->
   def gradients(weight, tokens, targets):
     found: dict[int, Tensor] = {}                                   # by the parameter's id
     def backward(out, weights, dy, *inputs):
-      "From the gradient of `out`: keeps those of `weights`, returns the last one, that of `inputs`."
+      "From the gradient of `out`: keeps those of `weights`, returns that of the last input."
       grads = out.gradient(*weights, *inputs, gradient=dy)
       Tensor.realize(loss, *grads)
       for p, g in zip(weights, grads):
@@ -409,13 +414,6 @@ def set_aside(path:Path) -> Path:
     os.replace(path, aside)
     return aside
 
-def clean(out:Path) -> None:
-  "Removes what a run that was killed while it wrote has left behind."
-  for f in out.glob("checkpoint*.safetensors.*.tmp"):
-    try: os.kill(int(f.suffixes[-2][1:]), 0)
-    except (ValueError, ProcessLookupError): f.unlink(missing_ok=True)
-    except OSError: pass                         # it lives, and is somebody else's
-
 class Saved(NamedTuple):
   "A checkpoint as it was read."
   path: Path
@@ -453,20 +451,20 @@ def restore(start:Saved, state:dict[str, Tensor]) -> None:
     if k in tensors: fill(t, tensors[k].numpy().astype(t.numpy().dtype, copy=False))
 
 class Interrupt:
-  """While training, the first Ctrl-C, SIGTERM or SIGHUP waits for the step to end; a second one does
-  not. SIGHUP is left alone where nohup ignores it."""
+  """While training, the first Ctrl-C, SIGTERM or SIGHUP waits for the step to end; a second one
+  does not. SIGHUP is left alone where nohup ignores it."""
   def __init__(self, handler:Callable|None=None):
     self.handler, self.seen = handler or self.note, 0
-    names = [n for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-    if "SIGHUP" in names and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN: names.pop()
-    self.signals = [getattr(signal, n) for n in names]
 
   def __enter__(self) -> Interrupt:
-    self.old = [signal.signal(s, self.handler) for s in self.signals]
+    signals = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)     # Windows has none
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN: signals.append(hangup)
+    self.old = {s: signal.signal(s, self.handler) for s in signals}
     return self
 
   def __exit__(self, *_) -> None:
-    for s, old in zip(self.signals, self.old): signal.signal(s, old)
+    for s, old in self.old.items(): signal.signal(s, old)
 
   def note(self, signum:int, frame) -> None:
     if self.seen: raise KeyboardInterrupt
