@@ -2301,8 +2301,8 @@ def same(a:dict, b:dict) -> bool:
 
 # -- what a user gets wrong: one line, status 2, nothing written
 
-# options of train.py, behind those of a tiny run on {tmp}/text.txt into {tmp}/out, and what its line
-# must contain
+# options of train.py, behind those of a tiny run on {tmp}/text.txt into {tmp}/out, and what its
+# line must contain
 BAD_TRAINING = """
   --data {tmp}/nope | no such file
   --data {tmp}/empty.txt | is empty
