@@ -282,6 +282,14 @@ def test_flashconv_command_bad_input(argv, capsys):
   said = capsys.readouterr()
   assert stop.value.code == 2 and said.err.startswith("error: ") and said.err.count("\n") == 1 and not said.out
 
+def test_render_ends_quietly_when_nobody_reads(monkeypatch):
+  nobody, pipe = os.pipe()
+  os.close(nobody)
+  monkeypatch.setattr(flashconv, "render", lambda *_: {"kernel": ("source", 0)})
+  with open(pipe, "w") as out:
+    monkeypatch.setattr(sys, "stdout", out)
+    assert flashconv.main(["--render", "metal"]) == 141
+
 # ================================================================ the CPU's kernels
 
 def close(got:Tensor, a:np.ndarray, b:np.ndarray) -> None:
