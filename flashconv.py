@@ -867,7 +867,7 @@ def walk_spec(names:tuple[str, ...], u:Tensor, S:int, chunk:int|None) -> WalkSpe
     sums = (S+c)*c + c*S + S
     return not m.gpu or 4*(2*rows + sums) <= m.shared
   while c > 1 and not fits(c): c //= 2
-  if not fits(c): return None
+  if not fits(c) or (m.gpu and S > WALK_THREADS): return None     # a thread has a single column
   if B*H*L*4 < ONE_CORE: m = m._replace(cores=1)
   return WalkSpec(names, m, B, H, L, S, c, min(R, -(-L//c)))
 

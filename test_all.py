@@ -737,6 +737,13 @@ def test_ssm_conv_refuses_shapes(bad):
   with pytest.raises(ValueError, match="ssm_conv"):
     ssm_conv(**{k: tensor(x) for k, x in ({"u": (2, 3, 10), "A": modes, "B": modes, "C": modes} | bad).items()})
 
+@pytest.mark.parametrize("S,serves", [(128, True), (160, False)])
+def test_walk_serves_states_up_to_a_work_group(S, serves, monkeypatch):
+  "on a GPU, whose threads have one column each"
+  gpu = flashconv.Machine(True, 1, 1 << 20, True)
+  monkeypatch.setattr(flashconv, "machine", lambda device: gpu)
+  assert (flashconv.walk_spec(("u",), Tensor.empty(1, 2, 30), S, 4) is not None) == serves
+
 # ---------------------------------------------------------------- how kernels are run
 
 # ================================================================ kernels: in a loop of one's own
