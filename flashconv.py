@@ -705,7 +705,8 @@ def outer_pass(x:Tensor, shape:Shape, R:int, M:int, inverse:bool=False) -> Tenso
   output = RowPairs.buffer_shape(shape, M) if inverse else subtransforms
   kernel = bound(outer_kernel, m=machine(x.device), shape=shape, inverse=inverse)
   backward = bound(outer_backward, shape=shape, inverse=inverse)
-  y, = launch(kernel, [output], [roots_of_unity(R, M, x.device), x], backward)
+  roots = roots_of_unity(R, M, x.device)
+  y, = launch(kernel, [output], [roots, x], backward)
   return RowPairs.trimmed(y, shape) if inverse else y
 
 def outer_backward(dy:Tensor, y:Tensor, roots:Tensor, x:Tensor, shape:Shape, inverse:bool
@@ -812,8 +813,9 @@ def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None
   else: x0 = Tensor.cat(*state, dim=-1)
   tables = walk_tables(A, B, C, D, spec.c)
   inputs = [x0.flatten(), *tables, *(x.flatten() for x in rows.values())]
-  out, = launch(bound(walk_kernel, spec=spec), [(spec.state_at + prod(shape),)], inputs,
-                bound(walk_backward, spec=spec))
+  size = spec.state_at + prod(shape)
+  kernel, backward = bound(walk_kernel, spec=spec), bound(walk_backward, spec=spec)
+  out, = launch(kernel, [(size,)], inputs, backward)
   y = out[:u.numel()].reshape(u.shape)
   x = out[spec.state_at:].reshape(shape)
   x = x[..., :M], x[..., M:]
@@ -891,15 +893,16 @@ def walk_tables(A:Pair, B:Pair, C:Pair, D:Tensor|None, c:int) -> list[Tensor]:
 
 def walk_backward(dout:Tensor, out:Tensor, *inputs:Tensor, spec:WalkSpec) -> list[Tensor]:
   "The gradients of the walk's inputs, in their order."
-  x0, Q, P, a, *rows = inputs
-  P, T = P[:, :spec.S], P[:, spec.S:]
-  PT, TT, QT = (x.transpose(1, 2) for x in (P, T, Q))
-  TQ = Tensor.cat(TT, QT, dim=1)
+  x0, Q, P, a, *rows = inputs                                         # P above T: (H,S+c,c)
+  PT = P[:, :spec.S].transpose(1, 2)
+  T = P[:, spec.S:]
+  TQ = Tensor.cat(T.transpose(1, 2), Q.transpose(1, 2), dim=1)
   # tinygrad's OpenCL counts an argument that a kernel does not use wrongly: only dq needs P
-  last = [inputs[2]] if "q" in spec.names else []
+  last = [P] if "q" in spec.names else []
   sizes = [(x.numel(),) for x in inputs]
   kept = (spec.H*spec.groups*spec.S,)          # states at the beginning of each group, of one row
-  grads = launch(bound(walk_gradient_kernel, spec=spec), [*sizes[:4], kept, *sizes[4:]],
+  kernel = bound(walk_gradient_kernel, spec=spec)
+  grads = launch(kernel, [*sizes[:4], kept, *sizes[4:]],
                  [dout, x0, Q, a, PT, TQ, *rows, *last], no_second_gradient("ssm_conv"))
   del grads[4]                                                            # kept
   return [d.reshape(x.shape) for d, x in zip(grads, inputs)]
@@ -1014,7 +1017,8 @@ class Matrix:
     "Complex number i of the state in row r."
     return self(r, i), self(r, self.walk.M + i)
   def add(self, r:UOp, i:UOp, z:Pair) -> Stores:
-    return [place.store(place + x) for place, x in zip(self.pair(r, i), z)]
+    places = self.pair(r, i)
+    return [place.store(place + x) for place, x in zip(places, z)]
 
 class Walk(Workers):
   """The workers on one channel, walking along its sequences: b is the row of the batch, g the
@@ -1023,8 +1027,10 @@ class Walk(Workers):
   g: UOp
   def __init__(self, spec:WalkSpec):
     super().__init__(spec.machine, spec.H)
-    self.spec, self.M = spec, spec.S//2
-    self.done, self.slots = self.outer, itertools.count()
+    self.spec = spec
+    self.M = spec.S//2                 # complex numbers of a state
+    self.done = self.outer
+    self.slots = itertools.count()
     if self.m.gpu: self.t = UOp.special(WALK_THREADS, "lidx0")
   def memory(self, size:int, shared:bool=True) -> UOp:
     space = AddrSpace.LOCAL if self.m.gpu and shared else AddrSpace.REG
@@ -1068,8 +1074,10 @@ class Walk(Workers):
     return [only_if(ok, out[i].store(x))]
 
   def fill(self, to:Callable, rows:int, cols:int, value:Value):
+    "to(row, col) = value(row, col), for all."
     self.each(rows, cols, lambda r, j: [to(r, j).store(value(r, j))])
   def copy(self, to:Value, source:Value):
+    "to(i) = source(i), for all numbers of a state."
     self.each(1, self.spec.S, lambda _, i: [to(i).store(source(i))])
   def each(self, rows:int, cols:int, body:Body):
     "The stores of body(row, col), for all."
@@ -1235,7 +1243,8 @@ class Vandermonde:
 
   def final_state(self, w:Tensor) -> Pair:
     "The transpose: Σ_j A^(L-1-j) w[j], w (…,H,L) -> (…,H,M)."
-    x = w.flip(-1).pad((0, self.I*self.J - self.L))
+    missing = self.I*self.J - self.L
+    x = w.flip(-1).pad((0, missing))
     x = x.reshape(*w.shape[:-1], self.I, self.J)
     x = x @ self.lo.transpose(-1, -2)
     x = x.transpose(-1, -2)                                         # (…,H,2M,I)
@@ -1305,7 +1314,8 @@ def tinygrad_gradient(gradient:Callable|str) -> Callable:
     # a kernel takes whole what several devices have in parts
     if dy.uop.axis is not None: dy = dy.to(dy.device[0]).shard(dy.device)
     y, *inputs = map(Tensor, (call.gettuple(0), *call.src[1:]))
-    return tuple(None if g is None else g.uop for g in gradient(dy, y, *inputs))
+    grads = gradient(dy, y, *inputs)
+    return tuple(None if g is None else g.uop for g in grads)
   return grad_fxn
 
 @functools.cache
