@@ -811,17 +811,19 @@ def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None
   shape = spec.B, spec.H, spec.S
   if state is None: x0 = Tensor.zeros(*shape, device=u.device).contiguous()
   else: x0 = Tensor.cat(*state, dim=-1)
-  tables = walk_tables(A, B, C, D, spec.c)
-  inputs = [x0.flatten(), *tables, *(x.flatten() for x in rows.values())]
+  Q, P, a = walk_tables(A, B, C, D, spec.c)
+  inputs = [x0.flatten(), Q, P, a, *(x.flatten() for x in rows.values())]
   size = spec.state_at + prod(shape)
   kernel, backward = bound(walk_kernel, spec=spec), bound(walk_backward, spec=spec)
   out, = launch(kernel, [(size,)], inputs, backward)
   y = out[:u.numel()].reshape(u.shape)
   x = out[spec.state_at:].reshape(shape)
   x = x[..., :M], x[..., M:]
-  if rest := spec.L % spec.c:                         # x is the state after the last whole chunk
-    u, v = (None if t is None else t[..., -rest:] for t in (u, v))
-    _, x = ssm_conv_ref(u, A, B, C, v=v, state=x)
+  if rest := spec.L % spec.c:        # after the last whole chunk: A^rest x + Σ_j A^(rest-1-j) B w_j
+    w = product([t[..., -rest:] for t in (u, v) if t is not None])
+    zero_state = (w.unsqueeze(-1)*Q[:, spec.c-rest:]).sum(2)                        # (B,H,S)
+    re, im = cmul(power(A, rest), x)
+    x = re + zero_state[..., :M], im + zero_state[..., M:]
   return y, x
 
 def check_ssm_shapes(tensors:list[Tensor|None], chunk:int|None) -> None:
