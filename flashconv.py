@@ -29,7 +29,7 @@ shift SSM of an H3 layer is a launch of its own: one kernel for both convolution
 41.4 (B=8, H=256, CPU), and its backward pass would need two transforms more.
 """
 from __future__ import annotations
-import argparse, cmath, functools, itertools, operator, os, subprocess, sys, threading
+import argparse, cmath, contextlib, functools, itertools, operator, os, subprocess, sys, threading
 from typing import Callable, NamedTuple, Sequence
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit, UOp, dtypes, tensor
@@ -689,59 +689,59 @@ def _cores(n:int, axis:int) -> tuple[UOp, UOp]:
   return core, core & ((1 << (n-1).bit_length()) - 1)
 
 # -------------------------------------------------------- longer sequences: two levels, and pieces
-# A transform of length N = R M that does not fit into shared memory; here M is N/R, not N/8. A first
-# pass of radix R, a launch of its own, leaves R transforms of length M. Each convolves as a complex
-# sequence (`ComplexRows`) in a channel of its own, one of H R. A last pass joins them. The two
-# passes are each other's adjoint, hence each other's gradient.
+# A transform of length N = R M that does not fit into shared memory; here M is N/R, not N/8. An
+# outer pass of radix R, a launch of its own, leaves R transforms of length M. Each convolves as a
+# complex sequence (`ComplexRows`) in a channel of its own. The inverse pass joins them. The two are
+# each other's adjoint, hence each other's gradient.
 def conv_two_levels(w:Tensor, k:Tensor, D:Tensor|None, N:int, R:int) -> Tensor:
   "c = k ∗ w + D w, by R transforms of length N/R."
-  k = k.expand(w.shape[1], k.shape[1])
-  if D is not None: k = k + D.unsqueeze(-1).pad((None, (0, k.shape[1]-1)))
-  W, K = (to_subtransforms(x, R, N//R) for x in (w, k.unsqueeze(0)))
-  C = conv_one_launch(ConvArgs(K, W), N//R, layout=ComplexRows)
-  return from_subtransforms(C, w.shape, R, N//R)/R
+  M, taps = N//R, k.shape[1]
+  k = k.expand(w.shape[1], taps)
+  if D is not None: k = k + D.unsqueeze(-1).pad((0, taps-1))
+  k = k.unsqueeze(0)                                                              # one row (1,H,K)
+  W, K = (outer_pass(x, x.shape, R, M) for x in (w, k))
+  C = conv_one_launch(ConvArgs(K, W), M, layout=ComplexRows)
+  return outer_pass(C, w.shape, R, M, inverse=True)/R
 
-def to_subtransforms(x:Tensor, R:int, M:int) -> Tensor:
-  "The first pass: rows (B,H,L) -> R sub-transforms (⌈B/2⌉,H R,2,M)."
-  shape = RowPairs.count(x.shape), x.shape[1]*R, 2, M
-  return launch(bound(split_kernel, m=machine(x.device)), [shape],
-                [roots_of_unity(R, M, x.device), x], split_backward)[0]
+def outer_pass(x:Tensor, shape:Shape, R:int, M:int, inverse:bool=False) -> Tensor:
+  "Rows of this shape (B,H,L) -> R sub-transforms (⌈B/2⌉,H R,2,M); inverse: R times the rows."
+  subtransforms = RowPairs.count(shape), shape[1]*R, 2, M
+  output = RowPairs.buffer_shape(shape, M) if inverse else subtransforms
+  kernel = bound(outer_kernel, m=machine(x.device), shape=shape, inverse=inverse)
+  backward = bound(outer_backward, shape=shape, inverse=inverse)
+  roots = roots_of_unity(R, M, x.device)
+  y, = launch(kernel, [output], [roots, x], backward)
+  return RowPairs.trimmed(y, shape) if inverse else y
 
-def from_subtransforms(X:Tensor, shape:Shape, R:int, M:int) -> Tensor:
-  "The last pass, without its 1/R, to rows (B,H,L) of this shape."
-  kernel = bound(join_kernel, m=machine(X.device), shape=shape)
-  y, = launch(kernel, [RowPairs.buffer_shape(shape, M)], [roots_of_unity(R, M, X.device), X],
-              bound(join_backward, shape=shape))
-  return RowPairs.trimmed(y, shape)
-
-def split_backward(dX:Tensor, X:Tensor, roots:Tensor, x:Tensor) -> tuple[Tensor|None, ...]:
-  return None, from_subtransforms(dX, x.shape, *roots.shape[1:])
-
-def join_backward(dy:Tensor, y:Tensor, roots:Tensor, X:Tensor, shape:Shape
-                  ) -> tuple[Tensor|None, ...]:
-  return None, to_subtransforms(RowPairs.trimmed(dy, shape), *roots.shape[1:])
+def outer_backward(dy:Tensor, y:Tensor, roots:Tensor, x:Tensor, shape:Shape, inverse:bool
+                   ) -> tuple[Tensor|None, ...]:
+  if inverse: dy = RowPairs.trimmed(dy, shape)
+  _, R, M = roots.shape
+  return None, outer_pass(dy, shape, R, M, not inverse)
 
 @functools.cache
-def split_kernel(X:UOp, roots:UOp, x:UOp, m:Machine) -> UOp:
+def outer_kernel(out:UOp, roots:UOp, x:UOp, m:Machine, shape:Shape, inverse:bool) -> UOp:
   _, R, M = roots.shape
-  g = Group(m, x.shape[1], RADIX*M)
-  def body(n:UOp, j:UOp) -> Stores:
-    rows = RowPairs(g, x.shape, n)
-    z = twiddle(roots, dft([rows.load(j, r*M, x) for r in range(R)], -1), j, -1)    # T · (F_R x)
-    places = [X[n, g.h*R + r, c, j] for r in range(R) for c in range(2)]
-    return [place.store(x.uop) for place, x in zip(places, itertools.chain(*z))]
-  return g.finish(g.everywhere(X.shape[0], body), "fft_split")
-
-@functools.cache
-def join_kernel(y:UOp, roots:UOp, X:UOp, m:Machine, shape:Shape) -> UOp:
-  _, R, M = roots.shape
-  g = Group(m, y.shape[1], RADIX*M)
-  def body(n:UOp, j:UOp) -> Stores:
+  g = Group(m, shape[1], RADIX*M)
+  def column(X:UOp, n:UOp, r:int, j:UOp) -> list[UOp]:
+    "Number j of sub-transform r: re, im."
+    return [X[n, g.h*R + r, c, j] for c in range(2)]
+  def split(n:UOp, j:UOp) -> Stores:
     rows = RowPairs(g, shape, n)
-    z = [tuple(Real(X[n, g.h*R + r, c, j]) for c in range(2)) for r in range(R)]
-    z = dft(twiddle(roots, z, j, +1), +1)                                           # F_R* (T* · x)
-    return [s for r in range(R) for s in rows.store(j, r*M, y, z[r])]
-  return g.finish(g.everywhere(X.shape[0], body), "fft_join")
+    z = dft([rows.load(j, r*M, x) for r in range(R)], -1)
+    z = twiddle(roots, z, j, -1)                                                     # T · (F_R x)
+    stores = []
+    for r in range(R):
+      stores += [place.store(part.uop) for place, part in zip(column(out, n, r, j), z[r])]
+    return stores
+  def join(n:UOp, j:UOp) -> Stores:
+    rows = RowPairs(g, shape, n)
+    z = [tuple(map(Real, column(x, n, r, j))) for r in range(R)]
+    z = twiddle(roots, z, j, +1)
+    z = dft(z, +1)                                                                # F_R* (T* · x)
+    return [s for r in range(R) for s in rows.store(j, r*M, out, z[r])]
+  name, body = ("fft_join", join) if inverse else ("fft_split", split)
+  return g.finish(g.everywhere(RowPairs.count(shape), body), name)
 
 def conv_overlap_save(w:Tensor, k:Tensor, D:Tensor|None, N:int) -> Tensor:
   """c = k ∗ w + D w of a short filter and a long sequence, by transforms of length N.
@@ -750,13 +750,16 @@ def conv_overlap_save(w:Tensor, k:Tensor, D:Tensor|None, N:int) -> Tensor:
   front of it. What wraps around in the transform falls into those, whose outputs are dropped.
   """
   B, H, L = w.shape
-  n = N - k.shape[1] + 1
+  overlap = k.shape[1] - 1
+  n = N - overlap
   P = -(-L//n)
-  w = w.pad((None, None, (0, P*n-L))).reshape(B, H, P, n)
-  before = w[..., 2*n-N:].pad((None, None, (1, 0), None))[:, :, :P]                 # (B,H,P,N-n)
+  w = w.pad((0, P*n-L)).reshape(B, H, P, n)
+  ends = w[..., n-overlap:]                                                       # (B,H,P,K-1)
+  before = ends.pad((0, 0, 1, 0))[:, :, :P]
   w = before.cat(w, dim=-1).transpose(1, 2).reshape(B*P, H, N)
-  c = conv_one_launch(ConvArgs(k.unsqueeze(0), w, D), N)[..., N-n:]                 # (B P,H,n)
-  return c.reshape(B, P, H, n).transpose(1, 2).reshape(B, H, P*n)[..., :L]
+  c = conv_one_launch(ConvArgs(k.unsqueeze(0), w, D), N)
+  c = c[..., overlap:].reshape(B, P, H, n).transpose(1, 2)                        # (B,H,P,n)
+  return c.reshape(B, H, P*n)[..., :L]
 
 # ----------------------------------------------- state passing: an SSM's convolution at any length
 # A "walk" goes along a sequence in chunks of c steps, R chunks (a group) at a time. Here A, B, C
@@ -774,16 +777,19 @@ def ssm_conv_ref(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|
                  ) -> tuple[Tensor, Pair]:
   "The definition of `ssm_conv`, same arguments: a convolution for each chunk (of 4096 steps)."
   w = u if v is None else u*v
-  L, c, ys = u.shape[2], chunk or 4096, []
-  x = state or tuple(Tensor.zeros(u.shape[0], *A[0].shape, device=u.device) for _ in range(2))
-  for i in range(0, L, c):
+  c, ys = chunk or 4096, []
+  zeros = Tensor.zeros(u.shape[0], *A[0].shape, device=u.device)
+  x = state or (zeros, zeros)
+  for i in range(0, u.shape[2], c):
     piece = w[..., i:i+c]
     n = piece.shape[2]
     van = Vandermonde(A, n)
     zero_input = van.sum(cmul(cmul(C, A), x))                                     # 2 Re C A^(l+1) x
-    ys.append(conv_ref(piece, van.sum(cmul(C, B)), D) + zero_input)                 # k ∗ w + …
+    k = van.sum(cmul(C, B))                                                         # 2 Re C A^l B
+    ys.append(conv_ref(piece, k, D) + zero_input)
     zero_state = cmul(B, van.final_state(piece))                               # Σ_j A^(n-1-j) B w_j
-    x = tuple(map(operator.add, cmul(power(A, n), x), zero_state))                  # A^n x + …
+    A_n = power(A, n)
+    x = tuple(map(operator.add, cmul(A_n, x), zero_state))                          # A^n x + …
   y = Tensor.cat(*ys, dim=-1)
   return y if q is None else q*y, x
 
@@ -798,44 +804,46 @@ def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None
   in every argument. Raises ValueError when shapes don't fit.
   Source: paper section 4 (state passing); not in the official code.
   """
-  u, D, v, q, *pairs = on_one_device(u, D, v, q, *A, *B, *C, *(state or ()))
-  A, B, C, *states = zip(pairs[0::2], pairs[1::2])
+  tensors = on_one_device(u, D, v, q, *A, *B, *C, *(state or ()))
+  check_ssm_shapes(tensors, chunk)
+  u, D, v, q, *parts = tensors
+  A, B, C, *states = zip(parts[0::2], parts[1::2])
   state = states[0] if states else None
-  check_ssm_shapes(u, A, B, C, D, v, q, state, chunk)
-  names = tuple(k for k, x in zip("uvq", (u, v, q)) if x is not None)
-  M = A[0].shape[-1]
-  spec = walk_spec(names, u, 2*M, chunk)
-  if spec is None or not kernels_serve(u, v, q, D, *pairs):
-    return ssm_conv_ref(u, A, B, C, D, v, q, state, chunk)
-  states = spec.B, spec.H, spec.S
-  if state is None: x0 = Tensor.zeros(*states, device=u.device).contiguous()
+  rows = {name: x for name, x in zip("uvq", (u, v, q)) if x is not None}
+  M = A[0].shape[1]
+  spec = walk_spec(tuple(rows), u, 2*M, chunk) if kernels_serve(*tensors) else None
+  if spec is None: return ssm_conv_ref(u, A, B, C, D, v, q, state, chunk)
+
+  shape = spec.B, spec.H, spec.S
+  if state is None: x0 = Tensor.zeros(*shape, device=u.device).contiguous()
   else: x0 = Tensor.cat(*state, dim=-1)
   Q, P, a = walk_tables(A, B, C, D, spec.c)
-  inputs = [x.flatten() for x in (u, v, q) if x is not None]
-  out, = launch(bound(walk_kernel, spec=spec), [(spec.state_at + prod(states),)],
-                [x0.flatten(), Q, P, a, *inputs], bound(walk_backward, spec=spec))
-  y, x = out[:u.numel()].reshape(u.shape), out[spec.state_at:].reshape(states)
+  inputs = [x0.flatten(), Q, P, a, *(x.flatten() for x in rows.values())]
+  size = spec.state_at + prod(shape)
+  kernel, backward = bound(walk_kernel, spec=spec), bound(walk_backward, spec=spec)
+  out, = launch(kernel, [(size,)], inputs, backward)
+  y = out[:u.numel()].reshape(u.shape)
+  x = out[spec.state_at:].reshape(shape)
   x = x[..., :M], x[..., M:]
   if rest := spec.L % spec.c:        # after the last whole chunk: A^rest x + Σ_j A^(rest-1-j) B w_j
-    w = u[..., -rest:] if v is None else u[..., -rest:]*v[..., -rest:]
-    new = (w.unsqueeze(-1)*Q[:, spec.c-rest:]).sum(2)                               # (B,H,S)
+    w = product([t[..., -rest:] for t in (u, v) if t is not None])
+    zero_state = (w.unsqueeze(-1)*Q[:, spec.c-rest:]).sum(2)                        # (B,H,S)
     re, im = cmul(power(A, rest), x)
-    x = re + new[..., :M], im + new[..., M:]
+    x = re + zero_state[..., :M], im + zero_state[..., M:]
   return y, x
 
-def check_ssm_shapes(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None, v:Tensor|None, q:Tensor|None,
-                     state:Pair|None, chunk:int|None) -> None:
-  n, H, L = u.shape if u.ndim == 3 else (0, 0, 0)
-  modes, states, M = (*A, *B, *C), state or (), A[0].shape[-1]
-  wanted = [(x, u.shape) for x in (v, q)] + [(D, (H,))]
-  wanted += [(x, (H, M)) for x in modes] + [(x, (n, H, M)) for x in states]
-  fits = all(x is None or x.shape == shape for x, shape in wanted)
-  if fits and 0 not in (n, H, L) and (chunk is None or chunk >= 1): return
-  got = [f"{k} {x.shape}" for k, x in zip("uvqD", (u, v, q, D)) if x is not None]
+def check_ssm_shapes(tensors:list[Tensor|None], chunk:int|None) -> None:
+  "Raises ValueError unless u, D, v, q, A, B, C and the state, in this order, fit together."
+  u = tensors[0].shape
+  batch, skip = u[:1], u[1:2]
+  modes = skip + tensors[4].shape[-1:]
+  wanted = [u, skip, u, u, *[modes]*6, *[batch + modes]*2]
+  fits = all(x is None or x.shape == shape for x, shape in zip(tensors, wanted))
+  if fits and len(u) == 3 and 0 not in u and (chunk is None or chunk >= 1): return
+  names = "u D v q A A B B C C state state".split()
+  got = [f"{name} {x.shape}" for name, x in zip(names, tensors) if x is not None]
   raise ValueError("ssm_conv: u, v, q are (B,H,L), A, B, C pairs of (H,M), D (H,), state a pair of "
-                   f"(B,H,M), chunk at least 1; got {', '.join(got)}, "
-                   f"A, B, C {[x.shape for x in modes]}, state {[x.shape for x in states]}, "
-                   f"chunk {chunk}")
+                   f"(B,H,M), chunk at least 1; got {', '.join(got)}, chunk {chunk}")
 
 class WalkSpec(NamedTuple):
   "Constants that a kernel of the walk is compiled for."
@@ -860,58 +868,68 @@ class WalkSpec(NamedTuple):
 
 def walk_spec(names:tuple[str, ...], u:Tensor, S:int, chunk:int|None) -> WalkSpec|None:
   "Chunks as large as shared memory allows; None where no kernel serves."
-  if not FLASH: return None
-  (B, H, L), m = u.shape, machine(u.device)
-  c, R = min(chunk or CHUNK, 128, L), 8 if m.gpu else 32
+  B, H, L = u.shape
+  m = machine(u.device)
+  c = min(chunk or CHUNK, 128, L)
+  R = 8 if m.gpu else 32
   def fits(c:int) -> bool:
-    rows, sums = (R+1)*(S+c), (S+c)*c + c*S + S
+    rows = (R+1)*(S+c)
+    sums = (S+c)*c + c*S + S
     return not m.gpu or 4*(2*rows + sums) <= m.shared
   while c > 1 and not fits(c): c //= 2
+  if not fits(c) or (m.gpu and S > WALK_THREADS): return None     # a thread has a single column
   if B*H*L*4 < ONE_CORE: m = m._replace(cores=1)
-  return WalkSpec(names, m, B, H, L, S, c, min(R, -(-L//c))) if fits(c) else None
+  return WalkSpec(names, m, B, H, L, S, c, min(R, -(-L//c)))
 
-def walk_tables(A:Pair, B:Pair, C:Pair, D:Tensor|None, c:int) -> tuple[Tensor, Tensor, Tensor]:
-  "Q (H,c,S), P above T (H,S+c,c), with D on T's diagonal, and a (H,S): all for rows x_n, w_n."
-  pw = [stored(p) for p in powers(A, c + 1)]                                        # (H,M,c+1)
-  from0, from1 = (tuple(p[..., i:i+c] for p in pw) for i in range(2))
-  def column(z:Pair) -> Pair: return z[0].unsqueeze(-1), z[1].unsqueeze(-1)
-  k = 2*cmul(column(cmul(C, B)), from0)[0].sum(-2)                                  # (H,c)
-  if D is not None: k = k + D.unsqueeze(-1).pad((None, (0, c-1)))
-  T = k.pad((None, (c-1, 0))).unfold(-1, c, 1).flip(1)                             # T[j,l] = k[l-j]
-  P, Q = cmul(column(C), from1), cmul(column(B), from0)
-  Q = Tensor.cat(*Q, dim=1).flip(-1).transpose(1, 2)
-  P = Tensor.cat(2*P[0], -2*P[1], T, dim=1)
-  return stored(Q), stored(P), stored(Tensor.cat(*(p[..., c] for p in pw), dim=1))
+def walk_tables(A:Pair, B:Pair, C:Pair, D:Tensor|None, c:int) -> list[Tensor]:
+  "Q (H,c,S), P above T (H,S+c,c), with D on T's diagonal, and a (H,S)."
+  A_powers = [stored(p) for p in powers(A, c + 1)]                                  # (H,M,c+1)
+  def times_powers(z:Pair, first:int) -> Pair:
+    "z A^l, first ≤ l < first + c: (H,M,c)."
+    A_l = [p[..., first:first+c] for p in A_powers]
+    return cmul([p.unsqueeze(-1) for p in z], A_l)
+  re, _ = times_powers(cmul(C, B), 0)
+  k = 2*re.sum(1)                                                                   # (H,c)
+  if D is not None: k = k + D.unsqueeze(-1).pad((0, c-1))
+  T = k.pad((c-1, 0)).unfold(-1, c, 1).flip(1)                                     # T[j,l] = k[l-j]
+  re, im = times_powers(C, 1)
+  P = Tensor.cat(2*re, -2*im, T, dim=1)
+  Q = Tensor.cat(*times_powers(B, 0), dim=1)
+  Q = Q.flip(-1).transpose(1, 2)
+  a = Tensor.cat(*(p[..., c] for p in A_powers), dim=1)
+  return [stored(Q), stored(P), stored(a)]
 
 def walk_backward(dout:Tensor, out:Tensor, *inputs:Tensor, spec:WalkSpec) -> list[Tensor]:
   "The gradients of the walk's inputs, in their order."
-  (x0, Q, P, a, *args), S = inputs, spec.S
-  PT = P[:, :S].transpose(1, 2)
-  TQ = Tensor.cat(P[:, S:].transpose(1, 2), Q.transpose(1, 2), dim=1)
-  sizes = [(x.numel(),) for x in inputs]
-  kept = (spec.H*spec.groups*S,)          # scratch: one row's state at the beginning of each group
-  # only dq needs P, and tinygrad's OpenCL miscounts where a kernel does not use an argument
+  x0, Q, P, a, *rows = inputs                                         # P above T: (H,S+c,c)
+  PT = P[:, :spec.S].transpose(1, 2)
+  T = P[:, spec.S:]
+  TQ = Tensor.cat(T.transpose(1, 2), Q.transpose(1, 2), dim=1)
+  # tinygrad's OpenCL counts an argument that a kernel does not use wrongly: only dq needs P
   last = [P] if "q" in spec.names else []
-  dx0, dQ, dP, da, _, *d = launch(
-    bound(walk_gradient_kernel, spec=spec), [*sizes[:4], kept, *sizes[4:]],
-    [dout, x0, Q, a, PT, TQ, *args, *last], no_second_gradient("ssm_conv"))
-  return [d.reshape(x.shape) for d, x in zip((dx0, dQ, dP, da, *d), inputs)]
+  sizes = [(x.numel(),) for x in inputs]
+  kept = (spec.H*spec.groups*spec.S,)          # states at the beginning of each group, of one row
+  kernel = bound(walk_gradient_kernel, spec=spec)
+  grads = launch(kernel, [*sizes[:4], kept, *sizes[4:]],
+                 [dout, x0, Q, a, PT, TQ, *rows, *last], no_second_gradient("ssm_conv"))
+  del grads[4]                                                            # kept
+  return [d.reshape(x.shape) for d, x in zip(grads, inputs)]
 
 @functools.cache
-def walk_kernel(out:UOp, x0:UOp, Q:UOp, P:UOp, a:UOp, *args:UOp, spec:WalkSpec) -> UOp:
+def walk_kernel(out:UOp, x0:UOp, Q:UOp, P:UOp, a:UOp, *rows:UOp, spec:WalkSpec) -> UOp:
   "y and, behind it, the state after the last whole chunk."
-  w, x, S, c, R = Walk(spec), named(spec.names, args), spec.S, spec.c, spec.R
+  S, c, R = spec.S, spec.c, spec.R
+  w, x = Walk(spec), named(spec.names, rows)
   X = Matrix(w, R+1, S+c)                                              # rows [x_n | w_n]
-  w.b = w.begin(spec.B)
-  w.copy(X.row(R), w.state(x0))
-  w.g = w.begin(spec.groups)
-  w.advance(X, Q, a, x)
-  def put(r:UOp, l:UOp, y:UOp) -> Stores:
-    return w.store(r, l, out, y if x.q is None else y*w.load(r, l, x.q))
-  w.product(R, c, S+c, X, w.table(P), put)                                     # y_n = P x_n + T w_n
-  w.end(w.g)
-  w.copy(w.state(out, spec.state_at), X.row(spec.last))
-  w.end(w.b)
+  def put_y(r:UOp, l:UOp, y:UOp) -> Stores:
+    if x.q is not None: y = y*w.load(r, l, x.q)
+    return w.store(r, l, out, y)
+  with w.over(spec.B) as w.b:
+    w.copy(X.row(R), w.state(x0))
+    with w.over(spec.groups) as w.g:
+      w.advance(X, Q, a, x)
+      w.product(R, c, S+c, X, w.table(P), put_y)                               # y_n = P x_n + T w_n
+    w.copy(w.state(out, spec.state_at), X.row(spec.last))
   return w.finish("ssm_walk")
 
 @functools.cache
@@ -922,82 +940,95 @@ def walk_gradient_kernel(dx0:UOp, dQ:UOp, dP:UOp, da:UOp, kept:UOp, *buffers:UOp
 
   buffers: the gradients of u, v, q, as far as given; dout, x0, Q, a, PT, TQ; u, v, q; and with q, P.
   """
-  n = len(spec.names)
+  S, c, R, n = spec.S, spec.c, spec.R, len(spec.names)
   d, x = named(spec.names, buffers), named(spec.names, buffers[n+6:])
   dout, x0, Q, a, PT, TQ = buffers[n:n+6]
-  w, S, c, R = Walk(spec), spec.S, spec.c, spec.R
-  X, E = Matrix(w, R+1, S+c), Matrix(w, R+1, S+c)               # rows [x_n | w_n], [e_(n-1) | dx_n]
+  w = Walk(spec)
+  X = Matrix(w, R+1, S+c)                                          # rows [x_n | w_n]
+  E = Matrix(w, R+1, S+c)                                          # rows [e_(n-1) | dx_n]
   e, dx, next_dx = E.part(1, 0), E.part(0, c), E.part(1, c)        # row n: e_n, dx_n, dx_(n+1)
-  sP, sQ, sa = Matrix(w, S+c, c), Matrix(w, c, S), Matrix(w, 1, S) # sums over all chunks
-  for total in (sP, sQ, sa): w.fill(total, total.rows, total.cols, lambda r, j: ZERO.uop)
-  w.b = w.begin(spec.B)
+  sP = Matrix(w, S+c, c)                                           # sums over all chunks
+  sQ = Matrix(w, c, S)
+  sa = Matrix(w, 1, S)
+  final = w.state(dout, spec.state_at)
 
-  w.copy(X.row(R), w.state(x0))
   def kept_state(mem:UOp) -> Value:
     return lambda i: mem[(w.h*spec.groups + w.g)*S + i]
-  w.g = w.begin(spec.groups)
-  w.copy(kept_state(kept), X.row(R))
-  w.advance(X, Q, a, x)
-  w.end(w.g)
-
-  back = w.begin(spec.groups)                                     # from the last group to the first
-  w.g = spec.groups - 1 - back
-  w.copy(X.row(R), kept_state(kept.after(*w.done)))
-  w.advance(X, Q, a, x)
-  final = w.state(dout, spec.state_at)
   def own(r:UOp, i:UOp) -> UOp:
     "The gradient of the final state, which enters where that state is read."
     return (back.eq(0) & r.eq(spec.last)).where(final(i), 0.0)
   def from_next(i:UOp) -> UOp:
     "dx_R, which is dx_0 of the group after this one."
     return back.eq(0).where(own(UOp.const(R, dtypes.weakint), i), dx(0, i))
-  w.copy(dx.row(R), from_next)
-  w.fill(e, R, c, lambda r, j: w.load(r, j, dout, x.q))                            # e = q dy
-  w.product(R, S, c, e, w.table(PT), dx.put, own)                                  # Pᵀ e_n
-  w.scan(dx, a, back=True)                                                         # += a* dx_(n+1)
   def put_dq(r:UOp, l:UOp, y:UOp) -> Stores:
     return w.store(r, l, d.q, y*w.load(r, l, dout))
-  if x.q is not None: w.product(R, c, S+c, X, w.table(buffers[-1]), put_dq)        # dq = y dy
   def put_dw(r:UOp, j:UOp, dw:UOp) -> Stores:
     if x.v is None: return w.store(r, j, d.u, dw)
-    du, dv = dw*w.load(r, j, x.v), dw*w.load(r, j, x.u)
-    return [*w.store(r, j, d.u, du), *w.store(r, j, d.v, dv)]
-  w.product(R, c, S+c, e, w.table(TQ), put_dw)                                # Tᵀ e_n + Qᵀ dx_(n+1)
-  w.product(S+c, c, R, X.transposed, e, sP.put, sP)                                # dP, dT
-  w.product(c, S, R, X.part(0, S).transposed, next_dx, sQ.put, sQ)                 # dQ
-  r = w.begin(R)
-  def add_da(_:UOp, i:UOp) -> Stores:
-    return sa.add(0, i, cmul(conj(X.pair(r, i)), next_dx.pair(r, i)))
-  w.each(1, S//2, add_da)
-  w.end(r, barrier=False)
-  w.end(back)
+    du = dw*w.load(r, j, x.v)
+    dv = dw*w.load(r, j, x.u)
+    return w.store(r, j, d.u, du) + w.store(r, j, d.v, dv)
 
-  w.copy(w.state(dx0), dx.row(0))
-  w.end(w.b)
+  for total in (sP, sQ, sa): w.fill(total, total.rows, total.cols, zero)
+  with w.over(spec.B) as w.b:
+    w.copy(X.row(R), w.state(x0))
+    with w.over(spec.groups) as w.g:
+      w.copy(kept_state(kept), X.row(R))
+      w.advance(X, Q, a, x)
+    with w.over(spec.groups) as back:                             # from the last group to the first
+      w.g = spec.groups - 1 - back
+      w.copy(X.row(R), kept_state(kept.after(*w.done)))
+      w.advance(X, Q, a, x)
+      w.copy(dx.row(R), from_next)
+      w.fill(e, R, c, lambda r, j: w.load(r, j, dout, x.q))                        # e = q dy
+      w.product(R, S, c, e, w.table(PT), dx.put, own)                              # Pᵀ e_n
+      w.scan(dx, a, back=True)                                                     # += a* dx_(n+1)
+      if x.q is not None: w.product(R, c, S+c, X, w.table(buffers[-1]), put_dq)    # dq = y dy
+      w.product(R, c, S+c, e, w.table(TQ), put_dw)                            # Tᵀ e_n + Qᵀ dx_(n+1)
+      w.product(S+c, c, R, X.transposed, e, sP.put, sP)                            # dP, dT
+      w.product(c, S, R, X.part(0, S).transposed, next_dx, sQ.put, sQ)             # dQ
+      with w.over(R, barrier=False) as r:
+        def add_da(_:UOp, i:UOp) -> Stores:
+          da = cmul(conj(X.pair(r, i)), next_dx.pair(r, i))                        # x_n* dx_(n+1)
+          return sa.add(0, i, da)
+        w.each(1, S//2, add_da)
+    w.copy(w.state(dx0), dx.row(0))
+
   for total, out in ((sP, dP), (sQ, dQ), (sa, da)):
-    def place(r:UOp, j:UOp) -> UOp: return out[(w.h*total.rows + r)*total.cols + j]
+    def place(r:UOp, j:UOp) -> UOp:
+      row = w.h*total.rows + r
+      return out[row*total.cols + j]
     w.fill(place, total.rows, total.cols, total)
   return w.finish("ssm_walk_grad")
+
+def zero(r:UOp, j:UOp) -> UOp:
+  return ZERO.uop
 
 class Matrix:
   """A matrix, or a part of one, in shared memory (GPU) or on a core's stack, used after all that is
   `done`. Its memory has one axis: with two, tinygrad would lose the condition of a store."""
   def __init__(self, walk:Walk, rows:int, cols:int, mem:UOp|None=None, first:int=0):
-    self.walk, self.rows, self.cols, self.first = walk, rows, cols, first
+    self.walk, self.first = walk, first
+    self.rows, self.cols = rows, cols
     self.mem = walk.memory(rows*cols) if mem is None else mem
   def __call__(self, r:UOp|int, j:UOp) -> UOp:
-    return self.mem.after(*self.walk.done)[r*self.cols + self.first + j]
-  def row(self, r:int) -> Value: return lambda i: self(r, i)
-  def transposed(self, r:UOp, j:UOp) -> UOp: return self(j, r)
-  def put(self, r:UOp, j:UOp, x:UOp) -> Stores: return [self(r, j).store(x)]
+    i = r*self.cols + self.first + j
+    return self.mem.after(*self.walk.done)[i]
+  def part(self, r:int, j:int) -> Matrix:
+    "What begins at row r and column j."
+    first = self.first + r*self.cols + j
+    return Matrix(self.walk, self.rows, self.cols, self.mem, first)
+  def row(self, r:int) -> Value:
+    return lambda i: self(r, i)
+  def transposed(self, r:UOp, j:UOp) -> UOp:
+    return self(j, r)
+  def put(self, r:UOp, j:UOp, x:UOp) -> Stores:
+    return [self(r, j).store(x)]
   def pair(self, r:UOp, i:UOp) -> Pair:
     "Complex number i of the state in row r."
-    return self(r, i), self(r, self.walk.spec.S//2 + i)
+    return self(r, i), self(r, self.walk.M + i)
   def add(self, r:UOp, i:UOp, z:Pair) -> Stores:
-    return [place.store(place + x) for place, x in zip(self.pair(r, i), z)]
-  def part(self, r:int, j:int) -> Matrix:
-    "The part that begins at row r and column j; its rows are as far apart."
-    return Matrix(self.walk, self.rows, self.cols, self.mem, self.first + r*self.cols + j)
+    places = self.pair(r, i)
+    return [place.store(place + x) for place, x in zip(places, z)]
 
 class Walk(Workers):
   """The workers on one channel, walking along its sequences: b is the row of the batch, g the
@@ -1006,47 +1037,57 @@ class Walk(Workers):
   g: UOp
   def __init__(self, spec:WalkSpec):
     super().__init__(spec.machine, spec.H)
-    self.spec, self.done, self.slots = spec, self.outer, itertools.count()
+    self.spec = spec
+    self.M = spec.S//2                 # complex numbers of a state
+    self.done = self.outer
+    self.slots = itertools.count()
     if self.m.gpu: self.t = UOp.special(WALK_THREADS, "lidx0")
   def memory(self, size:int, shared:bool=True) -> UOp:
     space = AddrSpace.LOCAL if self.m.gpu and shared else AddrSpace.REG
     return UOp.placeholder((size,), dtypes.float, slot=next(self.slots), addrspace=space)
-  def begin(self, n:int) -> UOp:
-    "Begins a loop: all stages up to its `end` are inside it."
+  @contextlib.contextmanager
+  def over(self, n:int, barrier:bool=True):
+    """A loop around the stages of a `with` block. What one turn has read the next one may
+    overwrite: that takes a barrier of its own on a GPU, unless each worker has places of its
+    own."""
     i = self.loop(n, AxisType.REDUCE)
     self.done = *self.done, i
-    return i
-  def end(self, i:UOp, barrier:bool=True):
-    """Ends the loop over i. The next iteration may overwrite what this one has read: that takes a
-    barrier of its own on a GPU, unless each worker only touches places of its own."""
+    yield i
     done = UOp.group(*self.done)
-    self.done = (done.barrier() if self.m.gpu and barrier else done).end(i),
+    if self.m.gpu and barrier: done = done.barrier()
+    self.done = done.end(i),
   def finish(self, name:str) -> UOp:
     s = self.spec
     return super().finish(UOp.group(*self.done), f"{name}_{s.B}x{s.H}x{s.L}")
 
   def state(self, x:UOp, first:int=0) -> Value:
-    "The S numbers of this row and channel in x, which from `first` on is a flat (B,H,S)."
-    return lambda i: x[first + (self.b*self.spec.H + self.h)*self.spec.S + i]
-  def table(self, x:UOp) -> Value: return lambda r, j: x[self.h, r, j]
+    "This row's and channel's numbers of x, which from `first` on is a flat (B,H,S)."
+    s = self.spec
+    return lambda i: x[first + (self.b*s.H + self.h)*s.S + i]
+  def table(self, x:UOp) -> Value:
+    return lambda r, j: x[self.h, r, j]
   def place(self, r:UOp, j:UOp) -> tuple[UOp, UOp|None]:
     "The index of step j of chunk r in a flat (B,H,L), and whether it is before the end."
     s = self.spec
-    i = (self.g*s.R + r)*s.c + j
-    ok = None if s.L % (s.R*s.c) == 0 else i < s.L
-    return (self.b*s.H + self.h)*s.L + i, ok
-  def load(self, r:UOp, j:UOp, *factors:UOp|None) -> UOp|None:
-    "The product of the factors at step j of chunk r, 0 past the end; None without factors."
-    (i, ok), factors = self.place(r, j), [f for f in factors if f is not None]
-    if not factors: return None
-    return product([f[i] if ok is None else ok.where(f[i.valid(ok)], 0.0) for f in factors])
+    sequence = self.b*s.H + self.h
+    step = (self.g*s.R + r)*s.c + j
+    ok = step < s.L if s.L % (s.R*s.c) else None
+    return sequence*s.L + step, ok
+  def load(self, r:UOp, j:UOp, *factors:UOp|None) -> UOp:
+    "The product of the factors at step j of chunk r, 0 past the end."
+    i, ok = self.place(r, j)
+    factors = [f for f in factors if f is not None]
+    if ok is None: return product([f[i] for f in factors])
+    return product([ok.where(f[i.valid(ok)], 0.0) for f in factors])
   def store(self, r:UOp, j:UOp, out:UOp, x:UOp) -> Stores:
     i, ok = self.place(r, j)
     return [only_if(ok, out[i].store(x))]
 
   def fill(self, to:Callable, rows:int, cols:int, value:Value):
+    "to(row, col) = value(row, col), for all."
     self.each(rows, cols, lambda r, j: [to(r, j).store(value(r, j))])
   def copy(self, to:Value, source:Value):
+    "to(i) = source(i), for all numbers of a state."
     self.each(1, self.spec.S, lambda _, i: [to(i).store(source(i))])
   def each(self, rows:int, cols:int, body:Body):
     "The stores of body(row, col), for all rows and cols."
@@ -1062,24 +1103,25 @@ class Walk(Workers):
     self.done = UOp.group(*stores),
 
   def product(self, rows:int, cols:int, K:int, a:Callable, b:Callable, put:Body,
-              start:Value=lambda r, j: ZERO.uop):
+              start:Value=zero):
     """The stores put(row, col, sum) of a matrix product: sum = start(row, col) + Σ_k a(row, k)
     b(k, col). A tile of sums stays in private memory."""
     tile = self.gpu_tile(rows, cols) if self.m.gpu else self.cpu_tile(rows, cols)
     rows, width = list(enumerate(tile.rows)), tile.width
     sums = self.memory(len(rows)*width, shared=False)
+    def each(mem:UOp, value:Callable) -> UOp:
+      "The sums in mem become value(row, column, sum)."
+      def column(j:UOp, z:UOp|int) -> Stores:
+        places = [(r, mem[i*width + z]) for i, (r, _) in rows]
+        return [s.store(value(r, j, s)) for r, s in places]
+      return tile.columns(column)
     new = sums.after(*self.done, *tile.loops)
-    def begin(j:UOp, z:UOp|int) -> Stores:
-      return [new[i*width + z].store(start(r, j)) for i, r in rows]
-    sums = sums.after(tile.columns(begin))
+    sums = sums.after(each(new, lambda r, j, _: start(r, j)))
     k = self.loop(K, AxisType.REDUCE)
-    s = sums.after(k)
-    def add(j:UOp, z:UOp|int) -> Stores:
-      y = b(k, j)
-      return [s[i*width + z].store(s[i*width + z] + a(r, k)*y) for i, r in rows]
-    sums = sums.after(tile.columns(add).end(k))
+    added = each(sums.after(k), lambda r, j, s: s + a(r, k)*b(k, j))
+    sums = sums.after(added.end(k))
     stores = []
-    for (i, r), ok in zip(rows, tile.conditions):
+    for i, (r, ok) in rows:
       def finished(j:UOp, z:UOp|int) -> Stores:
         return [only_if(ok, s) for s in put(r, j, sums[i*width + z])]
       stores.append(tile.columns(finished))
@@ -1087,48 +1129,56 @@ class Walk(Workers):
   def gpu_tile(self, rows:int, cols:int) -> Tile:
     "Some rows of one column for each thread."
     workers = max(1, WALK_THREADS//cols)                               # threads that share a column
-    places = [self.t//cols + i*workers for i in range(-(-rows//workers))]
     uneven = WALK_THREADS % cols > 0
-    conditions = [(r < rows) & (self.t < workers*cols) if uneven or (i+1)*workers > rows else None
-                  for i, r in enumerate(places)]
-    def columns(body:Callable) -> UOp: return UOp.group(*body(self.t % cols, 0))
-    return Tile([r.minimum(rows-1) for r in places], conditions, 1, (), columns)
+    def row(first:int) -> tuple[UOp, UOp|None]:
+      r, ok = self.t//cols + first, None
+      if uneven or first + workers > rows: ok = (r < rows) & (self.t < workers*cols)
+      return r.minimum(rows-1), ok
+    def columns(body:Callable) -> UOp:
+      return UOp.group(*body(self.t % cols, 0))
+    return Tile([row(first) for first in range(0, rows, workers)], 1, (), columns)
   def cpu_tile(self, rows:int, cols:int) -> Tile:
     "A tile in three quarters of the registers, which divides the product, with the fewest loads."
-    def vectors(n:int) -> int: return -(-n//self.m.lanes)
-    def divisors(n:int) -> list[int]: return [d for d in range(1, n+1) if n % d == 0]
-    n, width = min(((r, c) for r in divisors(rows) for c in divisors(cols)
-                    if r*vectors(c) <= self.m.registers*3//4),
-                   key=lambda t: ((t[0] + vectors(t[1]))/(t[0]*t[1]), -t[1]))
-    loops = self.loop(rows//n), self.loop(cols//width)
+    def vectors(n:int) -> int:
+      return -(-n//self.m.lanes)
+    def divisors(n:int) -> list[int]:
+      return [d for d in range(1, n+1) if n % d == 0]
+    def loads(size:tuple[int, int]) -> tuple[float, int]:
+      n, width = size
+      return (n + vectors(width))/(n*width), -width
+    sizes = itertools.product(divisors(rows), divisors(cols))
+    most = self.m.registers*3//4
+    n, width = min(((n, c) for n, c in sizes if n*vectors(c) <= most), key=loads)
+    down, across = loops = self.loop(rows//n), self.loop(cols//width)
     def columns(body:Callable) -> UOp:
       z = self.loop(width)
-      return UOp.group(*body(loops[1]*width + z, z)).end(z)
-    return Tile([loops[0]*n + i for i in range(n)], [None]*n, width, loops, columns)
+      return UOp.group(*body(across*width + z, z)).end(z)
+    return Tile([(down*n + i, None) for i in range(n)], width, loops, columns)
 
   def advance(self, X:Matrix, Q:UOp, a:UOp, x:ConvArgs):
     "Rows [x_n | w_n] of group g, the state after the group before being in row R."
-    s = self.spec
-    S, c, R = s.S, s.c, s.R
+    S, c, R = self.spec.S, self.spec.c, self.spec.R
+    w, next_x = X.part(0, S), X.part(1, 0)
     self.copy(X.row(0), X.row(R))
-    w = X.part(0, S)
-    self.fill(w, R, c, lambda r, j: self.load(r, j, x.u, x.v))
-    self.product(R, S, c, w, self.table(Q), X.part(1, 0).put)                      # Q w_n
+    def load_w(r:UOp, j:UOp) -> UOp:
+      return self.load(r, j, x.u, x.v)
+    self.fill(w, R, c, load_w)
+    self.product(R, S, c, w, self.table(Q), next_x.put)                            # Q w_n
     self.scan(X, a, back=False)                                                    # += a x_n
   def scan(self, X:Matrix, a:UOp, back:bool):
     "x_(r+1) += a x_r from r = 0 on, or back: x_r += a* x_(r+1), with the states x the rows of X."
-    M, r = self.spec.S//2, self.begin(self.spec.R)
-    before, now = (self.spec.R - r, self.spec.R - 1 - r) if back else (r, r + 1)
-    def body(_:UOp, m:UOp) -> Stores:
-      factor = a[self.h, m], a[self.h, M+m]
-      return X.add(now, m, cmul(conj(factor) if back else factor, X.pair(before, m)))
-    self.each(1, M, body)
-    self.end(r, barrier=False)
+    R = self.spec.R
+    with self.over(R, barrier=False) as r:
+      before, now = (R - r, R - 1 - r) if back else (r, r + 1)
+      def body(_:UOp, m:UOp) -> Stores:
+        factor = a[self.h, m], a[self.h, self.M + m]
+        if back: factor = conj(factor)
+        return X.add(now, m, cmul(factor, X.pair(before, m)))
+      self.each(1, self.M, body)
 
 class Tile(NamedTuple):
-  "The part of a matrix product that one worker does at a time: rows, and `width` columns."
-  rows: list[UOp]
-  conditions: list[UOp|None]         # whether a row is the worker's
+  "What one worker does of a matrix product at a time: rows, and `width` columns."
+  rows: list[tuple]                  # each with the condition under which it is the worker's
   width: int
   loops: tuple[UOp, ...]             # over tiles
   columns: Callable                  # the stores of body(column, its number in the tile)
@@ -1136,7 +1186,8 @@ class Tile(NamedTuple):
 def only_if(ok:UOp|None, store:UOp) -> UOp:
   "The store, made where ok."
   if ok is None: return store
-  (mem, i), x = store.src[0].src, store.src[1]
+  place, x = store.src
+  mem, i = place.src
   return mem[i.valid(ok)].store(x)
 
 # So short a chunk needs no FFT: at 32 steps T is a quarter of the work, and an FFT of 2,048 steps
@@ -1147,7 +1198,8 @@ CHUNK = 32
 WALK_THREADS = 128                   # of a GPU's work group
 
 # --------------------------------------------------- powers of complex numbers, and sums over them
-def power(a:Pair, n:int) -> Pair: return tuple(p[..., 1] for p in powers(a, 2, n))
+def power(a:Pair, n:int) -> Pair:
+  return tuple(p[..., 1] for p in powers(a, 2, n))
 
 def powers(a:Pair, n:int, step:int=1) -> Pair:
   """a^l for l = 0, step, …, (n-1)*step on a new last axis: a (…) -> (…,n).
@@ -1158,9 +1210,9 @@ def powers(a:Pair, n:int, step:int=1) -> Pair:
   if n > 16:
     J = 1 << n.bit_length() // 2
     I = -(-n//J)
-    lo, hi = (map(stored, powers(a, *sizes)) for sizes in ((J, step), (I, J*step)))
-    both = cmul([t.unsqueeze(-1) for t in hi], [t.unsqueeze(-2) for t in lo])       # (…,I,J)
-    return tuple(t.flatten(-2)[..., :n] for t in both)
+    lo = [stored(p).unsqueeze(-2) for p in powers(a, J, step)]                      # (…,1,J)
+    hi = [stored(p).unsqueeze(-1) for p in powers(a, I, J*step)]                    # (…,I,1)
+    return tuple(p.flatten(-2)[..., :n] for p in cmul(hi, lo))
   const = tuple(p.detach().unsqueeze(-1) for p in a)
   def by_bits(l:Tensor) -> Pair:
     out, square = (const[0].const_like(1), const[0].const_like(0)), const
@@ -1183,25 +1235,30 @@ class Vandermonde:
   columns. The official sum has one level, src/ops/vandermonde.py:47-58.
   """
   def __init__(self, A:Pair, L:int):
-    self.L, self.J = L, 1 << ((L-1).bit_length() + 1) // 2
-    self.I, self.M = -(-L // self.J), A[0].shape[-1]
+    self.L = L
+    self.J = 1 << ((L-1).bit_length() + 1) // 2
+    self.I = -(-L // self.J)
     self.hi = powers(A, self.I, self.J)                             # (H,M,I) each
     self.lo = stored(Tensor.cat(*powers(A, self.J), dim=-2))        # (H,2M,J), re above im
 
   def sum(self, c:Pair) -> Tensor:
     "2 Re Σ_n c[n] A[n]^l, l < L: c (…,H,M) -> (…,H,L)."
-    re, im = cmul([p.unsqueeze(-1) for p in c], self.hi)
-    left = Tensor.cat(2*re, -2*im, dim=-2).transpose(-1, -2)        # (…,H,I,2M)
-    y = matmul(left, self.lo.expand(*left.shape[:-2], -1, -1))      # (…,H,I,J)
+    c = [p.unsqueeze(-1) for p in c]
+    re, im = cmul(c, self.hi)
+    left = Tensor.cat(2*re, -2*im, dim=-2)
+    left = left.transpose(-1, -2)                                   # (…,H,I,2M)
+    right = self.lo.expand(*left.shape[:-2], -1, -1)
+    y = matmul(left, right)                                         # (…,H,I,J)
     return y.flatten(-2)[..., :self.L]
 
   def final_state(self, w:Tensor) -> Pair:
     "The transpose: Σ_j A^(L-1-j) w[j], w (…,H,L) -> (…,H,M)."
     missing = self.I*self.J - self.L
-    x = w.flip(-1).pad((None,)*(w.ndim-1) + ((0, missing),))
+    x = w.flip(-1).pad((0, missing))
     x = x.reshape(*w.shape[:-1], self.I, self.J)
-    x = (x @ self.lo.transpose(-1, -2)).transpose(-1, -2)           # (…,H,2M,I)
-    re, im = cmul((x[..., :self.M, :], x[..., self.M:, :]), self.hi)
+    x = x @ self.lo.transpose(-1, -2)
+    x = x.transpose(-1, -2)                                         # (…,H,2M,I)
+    re, im = cmul(x.chunk(2, dim=-2), self.hi)
     return re.sum(-1), im.sum(-1)
 
 # ---------------------------------------------------------------- launching a kernel
@@ -1228,12 +1285,13 @@ def launch(kernel:Callable, outputs:Sequence[Shape|Tensor], inputs:Sequence[Tens
     raise ValueError("launch: with several outputs there is no gradient.")
   gradient = tinygrad_gradient(gradient)
   if any(isinstance(x, Tensor) for x in outputs):
-    def new(shape:Shape) -> Tensor:
-      return Tensor.empty(*shape, dtype=dtypes.float, device=inputs[0].device)
-    outputs = [x if isinstance(x, Tensor) else new(x) for x in outputs]
+    def buffer(x:Shape|Tensor) -> Tensor:
+      if isinstance(x, Tensor): return x
+      return Tensor.empty(*x, dtype=dtypes.float, device=inputs[0].device)
     # contiguous() of a part of a buffer is a view, without it there would be a copy
     inputs = [x.contiguous() if x.uop.base.op is Ops.BUFFER else x for x in inputs]
-    return Tensor.custom_kernel(*outputs, *inputs, fxn=kernel, grad_fxn=gradient)[:len(outputs)]
+    written = Tensor.custom_kernel(*map(buffer, outputs), *inputs, fxn=kernel, grad_fxn=gradient)
+    return written[:len(outputs)]
   params = tuple(x.uop.param_like(i) for i, x in enumerate(inputs))
   body = function_body(kernel, tuple(outputs), params)
   call = body.call(*(x.uop for x in inputs), grad_fxn=gradient, precompile=True)
@@ -1244,12 +1302,14 @@ def launch(kernel:Callable, outputs:Sequence[Shape|Tensor], inputs:Sequence[Tens
 @functools.cache
 def function_body(kernel:Callable, shapes:tuple[Shape, ...], params:tuple[UOp, ...]) -> UOp:
   "The body of a FUNCTION: float32 buffers of these shapes, after the kernel has written them."
-  device = params[0].device
-  # tinygrad puts the buffers of a caller in their place; slots below 0 are those of no other
-  args = [ParamArg(-1-i, dtypes.float, device=device) for i in range(len(shapes))]
-  buffers = [UOp(Ops.BUFFER, src=(shape_to_shape_arg(s),), arg=a) for s, a in zip(shapes, args)]
+  def buffer(i:int, shape:Shape) -> UOp:
+    # tinygrad puts the buffers of a caller in their place; slots below 0 are those of no other
+    arg = ParamArg(-1-i, dtypes.float, device=params[0].device)
+    return UOp(Ops.BUFFER, src=(shape_to_shape_arg(shape),), arg=arg)
+  buffers = itertools.starmap(buffer, enumerate(shapes))
   written = UOp.custom_kernel(*buffers, *params, fxn=kernel)[:len(shapes)]
-  if not isinstance(written[0].src[1].src[0].arg, KernelInfo):
+  _, call = written[0].src
+  if not isinstance(call.src[0].arg, KernelInfo):
     raise ValueError("launch: the sink of a kernel needs a KernelInfo, or nothing would run.")
   return UOp.maketuple(*written)
 
@@ -1263,7 +1323,8 @@ def tinygrad_gradient(gradient:Callable|str) -> Callable:
     dy = Tensor(dy.src[0] if dy.op is Ops.CONTIGUOUS else dy)
     # a kernel takes whole what several devices have in parts
     if dy.uop.axis is not None: dy = dy.to(dy.device[0]).shard(dy.device)
-    grads = gradient(dy, Tensor(call.gettuple(0)), *(Tensor(x) for x in call.src[1:]))
+    y, *inputs = map(Tensor, (call.gettuple(0), *call.src[1:]))
+    grads = gradient(dy, y, *inputs)
     return tuple(None if g is None else g.uop for g in grads)
   return grad_fxn
 
@@ -1288,22 +1349,28 @@ tensor.pm_early_transform_tensor_graph = PatternMatcher([
    lambda c, x: x if c.tag is None and x.has_buffer_identity(after_ok=True) else None)
 ]) + tensor.pm_early_transform_tensor_graph
 
+def in_function(f:Callable, x:Tensor, gradient:Callable) -> Tensor:
+  "f(x), of UOps, inside a FUNCTION."
+  body = UOp.maketuple(f(x.uop.param_like(0)))
+  call = body.call(x.uop, grad_fxn=tinygrad_gradient(gradient))
+  return Tensor(call.gettuple(0))
+
 def stored(x:Tensor) -> Tensor:
   """Writes x to memory before it is used, as x.contiguous() does.
 
   After x.contiguous(), reading a Tensor that depends on it makes the gradients before it zero.
   """
   if x.uop.has_buffer_identity() or x.device is None: return x
-  body = UOp.maketuple(x.uop.param_like(0).contiguous())
-  return Tensor(body.call(x.uop, grad_fxn=tinygrad_gradient(same_gradient)).gettuple(0))
+  return in_function(UOp.contiguous, x, same_gradient)
 
 def stored_backward(x:Tensor) -> Tensor:
   "Returns x. The gradient that arrives is written to memory before it is used."
-  body = UOp.maketuple(x.uop.param_like(0))
-  return Tensor(body.call(x.uop, grad_fxn=tinygrad_gradient(stored_gradient)).gettuple(0))
+  return in_function(lambda param: param, x, stored_gradient)
 
-def same_gradient(dy:Tensor, y:Tensor, x:Tensor) -> tuple[Tensor]: return dy,
-def stored_gradient(dy:Tensor, y:Tensor, x:Tensor) -> tuple[Tensor]: return stored(dy),
+def same_gradient(dy:Tensor, y:Tensor, x:Tensor) -> tuple[Tensor]:
+  return dy,
+def stored_gradient(dy:Tensor, y:Tensor, x:Tensor) -> tuple[Tensor]:
+  return stored(dy),
 
 def on_one_device(*tensors:Tensor|None) -> list[Tensor|None]:
   """Returns the Tensors, those without a device on that of the others.
@@ -1311,14 +1378,17 @@ def on_one_device(*tensors:Tensor|None) -> list[Tensor|None]:
   tinygrad gives constants (`Tensor.eye`, `arange`, `linspace`, `Tensor(3)`) no device and no
   storage; a kernel needs both. Adding a zero that has them keeps the value and the gradient.
   """
-  given = [t.device for t in tensors if t is not None and t.device is not None]
-  zero = device_zero(given[0] if given else Device.DEFAULT)
-  def placed(t:Tensor) -> Tensor: return t + zero.cast(strong_dtype(t.dtype))
-  return [t if t is None or t.device is not None else placed(t) for t in tensors]
+  devices = [t.device for t in tensors if t is not None]
+  zero = device_zero(next(filter(None, devices), Device.DEFAULT))
+  def placed(t:Tensor|None) -> Tensor|None:
+    if t is None or t.device is not None: return t
+    return t + zero.cast(strong_dtype(t.dtype))
+  return list(map(placed, tensors))
 
 @functools.cache
 def device_zero(device:str|tuple[str, ...]) -> Tensor:
-  return constant(np.zeros(1), device).reshape(())
+  zero = constant(np.zeros(1), device)
+  return zero.reshape(())
 
 def constant(x:np.ndarray, device:str, dtype:type=np.float32) -> Tensor:
   "A Tensor realised at once, even while a TinyJit captures, so that replays do not make it again."
@@ -1348,7 +1418,8 @@ def replaceable(f:Callable) -> Callable:
   """
   @functools.wraps(f)
   def call(*args, **options):
-    y = FAST[f.__name__](*args, **options) if FLASH and f.__name__ in FAST else None
+    fast = FAST.get(f.__name__) if FLASH else None
+    y = fast(*args, **options) if fast else None
     return f(*args, **options) if y is None else y
   return call
 
@@ -1364,14 +1435,17 @@ def lookup(table:Tensor, ids:Tensor) -> Tensor:
   Differentiable in the table.
   """
   ids, table = on_one_device(ids, table)
-  onehot = ids.unsqueeze(-1) == Tensor.arange(table.shape[0])
-  if table.shape[0] <= 1024: return matmul(onehot.float(), widened(table))   # its gradient is fast
-  rows = onehot.unsqueeze(-1).where(table, 0).sum(-2, dtype=table.dtype)     # becomes a load
-  return widened(rows)
+  onehot = ids.unsqueeze(-1) == Tensor.arange(table.shape[0])                       # (…,V)
+  if table.shape[0] <= 1024: return matmul(onehot.float(), widened(table))   # for its gradient
+  # a look-up: tinygrad makes one load of this sum
+  rows = onehot.unsqueeze(-1).where(table, 0)
+  return widened(rows.sum(-2, dtype=table.dtype))
 
 def overwrite(old:Sequence[Tensor], new:Sequence[Tensor]) -> None:
   "Writes new, realised Tensors into old ones; nothing where a kernel has done so already."
-  moved = [o.assign(n.detach()) for o, n in zip(old, new) if n.uop.base is not o.uop.base]
+  moved = []
+  for o, n in zip(old, new):
+    if n.uop.base is not o.uop.base: moved.append(o.assign(n.detach()))
   if moved: Tensor.realize(*moved)
 
 # What a matrix of weights may be kept in; all else is float32. A bfloat16 is the upper half of a
@@ -1380,8 +1454,9 @@ WEIGHTS = {"float32": dtypes.float, "float16": dtypes.half, "bfloat16": dtypes.u
 
 def widened(x:Tensor|UOp) -> Tensor|UOp:
   "Returns weights as float32."
-  if x.dtype == dtypes.ushort: return (x.cast(dtypes.uint) << 16).bitcast(dtypes.float)
-  return x.cast(dtypes.float) if x.dtype == dtypes.half else x
+  if x.dtype == dtypes.half: return x.cast(dtypes.float)
+  if x.dtype != dtypes.ushort: return x
+  return (x.cast(dtypes.uint) << 16).bitcast(dtypes.float)
 
 # ------------------------------------------------------------- selfcheck, and the kernels' sources
 def selfcheck(device:str|None=None) -> float:
@@ -1389,7 +1464,8 @@ def selfcheck(device:str|None=None) -> float:
 
   Returns the worst relative error; RuntimeError, which names the kernel, past 1e-4.
   """
-  device, rng, worst = device or Device.DEFAULT, np.random.default_rng(0), 0.0
+  device, worst = device or Device.DEFAULT, 0.0
+  rng = np.random.default_rng(0)
   def draw(shape:Shape) -> Tensor:
     return Tensor(rng.standard_normal(shape).astype(np.float32), device=device).realize()
   for name, (f, plain, output, *shapes) in CHECKS.items():
@@ -1410,37 +1486,43 @@ def selfcheck(device:str|None=None) -> float:
     worst = max(worst, error)
   return worst
 
+BACKENDS = {"cuda": (cstyle.CUDARenderer, "sm_86"), "metal": (cstyle.MetalRenderer, ""),
+            "opencl": (cstyle.OpenCLRenderer, "")}
+
 def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, int]]:
   """Returns {name: (source, bytes of shared memory)} of the convolution's kernels, on any machine.
 
   backend: "cuda", "metal" or "opencl". Rows of length L in one launch, and a two-level transform of
   four times that.
   """
-  language = {"cuda": cstyle.CUDARenderer, "metal": cstyle.MetalRenderer,
-              "opencl": cstyle.OpenCLRenderer}[backend]
-  arch = "sm_86" if backend == "cuda" else ""
+  language, arch = BACKENDS[backend]
   r = object.__new__(language)       # without its compiler, which another machine may have
   cstyle.CStyleLanguage.__init__(r, Target(backend.upper(), arch=arch))
   r.tensor_cores = []
   m, N = Machine(True, 1, r.shared_max, True), fft_length(L, L)
-  def source(kernel:Callable, *shapes:Shape, **options) -> tuple[str, tuple[str, int]]:
-    buffers = [UOp.placeholder(s, dtypes.float, slot=i) for i, s in enumerate(shapes)]
-    program = to_program(kernel(*buffers, **options), r)
-    shared = sum(4*u.max_numel() for u in program.src[1].src
-                 if u.op is Ops.BUFFER and u.addrspace is AddrSpace.LOCAL)
-    return program.arg.name, (program.src[2].arg, shared)
-  rows, D, filters, roots = (B, H, L), (H,), (1, H, L), (2, RADIX, N//RADIX)
-  args = filters, rows, D, rows, rows
-  X, K = (B//2, 4*H, 2, N), (1, 4*H, 2, N)
-  outer_roots, long_rows = (2, 4, N), (B, H, 2*N)           # of a transform of length 4N
   gated = ConvSpec(("k", "u", "D", "v", "q"), m, Finish(True), RowPairs)
-  inner = ConvSpec(("k", "u"), m, Finish(False), ComplexRows)
-  return dict([source(conv_kernel, rows, roots, *args, spec=gated),
-               source(conv_gradient_kernel, filters, rows, rows, rows, roots, rows, *args,
-               spec=gated), source(split_kernel, X, outer_roots, long_rows, m=m),
-               source(join_kernel, long_rows, outer_roots, X, m=m, shape=long_rows),
-               source(conv_kernel, X, roots, K, X, spec=inner),
-               source(conv_gradient_kernel, K, X, roots, X, K, X, spec=inner)])
+  parts = ConvSpec(("k", "u"), m, Finish(False), ComplexRows)
+  roots = 2, RADIX, N//RADIX
+  k, u, D = (1, H, L), (B, H, L), (H,)
+  outer_roots, far = (2, 4, N), (B, H, 2*N)
+  X = B//2, 4*H, 2, N                                # far rows, in sub-transforms
+  K = 1, 4*H, 2, N                                   # and their filter
+  kernels = [  # and the shapes of its buffers, outputs first
+    (bound(conv_kernel, spec=gated), u, roots, k, u, D, u, u),
+    (bound(conv_gradient_kernel, spec=gated), k, u, u, u, roots, u, k, u, D, u, u),
+    (bound(outer_kernel, m=m, shape=far, inverse=False), X, outer_roots, far),
+    (bound(outer_kernel, m=m, shape=far, inverse=True), far, outer_roots, X),
+    (bound(conv_kernel, spec=parts), X, roots, K, X),
+    (bound(conv_gradient_kernel, spec=parts), K, X, roots, X, K, X)]
+  sources = {}
+  for kernel, *shapes in kernels:
+    buffers = [UOp.placeholder(s, dtypes.float, slot=i) for i, s in enumerate(shapes)]
+    program = to_program(kernel(*buffers), r)
+    _, linear, source, *_ = program.src
+    memory = [u for u in linear.src if u.op is Ops.BUFFER and u.addrspace is AddrSpace.LOCAL]
+    shared = sum(4*u.max_numel() for u in memory)
+    sources[program.arg.name] = source.arg, shared
+  return sources
 
 def main(argv:list[str]|None=None) -> int:
   ap = argparse.ArgumentParser(
@@ -1450,7 +1532,7 @@ def main(argv:list[str]|None=None) -> int:
     print(f"error: {message} (--help; timings: python support/bench.py conv)", file=sys.stderr)
     sys.exit(2)
   ap.error = fail
-  ap.add_argument("--render", choices=["cuda", "metal", "opencl"],
+  ap.add_argument("--render", choices=BACKENDS,
                   help="print the kernels' source for it, on any machine, and stop")
   ap.add_argument("--lengths", type=int, nargs="+", metavar="L", help="of --render, default 2048")
   a = ap.parse_args(argv)
@@ -1459,9 +1541,13 @@ def main(argv:list[str]|None=None) -> int:
     lengths = a.lengths or [2048]
     if max(lengths) > 2048 or min(lengths) < 64:
       ap.error("--render takes lengths from 64 to 2048, what one launch takes at 32 KB")
-    for L in lengths:
-      for source, shared in render(a.render, L).values():
-        print(f"// {shared} bytes of shared memory\n{source}\n")
+    try:
+      for L in lengths:
+        for source, shared in render(a.render, L).values():
+          print(f"// {shared} bytes of shared memory\n{source}\n", flush=True)
+    except BrokenPipeError:                  # the reader of our pipe, `head` say, has had enough
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      return 141
     return 0
   sys.modules.setdefault("flashconv", sys.modules[__name__])  # support.cpu imports this very module
   from support.cpu import setup_device

@@ -281,6 +281,14 @@ def test_flashconv_command_bad_input(argv, capsys):
   said = capsys.readouterr()
   assert stop.value.code == 2 and said.err.startswith("error: ") and said.err.count("\n") == 1 and not said.out
 
+def test_render_ends_quietly_when_nobody_reads(monkeypatch):
+  nobody, pipe = os.pipe()
+  os.close(nobody)
+  monkeypatch.setattr(flashconv, "render", lambda *_: {"kernel": ("source", 0)})
+  with open(pipe, "w") as out:
+    monkeypatch.setattr(sys, "stdout", out)
+    assert flashconv.main(["--render", "metal"]) == 141
+
 # ================================================================ the CPU's kernels
 
 def close(got:Tensor, a:np.ndarray, b:np.ndarray) -> None:
@@ -727,6 +735,13 @@ def test_ssm_conv_refuses_shapes(bad):
   modes = (3, 4), (3, 4)
   with pytest.raises(ValueError, match="ssm_conv"):
     ssm_conv(**{k: tensor(x) for k, x in ({"u": (2, 3, 10), "A": modes, "B": modes, "C": modes} | bad).items()})
+
+@pytest.mark.parametrize("S,serves", [(128, True), (160, False)])
+def test_walk_serves_states_up_to_a_work_group(S, serves, monkeypatch):
+  "on a GPU, whose threads have one column each"
+  gpu = flashconv.Machine(True, 1, 1 << 20, True)
+  monkeypatch.setattr(flashconv, "machine", lambda device: gpu)
+  assert (flashconv.walk_spec(("u",), Tensor.empty(1, 2, 30), S, 4) is not None) == serves
 
 # ---------------------------------------------------------------- how kernels are run
 
