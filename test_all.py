@@ -2418,7 +2418,7 @@ def printed(capsys):
   return run
 
 @pytest.fixture
-def refused(capsys):
+def rejected(capsys):
   "A function that runs a command line, which ends in one line with all these words and status 2"
   def run(module:ModuleType, command:str, *words:str) -> str:
     err = one_line(capsys, module, shlex.split(command))
@@ -2452,7 +2452,7 @@ def test_texts(piece, tmp_path, monkeypatch):
     assert texts.read_texts(str(file)) == [SAMPLE], name
 
 def test_zstandard_in_frames(tmp_path):
-  "Frames one after the other and what is to be skipped between them; a cut file is refused."
+  "Frames one after the other and what is to be skipped between them; a cut file is rejected."
   zstandard = pytest.importorskip("zstandard")
   if texts.zstd() is not zstandard: pytest.skip("Python's own reader")
   some, skipped = zstandard.compress(PLAIN), struct.pack("<II", 0x184D2A50, 3) + b"abc"
@@ -2550,11 +2550,11 @@ def test_tables_of_glue(encoding, tmp_path):
     assert [[label, *row] for label, row in zip(labels, some)] == want, text
     assert lines[0] == 1 + (text[:2] not in ("gj", "a\t")), text        # after the header
 
-def test_gpt2_without_network(tmp_path, monkeypatch, refused):
+def test_gpt2_without_network(tmp_path, monkeypatch, rejected):
   tiktoken = pytest.importorskip("tiktoken")
   def no_network(name): raise OSError
   monkeypatch.setattr(tiktoken, "get_encoding", no_network)
-  refused(train, f"{' '.join(TINY)} --tokenizer gpt2 --out {tmp_path/'out'}", "TIKTOKEN_CACHE_DIR")
+  rejected(train, f"{' '.join(TINY)} --tokenizer gpt2 --out {tmp_path/'out'}", "TIKTOKEN_CACHE_DIR")
 
 def test_programming_errors_keep_their_traceback(monkeypatch):
   monkeypatch.setattr(train, "train", lambda *a: 1/0)
@@ -2643,12 +2643,12 @@ def start(args:str, out:Path) -> subprocess.Popen:
   pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   return subprocess.Popen(command, env=os.environ | {"DEV": Device.DEFAULT}, **pipes)
 
-def test_from_outside(again, tmp_path, refused):
+def test_from_outside(again, tmp_path, rejected):
   "A second run is told to go elsewhere; Ctrl-C, as a terminal sends it, saves, and frees the folder."
   p = start(f"{again} --steps 100000 --log-every 5 --eval-every 100000", tmp_path)
   for line in p.stdout:
     if line.startswith("step"): break
-  refused(train, f"{again} --steps 1 --out {tmp_path}", f"another run trains into {tmp_path}")
+  rejected(train, f"{again} --steps 1 --out {tmp_path}", f"another run trains into {tmp_path}")
   p.send_signal(signal.SIGINT)
   stdout, stderr = p.communicate(timeout=60)
   assert p.returncode == 130 and "Traceback" not in stderr, stderr
@@ -2782,7 +2782,7 @@ def test_init_takes_weights_and_shape(run8, done, tmp_path, instant):
   assert json.loads(meta["config"])["d_model"] == 16
   assert json.loads(meta["held_out"])[0][0] == 0          # evaluated where it starts
 
-def test_a_task_is_registered_in_one_place(tmp_path, instant, monkeypatch, printed, refused, capsys):
+def test_a_task_is_registered_in_one_place(tmp_path, instant, monkeypatch, printed, rejected, capsys):
   monkeypatch.setattr(train, "TASKS", {**train.TASKS})
   @train.task("copying", "what stood before a gap", causal=True, model="h3", batch=4, length=6, steps=2,
               weight_decay=0.1, gap=3, options=lambda add: add("--gap N", int, None, "length of the gap", fixed=True))
@@ -2797,9 +2797,9 @@ def test_a_task_is_registered_in_one_place(tmp_path, instant, monkeypatch, print
   assert "2 steps of 4 x 13 = 52 tokens" in said
   assert "held out: 2.164 bits per symbol; symbols at random: 3.000" in said
   assert json.loads(metadata(at(tmp_path))["args"])["gap"] == 2
-  refused(train, "--gap 2", "--gap is for --task copying")
-  refused(train, "--task copying --model bert", "is not for --model bert")
-  refused(train, f"--resume --gap 1 --out {tmp_path}", "--gap 1 differs from the checkpoint's 2")
+  rejected(train, "--gap 2", "--gap is for --task copying")
+  rejected(train, "--task copying --model bert", "is not for --model bert")
+  rejected(train, f"--resume --gap 1 --out {tmp_path}", "--gap 1 differs from the checkpoint's 2")
   with pytest.raises(SystemExit): train.main(["--help"])
   assert "copying: what stood before a gap" in capsys.readouterr().out
 
@@ -3027,7 +3027,7 @@ def test_sampling():
   both = gen.sample(np.array([[9.0, 0], [0, 9.0]]), r, temperature=0.1)
   assert both.tolist() == [0, 1]
 
-def test_logits_that_are_not_finite(done, tmp_path, refused):
+def test_logits_that_are_not_finite(done, tmp_path, rejected):
   "No token is drawn from them, and no likelihood or score is made of them: one line."
   r = np.random.default_rng(0)
   for bad in [np.nan, 1.0], [1.0, np.inf], [-np.inf, -np.inf]:
@@ -3040,7 +3040,7 @@ def test_logits_that_are_not_finite(done, tmp_path, refused):
   save_checkpoint(str(path), damaged, meta)
   text.write_text('{"context": "a", "choices": ["b"], "answer": 0}\n')
   for use in ("--prompt a", f"--window 64 --perplexity {text}", f"--window 64 --score {text}"):
-    refused(gen, f"--model {path} {use}", "not finite")
+    rejected(gen, f"--model {path} {use}", "not finite")
 
 def test_stream_is_whole_characters_and_stops():
   def feed(stop:str|None, data:bytes) -> list[str]:
@@ -3187,7 +3187,7 @@ PLACES = ("mat", "hat", "bed", "log", "box")
 TALE = "".join(f"the {a} {b} sat on the {c}.\n" for a, b in SUBJECTS for c in PLACES) * 4
 
 @slow
-def test_mlm_learns_goes_on_longer_and_fills(tmp_path, printed, refused):
+def test_mlm_learns_goes_on_longer_and_fills(tmp_path, printed, rejected):
   """Far above the baseline; at 4 times the length, with the position table copied, still so (of a
   text so simple the loss is nearly 0, so no ratio; README has that of a real one); a masked word of
   a line gets as many letters as the words that stand there, and such letters (be it a fog)."""
@@ -3206,9 +3206,9 @@ def test_mlm_learns_goes_on_longer_and_fills(tmp_path, printed, refused):
   assert re.fullmatch(r"the old [cdhf][aoe][tgnx] sat on the mat\.", filled[0])
   assert filled[1].count("'") == 6
   printed(gen, f"{ask} мир[MASK][MASK]é")                                # bytes that are no characters
-  refused(gen, f"{ask} 'no mask'", "wants a text with [MASK]")
-  refused(gen, f"{ask} [MASK]{'x'*99}", "positions for 48")
-  refused(gen, f"--model {model} --prompt x", "ask it with --fill")
+  rejected(gen, f"{ask} 'no mask'", "wants a text with [MASK]")
+  rejected(gen, f"{ask} [MASK]{'x'*99}", "positions for 48")
+  rejected(gen, f"--model {model} --prompt x", "ask it with --fill")
 
 def test_figures_count_what_a_batch_holds(tmp_path, instant, monkeypatch, printed):
   """Tokens a second are the batch's, not --length times --batch; the loss held out is the mean over
@@ -3356,7 +3356,7 @@ OPTIONS = [
   ("language", "arguments: --steps 3", "--reproduce --steps 3"),
   ("language", "at least 1", "--reproduce --seeds 0")]
 
-def test_bad_input_of_the_papers_programs(tmp_path, monkeypatch, refused):
+def test_bad_input_of_the_papers_programs(tmp_path, monkeypatch, rejected):
   "One line that names the program, status 2, nothing written."
   monkeypatch.chdir(tmp_path)
   Path("good").write_text(GOOD)
@@ -3365,7 +3365,7 @@ def test_bad_input_of_the_papers_programs(tmp_path, monkeypatch, refused):
   for program, words, options, *text in [*OPTIONS, *tables]:
     for t in text: Path("train").write_text(t + GOOD*(t == "label\ttext\n"))
     before = {*tmp_path.rglob("*")}
-    err = refused(importlib.import_module(f"papers.{program}"), options, words)
+    err = rejected(importlib.import_module(f"papers.{program}"), options, words)
     assert err.startswith(f"papers/{program}.py: error: ") and {*tmp_path.rglob("*")} == before, err
 
 def test_metrics():
@@ -3466,7 +3466,7 @@ def test_listops():
       assert value(tokens) == label and not tokens
 
 def test_images(tmp_path, monkeypatch):
-  "From both kinds of file; what is no image is refused"
+  "From both kinds of file; what is no image is rejected"
   monkeypatch.chdir(tmp_path)
   x, y = rng.integers(0, 256, (40, 9)), rng.integers(0, 3, 40) * 5
   table, test = np.column_stack([y, x]), dict(x_test=x[:5], y_test=y[:5])
@@ -3649,11 +3649,11 @@ def test_benchmarks(command, row, rows, monkeypatch, printed):
   ("conv --batch x", "not a whole number"), ("states 0", "at least 1"),
   ("generate 9B", "no model is called '9B'"), ("fast", "invalid choice"),
   ("start", "failed: out of luck\n")])
-def test_benchmarks_bad_input(command, words, monkeypatch, refused):
+def test_benchmarks_bad_input(command, words, monkeypatch, rejected):
   monkeypatch.setitem(bench.BENCHMARKS, "start", lambda: bench.child("-c", "exit('out of luck')"))
-  refused(bench, command, words)
+  rejected(bench, command, words)
 
-def test_all_benchmarks_in_turn(monkeypatch, refused):
+def test_all_benchmarks_in_turn(monkeypatch, rejected):
   "Without a command; the first that fails ends it, with its status."
   commands = []
   def run(command:list[str]) -> SimpleNamespace:
@@ -3662,7 +3662,7 @@ def test_all_benchmarks_in_turn(monkeypatch, refused):
   with monkeypatch.context() as m:
     m.setattr(subprocess, "run", run)
     assert bench.main([]) == 3 and commands == ["conv", "states", "train"]
-  with Context(FLASH=0): refused(bench, "conv", "FLASH=0 turns off")
+  with Context(FLASH=0): rejected(bench, "conv", "FLASH=0 turns off")
 
 # ================================================================ which file imports which
 
