@@ -3746,7 +3746,7 @@ def test_benchmarks(command, row, rows, monkeypatch, printed):
     monkeypatch.setattr(bench, name, value)
   if command: monkeypatch.setattr(bench, "JOBS", {job: JOBS[job]})
   monkeypatch.setattr(H3Config, "named", lambda size: TWIN)
-  if job == "generate":              # models that compile nothing: sessions have a test of their own
+  if job == "generate":              # sessions have a test of their own
     def captured(session, shape, capacity):
       inputs = Tensor(np.zeros(shape, np.int32)).realize()
       return lambda tokens: Tensor(np.zeros((2, 20))), inputs
@@ -3828,7 +3828,7 @@ SHORT = [
    "--d-model 16 --n-layer 1 --n-heads 2 --d-state 4"),
   (r"--accumulate", "--batch 4"), (r"--truncate", "--truncate 24"), (r"--resume", "--steps 2"),
   (r"generate\.py", "--tokens 2"), (r"generate\.py.*--perplexity", "--window 16"),
-  (r"--model (125M|1\.3B)", "--tokenizer bytes"),
+  (r"--model (125M|1\.3B)", "--tokenizer bytes"), (r"--render", "--lengths 64"),
   (r"bench\.py conv", "--lengths 40 --batch 1 --channels 8 --plain 0")]
 PROGRAMS = {
   "train.py": train, "generate.py": gen, "flashconv.py": flashconv, "support/bench.py": bench,
