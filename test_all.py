@@ -2611,11 +2611,13 @@ def test_run_leaves_what_it_promises(done, again, tmp_path, instant, printed):
   log, picture = tmp_path/"a"/"table.csv", tmp_path/"picture.svg"
   said = printed(train, f"{again} --steps 2 --seed 1 --out {out} --log {log} --plot {picture} "
                         "--sample-every 1 --sample 5")
-  assert said.count("--- a sample ---") == 2 and re.search(r"^step 2/2 .* \d\.\d\d GB$", said, re.M)
+  assert said.count("--- a sample ---") == 2
+  assert re.search(r"^step 2/2 .* \d\.\d\d GB$", said, re.M)
   assert len(log.read_text().splitlines()) == 3
   if MATPLOTLIB: assert "<svg" in picture.read_text()
   kept, whole = (out/"checkpoint.1.safetensors").read_bytes(), at(done).read_bytes()
-  assert kept == whole != at(out).read_bytes() and checkpoints.find(str(out)) == at(out)
+  assert kept == whole != at(out).read_bytes()
+  assert checkpoints.find(str(out)) == at(out)
 
 def same_runs(a:Path, b:Path) -> None:
   "Weights, moments and log of two runs are the same to the bit."
@@ -2714,7 +2716,8 @@ def test_damage_is_seen(done, tmp_path, capsys):
   before.write_bytes(whole)
   said = resumed()
   assert "truncated" in said and "going on from the one before" in said
-  assert (tmp_path/f"{gen.CHECKPOINT}.damaged").read_bytes() == whole[:-1] and not path.exists()
+  assert (tmp_path/f"{gen.CHECKPOINT}.damaged").read_bytes() == whole[:-1]
+  assert not path.exists()
   assert resumed() == ""                                  # as after a kill between two renames
   before.write_bytes(whole[:-9])
   path.write_bytes(whole[:99])
@@ -2751,9 +2754,11 @@ def test_loss_that_is_not_finite(again, tmp_path, instant, monkeypatch, capsys):
   assert stop.value.code == 2 and err.count("\n") == 1
   assert "step 8, for the third time in a row" in err
   # step 3 starts where step 1 did, step 7 from what step 4 saved
-  assert same(seen[2], seen[0]) and not same(seen[3], seen[0])
+  assert same(seen[2], seen[0])
+  assert not same(seen[3], seen[0])
   saved = at(tmp_path/"one")
-  assert same(seen[6], seen[4]) and same(seen[4], weights(saved))
+  assert same(seen[6], seen[4])
+  assert same(seen[4], weights(saved))
   assert [row[0] for row in json.loads(metadata(saved)["losses"])] == [1, 3, 4]
   seen.clear()
   monkeypatch.setattr(train, "RECOVERED", 1)              # none is in a row with another
@@ -2786,10 +2791,12 @@ def test_checkpoints_of_other_versions(lack, more, columns, run8, tmp_path, inst
   now = metadata(at(tmp_path))
   kept, resumed = json.loads(now["losses"]), json.loads(now["args"])
   want = [*losses[0], *[np.nan]*4][:4]
-  assert len(kept) == 9 and np.array_equal(kept[0], want, equal_nan=True)
+  assert len(kept) == 9
+  assert np.array_equal(kept[0], want, equal_nan=True)
   for k in args.keys() & resumed.keys() - {"steps", "out", "resume", *train.SHAPE}:
     assert resumed[k] == args[k], k
-  assert resumed["dtype"] == "float32" and len((tmp_path/"log.csv").read_text().splitlines()) == 10
+  assert resumed["dtype"] == "float32"
+  assert len((tmp_path/"log.csv").read_text().splitlines()) == 10
 
 def test_init_takes_weights_and_shape(run8, done, tmp_path, instant):
   args, _ = train.resolve_args(f"--init {at(done)} --lr 1e-4".split())
@@ -3003,7 +3010,8 @@ def test_parameter_groups():
 def test_schedule():
   rates = [train.learning_rate(step, 100, 1.0, 10) for step in range(100)]
   assert [rates[i] for i in (0, 9, 10)] == [0.1, 1.0, 1.0]
-  assert rates[55] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1, abs=1e-3)
+  assert rates[55] == pytest.approx(0.55)
+  assert rates[99] == pytest.approx(0.1, abs=1e-3)
   assert rates[10:] == sorted(rates[10:], reverse=True)
   assert train.learning_rate(0, 1, 1.0, 0) == 1.0
   assert train.learning_rate(99, 100, 1.0, 10, "linear") == pytest.approx(1/90)
@@ -3017,7 +3025,8 @@ def test_split_and_batches(again, tmp_path):
   one, two = train.text_task(args), train.text_task(args)
   for s in (0, 1, 77):
     x, y = batch = one.batch(s)
-    assert x.shape == (2, 16) and (np.array(batch) == two.batch(s)).all()
+    assert x.shape == (2, 16)
+    assert (np.array(batch) == two.batch(s)).all()
     assert (x[:, 1:] == y[:, :-1]).all()
     assert (x != one.batch(s+1)[0]).any()
   assert one.per_nat == pytest.approx(1/np.log(2), rel=1e-3)
@@ -3052,7 +3061,8 @@ def test_tokens_in_a_file(tmp_path, monkeypatch, capsys):
     for built in (1, 0):
       got, where = read(notes, other, tok=tok)
       assert ("kept" in capsys.readouterr().out) == built
-      assert isinstance(got, np.memmap) and (got == ids).all() and [*where] == [*ends]
+      assert isinstance(got, np.memmap)
+      assert (got == ids).all() and [*where] == [*ends]
   other.write_text("f"*500)
   assert read(notes, other, tok=tok)[0][-2] != got[-2]
   assert not [*(tmp_path/"cache").rglob("*.part")]
@@ -3176,7 +3186,8 @@ def test_windows():
     "parts: where each window begins, and how many tokens it adds"
     want = [stub_nll(ids[None, i:i+window+1])[0, -new:] for i, new in parts.items()]
     nats, windows = gen.document_nll(stub_nll, ids, window, stride)
-    assert windows == len(parts) and (nats == np.concatenate(want)).all()
+    assert windows == len(parts)
+    assert (nats == np.concatenate(want)).all()
   check(256, 128, {0: 128})
   check(128, 1, {0: 128})
   check(64, 32, {0: 64, 32: 32, 64: 32})
@@ -3215,7 +3226,8 @@ def test_score(done, tmp_path, monkeypatch, printed):
       for choice, (log_p, n) in zip(choices, got):
         ids = [256, *f"{before}{context}{space}{choice}".encode()]
         nll = stub_nll([ids[-window-1:]])[0]
-        assert n == len(f"{space}{choice}".encode()) and log_p == -nll[-int(n):].sum()
+        assert n == len(f"{space}{choice}".encode())
+        assert log_p == -nll[-int(n):].sum()
       best.append(int(got[:, 0].argmax()))
     return best
   Q = gen.Question
@@ -3242,12 +3254,15 @@ def test_masking():
   for run, most_alone, fewest_near, most_near in (1, 0.2, 0, 0.2), (6, 0.35, 0.5, 1):
     x, where, y = train.mask_out(r, rows.copy(), lengths, run, 62, 50)
     targets = y >= 0
-    assert x.shape == rows.shape and where.shape == y.shape == (400, 15)
-    assert targets.sum(1).tolist() == [6, 15, 15, 15]*100 and y.max() < 50
+    assert x.shape == rows.shape
+    assert where.shape == y.shape == (400, 15)
+    assert targets.sum(1).tolist() == [6, 15, 15, 15]*100
+    assert y.max() < 50
     assert (np.take_along_axis(rows, where, 1)[targets] == y[targets]).all()
     hidden = np.zeros(rows.shape, bool)
     hidden[np.nonzero(targets)[0], where[targets]] = True
-    assert (x == rows)[~hidden].all() and hidden.sum() == targets.sum()          # no place twice
+    assert (x == rows)[~hidden].all()
+    assert hidden.sum() == targets.sum()            # no place twice
     now = np.take_along_axis(x, where, 1)[targets]
     share = np.mean([now == 62, now == y[targets]], 1)
     assert np.abs(share - [0.8, 0.1 + 0.1/50]).max() < 0.02                      # 5 sigma
@@ -3384,7 +3399,8 @@ def test_classify_by_the_recipe_of_glue(tmp_path, capsys):
   task = finetune.classify_task(args)
   assert (args.steps, args.lr, task.schedule, task.labels) == (12, 2e-5, "linear", ["a", "b"])
   model = train.make_model(args, dataclasses.replace(task, vocab_size=119), start)
-  assert model.classifier.weight.shape == (2, 32) and "classifier" in capsys.readouterr().err
+  assert model.classifier.weight.shape == (2, 32)
+  assert "classifier" in capsys.readouterr().err
 
 def test_rows_of_texts(tmp_path):
   "[CLS] a [SEP] b [SEP] and its mask; the longer text is cut; numbers are classes in order"
@@ -3395,7 +3411,8 @@ def test_rows_of_texts(tmp_path):
   assert task.labels == ["9", "10"]
   for row, mask, label in zip(*task.batch(0)):
     want = long if label else short
-    assert row.tolist() == want + [pad]*(12 - len(want)) and mask.sum() == len(want)
+    assert row.tolist() == want + [pad]*(12 - len(want))
+    assert mask.sum() == len(want)
 
 GOOD = "a\ttext one\nb\ttext two\na\tthree\n" * 5
 TRAINED, HELD, COLUMNS = "--data train", "--data good --dev train", "--data train --columns "
@@ -3477,7 +3494,8 @@ def test_agreement_grammar():
   for n in (0, 1, 4)*40:
     words, verb, wrong = bigs.sentence(r, n, True)
     subject, *between = [number[w] for w in words[:verb] if w in nouns]
-    assert between == [1 - subject]*n and number[words[verb]] == subject == 1 - number[wrong]
+    assert between == [1 - subject]*n
+    assert number[words[verb]] == subject == 1 - number[wrong]
     assert {*words, wrong} <= {*bigs.WORDS} and len(words) <= 29
 
 @pytest.mark.parametrize("model", ["bigs", "h3"])
@@ -3506,7 +3524,8 @@ def test_agreement_task(model):
   good, bad = logits[each, right[:, 0]], logits[each, wrong[:, 0]]
   nats = np.log(np.exp(logits).sum(1)) - good
   assert loss == pytest.approx(nats.mean(), rel=1e-4)
-  assert (prefers == (good > bad)).all() and 0 < prefers.sum() < 8
+  assert (prefers == (good > bad)).all()
+  assert 0 < prefers.sum() < 8
   halves = {bigs.attractors(n): 0.5 for n in range(5)}
   assert task.metrics([(0, np.array([True, False]))]*5) == halves
 
@@ -3519,7 +3538,8 @@ def test_synthetic_tasks():
   for r in synthetic.recall(np.random.default_rng(0), 300, 20, 10).tolist():
     keys, values = r[:20:2], r[1:20:2]
     pairs = dict(zip(keys, values))
-    assert len(r) == 23 and r[20] == 8 and pairs[r[21]] == r[22]
+    assert len(r) == 23 and r[20] == 8
+    assert pairs[r[21]] == r[22]
     assert max(keys) < 4 <= min(values) <= max(values) < 8
     assert [pairs[k] for k in keys] == values
   args, task = paper_task("--task recall")
@@ -3528,13 +3548,15 @@ def test_synthetic_tasks():
   assert len(np.unique(np.concatenate(seen), axis=0)) == 5000
   assert len(task.held_out) == 10 and task.metrics_only == 5
   x, y = task.held_out[0]
-  assert len(x) == 100 and y[:, :-1].max() == -1 and y[:, -1].min() >= 4
+  assert len(x) == 100 and y[:, :-1].max() == -1
+  assert y[:, -1].min() >= 4
   chance = float(re.search(r"right at ([\d.]+)", task.baseline_name)[1])
   assert 0.43 < chance < 0.57                             # 0.503 of many; 3 standard errors
   hits = [(0, np.float32(n)) for n in [100]*5 + [40]*5]
   assert task.metrics(hits) == {"accuracy": 1.0, "accuracy at 40": 0.4}
   args, task = paper_task("--task induction --model transformer")
-  assert args.init_std == pytest.approx(0.1118, abs=1e-4) and task.baseline == math.log2(18)
+  assert args.init_std == pytest.approx(0.1118, abs=1e-4)
+  assert task.baseline == math.log2(18)
 
 def test_listops():
   "Values by another evaluator; lengths within bounds; the same row for the same seed"
@@ -3552,7 +3574,8 @@ def test_listops():
     assert all((a == b).all() for a, b in zip(task.batch(step), again.batch(step)))
     for row, mask, label in zip(*task.batch(step)):
       tokens = row[mask == 1].tolist()
-      assert 12 < len(tokens) < 120 and (row[mask == 0] == arena.PAD).all()
+      assert 12 < len(tokens) < 120
+      assert (row[mask == 0] == arena.PAD).all()
       assert value(tokens) == label and not tokens
 
 def test_images(tmp_path, monkeypatch):
@@ -3570,7 +3593,8 @@ def test_images(tmp_path, monkeypatch):
     assert args.length == 9 and task.labels == ["0", "5", "10"]
     assert len(task.held_out[0][0]) == held
     for tokens, mask, labels in (task.batch(0), *task.held_out):
-      assert mask.all() and [known[t.tobytes()] for t in tokens] == [*5*labels]
+      assert mask.all()
+      assert [known[t.tobytes()] for t in tokens] == [*5*labels]
   for i, text in enumerate(("a,b\n1,2", "1,2,300\n1,2,3", "", "1\n2")):
     (file := Path(f"{i}.csv")).write_text(text)
     with pytest.raises(texts.UserError, match=f"{file} is no table of images"):
@@ -3714,7 +3738,8 @@ def test_readme_of_the_papers(tmp_path, untrained, monkeypatch):
     else:
       args, start = train.resolve_args(options, program, "classify")
       assert train.make_model(args, train.TASKS[args.task].make(args), start)
-  assert len(looked) == 2 and len([*Path("reproduced").glob("*/table.csv")]) == 4
+  assert len(looked) == 2
+  assert len([*Path("reproduced").glob("*/table.csv")]) == 4
 
 # ================================================================ benchmarks
 
@@ -3813,7 +3838,8 @@ def test_readme_loop_of_ones_own(tmp_path, monkeypatch, capsys):
   exec(readme_python("@TinyJit"), names)
   losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
   assert len(losses) == 40 and np.isfinite(losses).all()
-  assert losses[19] < losses[0]/2 and losses[39] < losses[20]
+  assert losses[19] < losses[0]/2
+  assert losses[39] < losses[20]
 
 def readme_commands(file:str="README.md") -> dict[str, list[str]]:
   "A README's commands, by section."
