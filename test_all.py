@@ -613,7 +613,7 @@ def test_programs_on_disk_are_right_or_missing(monkeypatch):
   cpu.Programs()[key] = program
   assert key in cpu.Programs() and cpu.Programs().get(key) is program
   assert (*key[:-1], "other") not in cpu.Programs()
-  monkeypatch.setattr(cpu, "_compiler_macros", lambda: "another compiler")
+  monkeypatch.setattr(cpu, "compiler_macros", lambda: "another compiler")
   cpu.what_lowers.cache_clear()
   assert key not in cpu.Programs() and cpu.Programs().get(key) is None
   monkeypatch.undo()
@@ -862,11 +862,13 @@ def test_a_failed_realisation_leaves_the_graphs(monkeypatch):
 def square_kernel(y:UOp, x:UOp) -> UOp: return y[i := UOp.range(4, 0)].store(x[i]*x[i]).end(i).sink()
 
 def test_kernel_launch_refuses_what_would_be_wrong():
-  "a kernel that would not run, and a gradient of several outputs, of which tinygrad does not say which has one"
+  "a kernel that would not run; a gradient of several outputs: tinygrad does not say of which; to overwrite a view"
   x = Tensor(normal(4)).realize()
   with pytest.raises(ValueError, match="needs a KernelInfo"): flashconv.launch(square_kernel, [(4,)], [x], "none")
   with pytest.raises(ValueError, match="several outputs"):
     flashconv.launch(square_kernel, [(4,), (4,)], [x], lambda dy, y, x: (dy,))
+  for y in (x[1:], x.reshape(2, 2).transpose()):
+    with pytest.raises(ValueError, match="view"): flashconv.launch(square_kernel, [y], [x], "none")
 
 @pytest.mark.parametrize("impulse", [Tensor.eye(8)[:1].unsqueeze(0), Tensor.arange(8).reshape(1, 1, 8).float(),
                                      Tensor.linspace(0, 1, 8).reshape(1, 1, 8), Tensor.full((1, 1, 8), 0.5, buffer=False)])
