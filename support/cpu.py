@@ -247,9 +247,8 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
   row = lambda r: r if even else r.minimum(last)
 
   ga, gb = (0 if x.shape[0] == 1 else this_round//blocks if G == 1 else g for x in (A, B))
-  load = lambda x, at, transposed: widened(x[(at[0], at[2], at[1]) if transposed else at].load())
-  a = lambda r, k: load(A, (ga, r, k), ta)
-  b = lambda k, c: load(B, (gb, k, c), tb)
+  a = lambda r, k: widened((A[ga, k, r] if ta else A[ga, r, k]).load())
+  b = lambda k, c: widened((B[gb, c, k] if tb else B[gb, k, c]).load())
   c = lambda C, r, col: C[g, col, r] if swapped else C[g, r, col]
 
   def pack_panels() -> UOp:
@@ -268,7 +267,8 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
     "pa[i] = A[tile i, k0:k0+kb]^T"
     i, p, r = loop(mb), loop(kb), loop(mt)
     pa = body.array(mb, kb, mt)
-    store = pa.after(tile_loop, pb)[i, p, r].store(a(row((tile + i)*mt + r), k0 + p))
+    x = a(row((tile + i)*mt + r), k0 + p)
+    store = pa.after(tile_loop, pb)[i, p, r].store(x)
     return pa.after(store.end(r, i, p))
 
   pb = pack_panels() if packed else None
@@ -288,7 +288,8 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
       before = [c(C.after(this_round), r, j0 + z).load() for r in at]
       start = [(this_round > 0).where(x, s) for x, s in zip(before, start)]
     ready = sums.after(*inner, *body.outer, *need)
-    return sums.after(UOp.group(*[ready[r, z].store(s) for r, s in enumerate(start)]).end(z))
+    stores = [ready[r, z].store(s) for r, s in enumerate(start)]
+    return sums.after(UOp.group(*stores).end(z))
 
   def add_products(sums:UOp) -> UOp:
     "sums[r, :] += A[row r, k] B[k, :], k < kb; the compiler vectorises the loop over columns"
@@ -377,8 +378,10 @@ def product_backward(dy:Tensor, y:Tensor, a:Tensor, b:Tensor, *bias:Tensor, ta:b
   They are summed where one A or B has served all groups.
   """
   one_a, one_b = (x.shape[0] < max(a.shape[0], b.shape[0]) for x in (a, b))
-  da = product(b, dy, ta=tb, tb=True, total=one_a) if ta else product(dy, b, tb=not tb, total=one_a)
-  db = product(dy, a, ta=True, tb=ta, total=one_b) if tb else product(a, dy, ta=not ta, total=one_b)
+  if ta: da = product(b, dy, ta=tb, tb=True, total=one_a)
+  else: da = product(dy, b, tb=not tb, total=one_a)
+  if tb: db = product(dy, a, ta=True, tb=ta, total=one_b)
+  else: db = product(a, dy, ta=not ta, total=one_b)
   # tinygrad's own sum over rows takes 8 ms where this takes 0.2 ms, (4096,128) on a CPU
   row = ones(dy.shape[1], dy.device)
   dbias = [product(row, dy, total=dy.shape[0] > 1).reshape(x.shape) for x in bias]
@@ -416,7 +419,8 @@ def multiply(x:Tensor, w:Tensor, bias:Tensor|None=None, dtype:DType|None=None) -
   """
   x, w, *biases = on_one_device(*(t for t in (x, w, bias) if t is not None))
   matrix = w.ndim == 2
-  fits = x.ndim > 1 and w.ndim > 1 and all_int(x.shape + w.shape) and x.shape[-1] == w.shape[-2]
+  fits = x.ndim > 1 and w.ndim > 1 and all_int(x.shape + w.shape)
+  fits = fits and x.shape[-1] == w.shape[-2]
   # a small product costs less where tinygrad can fuse it with what stands around it
   large = fits and max(x.numel()*w.shape[-1], w.numel()*x.shape[-2]) >= SMALL
   matched = matrix or (not biases and x.shape[:-2] in ((), w.shape[:-2]))
@@ -427,7 +431,8 @@ def multiply(x:Tensor, w:Tensor, bias:Tensor|None=None, dtype:DType|None=None) -
     groups = (1,) if matrix else x.shape[:-2]
     a = x.reshape(prod(groups), -1, x.shape[-1])
     y = product(a, b.reshape(-1, *b.shape[-2:]), *biases, tb=straight is not None)
-    return y.reshape(*(x.shape[:-2] or w.shape[:-2]), x.shape[-2], w.shape[-1])
+    lead = x.shape[:-2] or w.shape[:-2]
+    return y.reshape(*lead, x.shape[-2], w.shape[-1])
   if w.dtype == dtypes.ushort: w = widened(w)
   on_gpu = FLASH and large and whole(x, w, *biases) and machine(x.device).gpu
   y = product_on_gpu(x, w, dtype) if on_gpu else PLAIN_DOT(x, w, dtype)
@@ -465,7 +470,8 @@ def norm_grad_kernel(dx:UOp, dw:UOp, db:UOp, x:UOp, w:UOp, dy:UOp, eps:float, m:
   turn, core = body.outer
   z, i, o = body.loops(D, D, D)
   sums = body.array(D), body.array(D)
-  zero = UOp.group(*[s.after(core)[z].store(0.0) for s in sums]).end(z)
+  zeros = [s.after(core)[z].store(0.0) for s in sums]
+  zero = UOp.group(*zeros).end(z)
   hat, scale = normalised(body, x, row, eps)
   g = lambda i: dy[row, i]*w[i]
   mean_g = body.total(g, D) * (1/D)
@@ -474,7 +480,8 @@ def norm_grad_kernel(dx:UOp, dw:UOp, db:UOp, x:UOp, w:UOp, dy:UOp, eps:float, m:
   stores = UOp.group(dx[row, i].store(scale*(g(i) - mean_g - hat(i)*mean_gh)),
                      plus(sw[i], dy[row, i]*hat(i)),
                      plus(sb[i], dy[row, i])).end(i, turn)
-  out = [d[body.me, o].store(s.after(stores)[o]) for d, s in zip((dw, db), sums)]
+  sums = (s.after(stores)[o] for s in sums)
+  out = [d[body.me, o].store(s) for d, s in zip((dw, db), sums)]
   body.outer = core,
   return body.finish(UOp.group(*out).end(o), f"layernorm_grad_{M}x{D}")
 
@@ -625,7 +632,8 @@ def attend_kernel(y:UOp, q:UOp, k:UOp, v:UOp, pos:UOp, *start:UOp, m:Machine) ->
   T, body = k.numel()//q.numel(), Body(m)
   g = body.rows(G)
   turn = body.outer[0]
-  rows, width = (pos[0].load() + 1).cast(dtypes.weakint), math.gcd(D, m.lanes)
+  rows = (pos[0].load() + 1).cast(dtypes.weakint)
+  width = math.gcd(D, m.lanes)
   s, largest, acc, total = (body.array(n) for n in (T, 1, D, 1))
   begin = first_seen(g, G, *start)
   seen = lambda t, x, otherwise: x if begin is None else (t >= begin).where(x, otherwise)
@@ -654,7 +662,8 @@ def attend_kernel(y:UOp, q:UOp, k:UOp, v:UOp, pos:UOp, *start:UOp, m:Machine) ->
   now, now_total = acc.after(zero, t), total.after(zero, t)
   weighted = plus(now[d], s[t]*v[at(t, d)]).end(d)
   sums = UOp.group(weighted, plus(now_total[0], s[t])).end(t)
-  out = y[g*D + o].store(acc.after(sums)[o]/total.after(sums)[0])
+  acc, total = acc.after(sums), total.after(sums)
+  out = y[g*D + o].store(acc[o]/total[0])
   # loops whose length is known only to the device: tinygrad can't count or rearrange what they do
   work = Estimates(4*G*T*D, 8*G*T*D, 8*G*T*D)
   return body.finish(out.end(o), f"attend_{G}x{T}x{D}", estimates=work).replace(tag=1)
@@ -677,8 +686,9 @@ def attend(q:Tensor, k:Tensor, v:Tensor, pos:Tensor|None=None, start:Tensor|None
   s = multiply(q * hd**-0.5, k.transpose(-2, -1))                   # (B,heads,L,T)
   return multiply(causal_softmax(s, pos, start) if causal else softmax(s), v)
 
-def h3_step_kernel(y:UOp, shift:UOp, re:UOp, im:UOp, q:UOp, k:UOp, v:UOp, B:UOp, C:UOp, skip:UOp,
-                   D:UOp, *modes:UOp, m:Machine) -> UOp:
+def h3_step_kernel(y:UOp, shift:UOp, re:UOp, im:UOp,
+                   q:UOp, k:UOp, v:UOp,
+                   B:UOp, C:UOp, skip:UOp, D:UOp, *modes:UOp, m:Machine) -> UOp:
   """y = q (2 Re C x' + D kv), kv = (C s' + skip k) v, s' = shift s + B k, x' = dA x + dB kv.
 
   modes: the real and the imaginary part of dA, dB, and C.
@@ -706,9 +716,10 @@ def h3_step_kernel(y:UOp, shift:UOp, re:UOp, im:UOp, q:UOp, k:UOp, v:UOp, B:UOp,
   turned = cmul(pair(0, i), (re[r, h, i], im[r, h, i]))             # x' = dA x + dB kv
   scan = [z[i].store(a + b*kv) for z, a, b in zip(new_x, turned, pair(1, i))]
   new_x = [a.after(UOp.group(*scan).end(i)) for a in kept[1:]]
-  half = body.total(lambda i: cmul(pair(2, i), [z[i] for z in new_x])[0], M)
+  output = lambda i: cmul(pair(2, i), [z[i] for z in new_x])[0]
+  half = body.total(output, M)
 
-  stores = [state[r, h, p].store(z[p]) for state, z in ((re, new_x[0]), (im, new_x[1]))]
+  stores = [state[r, h, p].store(z[p]) for state, z in zip((re, im), new_x)]
   done = UOp.group(y[r, h].store(q[r, h]*(half*2 + D[h]*kv)),
                    shift[r, h, o].store(now[o]).end(o),
                    UOp.group(*stores).end(p))
