@@ -29,7 +29,7 @@ shift SSM of an H3 layer is a launch of its own: one kernel for both convolution
 41.4 (B=8, H=256, CPU), and its backward pass would need two transforms more.
 """
 from __future__ import annotations
-import argparse, cmath, contextlib, functools, itertools, operator, os, subprocess, sys, threading
+import argparse, cmath, contextlib, functools, itertools, operator, os, sys, threading
 from typing import Callable, NamedTuple, Sequence
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit, UOp, dtypes, tensor
@@ -37,7 +37,7 @@ from tinygrad.codegen import to_program
 from tinygrad.dtype import AddrSpace, strong_dtype
 from tinygrad.engine.realize import capturing
 from tinygrad.helpers import Context, ContextVar, Target, prod
-from tinygrad.renderer import Renderer, cstyle
+from tinygrad.renderer import cstyle
 from tinygrad.uop.ops import (AxisType, KernelInfo, Ops, ParamArg, PatternMatcher, UPat,
                               graph_rewrite, shape_to_shape_arg)
 
@@ -670,15 +670,16 @@ class Machine(NamedTuple):
   cores: int                         # threads of a CPU that share the outermost loop
   shared: int                        # bytes of shared memory
   has_sub: bool                      # renders a - b
-  lanes: int = 1                     # floats in a CPU's vector register,
+  lanes: int = 4                     # floats in a CPU's vector register,
   registers: int = 16                # and how many of those it has
+
+VECTORS: dict[str, int] = {}         # lanes and registers, where support/cpu.py has asked the compiler
 
 @functools.cache
 def machine(device:str|tuple[str, ...]) -> Machine:
   r = Device[device if isinstance(device, str) else device[0]].renderer
   cores = r.global_max[0] if r.has_threads else 1
-  vectors = () if r.has_local else _vectors(r)
-  return Machine(r.has_local, cores, r.shared_max, Ops.SUB in r.code_for_op, *vectors)
+  return Machine(r.has_local, cores, r.shared_max, Ops.SUB in r.code_for_op, **VECTORS)
 
 def _cores(n:int, axis:int) -> tuple[UOp, UOp]:
   """A range that the cores of a CPU share, and its index; axis: the range's number.
@@ -1285,12 +1286,15 @@ def launch(kernel:Callable, outputs:Sequence[Shape|Tensor], inputs:Sequence[Tens
     raise ValueError("launch: with several outputs there is no gradient.")
   gradient = tinygrad_gradient(gradient)
   if any(isinstance(x, Tensor) for x in outputs):
-    def buffer(x:Shape|Tensor) -> Tensor:
-      if isinstance(x, Tensor): return x
-      return Tensor.empty(*x, dtype=dtypes.float, device=inputs[0].device)
+    def new(shape:Shape) -> Tensor:
+      return Tensor.empty(*shape, dtype=dtypes.float, device=inputs[0].device)
+    old = [x.uop for x in outputs if isinstance(x, Tensor)]
+    if any(not stored_whole(u) and stored_whole(u.base) for u in old):
+      raise ValueError("launch: a view can't be overwritten, only the whole of a Tensor.")
+    outputs = [x if isinstance(x, Tensor) else new(x) for x in outputs]
     # contiguous() of a part of a buffer is a view, without it there would be a copy
     inputs = [x.contiguous() if x.uop.base.op is Ops.BUFFER else x for x in inputs]
-    written = Tensor.custom_kernel(*map(buffer, outputs), *inputs, fxn=kernel, grad_fxn=gradient)
+    written = Tensor.custom_kernel(*outputs, *inputs, fxn=kernel, grad_fxn=gradient)
     return written[:len(outputs)]
   params = tuple(x.uop.param_like(i) for i, x in enumerate(inputs))
   body = function_body(kernel, tuple(outputs), params)
@@ -1298,6 +1302,8 @@ def launch(kernel:Callable, outputs:Sequence[Shape|Tensor], inputs:Sequence[Tens
   # tinygrad 0.14.0 replaces no GETTUPLE by the buffer it was realised in, and would compute it
   # again at each use. It replaces an op that stands on it, and contiguous_backward costs nothing.
   return [Tensor(call.gettuple(i)).contiguous_backward() for i in range(len(outputs))]
+
+def stored_whole(x:UOp) -> bool: return x.has_buffer_identity(after_ok=True)
 
 @functools.cache
 def function_body(kernel:Callable, shapes:tuple[Shape, ...], params:tuple[UOp, ...]) -> UOp:
@@ -1557,32 +1563,5 @@ def main(argv:list[str]|None=None) -> int:
     print(f"error: {e}", file=sys.stderr)
     return 1
   return 0
-
-# ----------------------------------------------------- for `machine` and support/cpu.py: the CPU
-HALF = ContextVar("HALF", 0)  # factors of products are 1: float16, 2: bfloat16; sums are float32
-WIDE = "prefer-vector-width=512"     # clang leaves half of an AVX-512 register empty unless told so
-
-@functools.cache
-def _compiler_macros() -> str:
-  "The macros of the CPU's compiler: its version, and what it knows of the processor that it compiles for."
-  options = Device["CPU"].renderer.compiler.args
-  try: return subprocess.run([os.environ.get("CC", "clang"), *options, "-dM", "-E", "-x", "c", os.devnull],
-                             capture_output=True, text=True).stdout
-  except OSError: return ""
-
-def _compiler_says(macro:str) -> bool: return f"#define {macro} " in _compiler_macros()
-
-def _vectors(r:Renderer) -> tuple[int, int]:
-  "Lanes and number of a CPU's vector registers."
-  return (16 if WIDE in r.target.arch else 8 if _compiler_says("__AVX__") else 4,
-          32 if _compiler_says("__AVX512VL__") or _compiler_says("__ARM_NEON") else 16)
-
-def _float_on_cpu(*tensors:Tensor|None, small:tuple[Tensor, ...]=()) -> bool:
-  """Whether the CPU's matrix product and layer norm can take these: none is empty, none is on a
-  GPU, and all are float32, or, in `small`, of any type of WEIGHTS."""
-  return bool(FLASH) and all(t is None or t.dtype == dtypes.float for t in tensors) \
-    and all(t.dtype in WEIGHTS.values() for t in small) \
-    and all(t is None or 0 not in t.shape for t in tensors + small) \
-    and whole(*tensors, *small) and not machine((small + tensors)[0].device).gpu
 
 if __name__ == "__main__": sys.exit(main())

@@ -707,7 +707,7 @@ def test_programs_on_disk_are_right_or_missing(monkeypatch):
   cpu.Programs()[key] = program
   assert key in cpu.Programs() and cpu.Programs().get(key) is program
   assert (*key[:-1], "other") not in cpu.Programs()
-  monkeypatch.setattr(cpu, "_compiler_macros", lambda: "another compiler")
+  monkeypatch.setattr(cpu, "compiler_macros", lambda: "another compiler")
   cpu.what_lowers.cache_clear()
   assert key not in cpu.Programs() and cpu.Programs().get(key) is None
   monkeypatch.undo()
@@ -1012,6 +1012,8 @@ def test_kernel_launch_refuses_what_would_be_wrong():
     flashconv.launch(square_kernel, [(4,)], [x], "none")
   with pytest.raises(ValueError, match="several outputs"):
     flashconv.launch(square_kernel, [(4,), (4,)], [x], lambda dy, y, x: (dy,))
+  for y in (x[1:], x.reshape(2, 2).transpose()):
+    with pytest.raises(ValueError, match="view"): flashconv.launch(square_kernel, [y], [x], "none")
 
 CONSTANTS = {"eye": Tensor.eye(8)[:1], "arange": Tensor.arange(8).float(),
              "linspace": Tensor.linspace(0, 1, 8), "full": Tensor.full((8,), 0.5, buffer=False)}

@@ -26,6 +26,7 @@ from tinygrad.nn.state import get_state_dict
 from bigs_tiny import BiGS, BiGSConfig
 from flashconv import WEIGHTS
 from h3tiny import H3Config, H3LM
+from support.cpu import answer_with_kernels
 
 class CheckpointError(ValueError):
   "A checkpoint that can't be used. The message is one line and names the file."
@@ -833,6 +834,7 @@ def load_weights(model:H3LM|BiGS, weights:dict[str, Tensor|Stored], source:str="
   """Puts weights, by official name, into the model, tensor by tensor; matrices as `dtype`, of
   flashconv.WEIGHTS. Raises CheckpointError unless names and shapes match, and what is checked about
   the file's bytes is right."""
+  if dtype != "float32": answer_with_kernels()      # tinygrad's own products misread narrow weights
   parameters = get_state_dict(model)
   for name, p in parameters.items():
     require(name in weights, source, f"tensor {name} is missing")

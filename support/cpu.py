@@ -42,6 +42,7 @@ import tinygrad
 from tinygrad import Device, Tensor, UOp, codegen, dtypes, helpers, nn, tensor
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
 from tinygrad.codegen.opt.postrange import Scheduler
+from tinygrad.device import Compiled
 from tinygrad.dtype import AddrSpace, DType
 from tinygrad.engine import jit as tinyjit, realize, worker
 from tinygrad.helpers import NOOPT, all_int, cache_dir, ceildiv, diskcache_get, diskcache_put, prod
@@ -49,8 +50,8 @@ from tinygrad.renderer import Estimates, cstyle
 from tinygrad.runtime.ops_cpu import BufferSpec, CPUAllocator, CPUProgram, HCQBuffer
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, graph_rewrite
 import flashconv
-from flashconv import (CHECKS, FAST, FLASH, HALF, LOCK, ONE_CORE, WEIGHTS, WIDE, Machine,
-                       _compiler_macros, _compiler_says, _cores, bound, constant, launch, machine,
+from flashconv import (CHECKS, FAST, FLASH, LOCK, ONE_CORE, VECTORS, WEIGHTS, Machine,
+                       _cores as core_loop, bound, cmul, constant, launch, machine,
                        no_second_gradient, on_one_device, selfcheck, stored, stored_backward, whole,
                        widened)
 
@@ -76,10 +77,6 @@ def divisor(n:int, most:int) -> int:
   "The largest divisor of n that is at most `most`."
   return next(d for d in range(most, 0, -1) if n % d == 0)
 
-def finished(stores:UOp, name:str) -> UOp:
-  "A kernel with these stores. Its loops run in the order in which they are written."
-  return stores.sink(arg=KernelInfo(name=name, opts_to_apply=()))
-
 def plus(place:UOp, x:UOp) -> UOp:
   "place += x"
   return place.store(place + x)
@@ -89,12 +86,18 @@ def filled(array:UOp, i:UOp, value:UOp|float, *after:UOp) -> UOp:
   return array.after(array.after(*after)[i].store(value).end(i))
 
 class Body:
-  "The body of a kernel while it is written: numbers its loops and its private arrays."
+  """The body of a kernel while it is written: numbers its loops and its private arrays.
+
+  outer: the loops that go around all of it, the innermost first.
+  """
   def __init__(self, m:Machine):
     self.m, self.numbers = m, itertools.count()
+    self.outer:tuple[UOp, ...] = ()
 
   def loop(self, n:int|UOp, axis:AxisType=AxisType.LOOP) -> UOp:
     return UOp.range(n, next(self.numbers), axis)
+
+  def loops(self, *sizes:int) -> list[UOp]: return [self.loop(n) for n in sizes]
 
   def sum_loop(self, n:int|UOp) -> UOp:
     "A loop over what is summed up: tinygrad would spread a LOOP that ends in stores over cores."
@@ -104,32 +107,52 @@ class Body:
     "Private float32s: registers where they fit, else the stack."
     return UOp.placeholder(shape, dtypes.float, slot=next(self.numbers), addrspace=AddrSpace.REG)
 
-  def cores(self, n:int) -> tuple[UOp, UOp]:
-    "A loop over n cores, and the number of the core."
-    return _cores(n, next(self.numbers))
+  def cores(self, n:int) -> UOp:
+    "Begins with a loop over n cores, and returns the number of the core."
+    core, me = core_loop(n, next(self.numbers))
+    self.outer = core,
+    return me
 
-  def rows(self, n:int) -> tuple[UOp, UOp, UOp, UOp]:
-    "n rows for all cores: a row, the loop over a core's rows, its number, the loop over cores."
-    cores = divisor(n, self.m.cores)
-    core, me = self.cores(cores)
-    turn = self.loop(n//cores)
-    return me*(n//cores) + turn, turn, me, core
+  def rows(self, n:int, *times:int) -> UOp:
+    """Begins with loops over the cores and a core's share of n rows, and returns the row.
 
-  def totals(self, row:UOp, n:int) -> Callable:
-    """total(f): the sum of f(i), i < n, in the loop `row`; total(f, maximum, -inf): the largest.
-
-    Up to 16 sums go side by side: a compiler may not reorder the additions of a single one to fill
-    its vector registers.
+    times: how often each core goes through its rows; once, if left out.
     """
-    width = math.gcd(n, 16)
-    def total(f:Callable[[UOp], UOp], both:Callable=operator.add, start:float=0.0) -> UOp:
-      z, chunk, lane = self.loop(width), self.sum_loop(n//width), self.loop(width)
-      sums = filled(self.array(width), z, start, row)
-      s = sums.after(chunk)
-      new = both(s[lane], f(chunk*width + lane))
-      sums = sums.after(s[lane].store(new).end(lane).end(chunk))
-      return functools.reduce(both, [sums[i] for i in range(width)])
-    return total
+    cores = divisor(n, self.m.cores)
+    self.me = self.cores(cores)
+    *again, turn = self.loops(*times, n//cores)
+    self.outer = turn, *again, *self.outer
+    return self.me*(n//cores) + turn
+
+  def lanes(self, f:Callable[[UOp], UOp], n:int, width:int, loop:UOp, both:Callable=operator.add,
+            start:float=0.0) -> list[UOp]:
+    """Sums of f(i), i < n, over every width-th i, side by side in the loop that is given.
+
+    A compiler may not reorder the additions of a single sum to fill its vector registers.
+    """
+    z, chunk, lane = self.loop(width), self.sum_loop(n//width), self.loop(width)
+    sums = filled(self.array(width), z, start, loop)
+    s = sums.after(chunk)[lane]
+    new = s.store(both(s, f(chunk*width + lane)))
+    sums = sums.after(new.end(lane).end(chunk))
+    return [sums[i] for i in range(width)]
+
+  def total(self, f:Callable[[UOp], UOp], n:int, both:Callable=operator.add,
+            start:float=0.0) -> UOp:
+    "The sum of f(i), i < n, in each row; with UOp.maximum and -inf the largest."
+    sums = self.lanes(f, n, math.gcd(n, 16), self.outer[0], both, start)
+    return functools.reduce(both, sums)
+
+  def finish(self, stores:UOp, name:str, **info:object) -> UOp:
+    "The kernel with these stores. Its loops run in the order in which they are written."
+    info = KernelInfo(name=name, opts_to_apply=(), **info)
+    return stores.end(*self.outer).sink(arg=info)
+
+def run(kernel:Callable, gradient:Callable|str, output:tuple, inputs:Sequence[Tensor],
+        **options:object) -> Tensor:
+  "The one output of a kernel; its gradient takes the same options."
+  if callable(gradient): gradient = bound(gradient, **options)
+  return launch(bound(kernel, **options), [output], inputs, gradient)[0]
 
 # ================================================================ the matrix product
 # Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (TOMS 2008):
@@ -205,7 +228,7 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
 
   body = Body(m)
   loop = body.loop
-  core, me = body.cores(of_groups*of_tiles*of_panels)
+  me = body.cores(of_groups*of_tiles*of_panels)
   first_group = me*my_groups if of_groups > 1 else 0
   first_tile = me*my_tiles if of_tiles > 1 else 0
   first_panel = me*my_panels if of_panels > 1 else 0
@@ -224,9 +247,8 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
   row = lambda r: r if even else r.minimum(last)
 
   ga, gb = (0 if x.shape[0] == 1 else this_round//blocks if G == 1 else g for x in (A, B))
-  load = lambda x, at, transposed: widened(x[(at[0], at[2], at[1]) if transposed else at].load())
-  a = lambda r, k: load(A, (ga, r, k), ta)
-  b = lambda k, c: load(B, (gb, k, c), tb)
+  a = lambda r, k: widened((A[ga, k, r] if ta else A[ga, r, k]).load())
+  b = lambda k, c: widened((B[gb, c, k] if tb else B[gb, k, c]).load())
   c = lambda C, r, col: C[g, col, r] if swapped else C[g, r, col]
 
   def pack_panels() -> UOp:
@@ -238,21 +260,22 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
       counted.append((this_round > 0) & (left(j) + v < (panel + j)*nt))
     if counted: x = functools.reduce(operator.or_, counted).where(0.0, x)
     pb = body.array(nb, kb, nt)
-    store = pb.after(this_round, panel_loop, group_loop, core)[j, p, v].store(x)
+    store = pb.after(this_round, panel_loop, group_loop, *body.outer)[j, p, v].store(x)
     return pb.after(store.end(*((p, v) if tb else (v, p))).end(j))
 
   def pack_tiles(pb:UOp) -> UOp:
     "pa[i] = A[tile i, k0:k0+kb]^T"
     i, p, r = loop(mb), loop(kb), loop(mt)
     pa = body.array(mb, kb, mt)
-    store = pa.after(tile_loop, pb)[i, p, r].store(a(row((tile + i)*mt + r), k0 + p))
+    x = a(row((tile + i)*mt + r), k0 + p)
+    store = pa.after(tile_loop, pb)[i, p, r].store(x)
     return pa.after(store.end(r, i, p))
 
   pb = pack_panels() if packed else None
   pa = pack_tiles(pb) if packed and ta else None          # else a row of A is read in order anyway
   need = tuple(x for x in (pb, pa) if x is not None)
   j, i = loop(nb), loop(mb)
-  inner = i, j, tile_loop, this_round, panel_loop, group_loop, core
+  inner = i, j, tile_loop, this_round, panel_loop, group_loop
   first, j0 = (tile + i)*mt, left(j)
   at = [row((tile + i)*mt + r) for r in range(mt)]
 
@@ -264,8 +287,9 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
     if several:
       before = [c(C.after(this_round), r, j0 + z).load() for r in at]
       start = [(this_round > 0).where(x, s) for x, s in zip(before, start)]
-    ready = sums.after(*inner, *need)
-    return sums.after(UOp.group(*[ready[r, z].store(s) for r, s in enumerate(start)]).end(z))
+    ready = sums.after(*inner, *body.outer, *need)
+    stores = [ready[r, z].store(s) for r, s in enumerate(start)]
+    return sums.after(UOp.group(*stores).end(z))
 
   def add_products(sums:UOp) -> UOp:
     "sums[r, :] += A[row r, k] B[k, :], k < kb; the compiler vectorises the loop over columns"
@@ -285,7 +309,7 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
       stores.append(c(C, r, j0 + v).store(sums[n, v]).end(v))
     return UOp.group(*stores).end(*inner)
 
-  return finished(store_sums(add_products(start_sums())), name)
+  return body.finish(store_sums(add_products(start_sums())), name)
 
 def dots(C:UOp, A:UOp, B:UOp, *bias:UOp, m:Machine) -> UOp:
   """C (G,M,N) = A (G,M,K) B^T + bias (N,), B (G,N,K), for up to four rows of A.
@@ -297,16 +321,16 @@ def dots(C:UOp, A:UOp, B:UOp, *bias:UOp, m:Machine) -> UOp:
   width, rows = math.gcd(K, m.lanes), math.gcd(N, 4//M)
   side = 2 - K//width % 2                              # sums side by side: additions take a while
   body = Body(m)
-  core, me = body.cores(min(m.cores, N//rows) if G*M*N*K > ONE_CORE//8 else 1)
-  mine = ceildiv(N//rows, core.vmax + 1)
-  g, j, lane, z = (body.loop(n) for n in (G, mine, width, width))
+  cores = min(m.cores, N//rows) if G*M*N*K > ONE_CORE//8 else 1
+  me, mine = body.cores(cores), ceildiv(N//rows, cores)
+  g, j, lane, z = body.loops(G, mine, width, width)
   k = body.sum_loop(K//width//side)
   ga, gb = (0 if x.shape[0] == 1 else g for x in (A, B))
   first = (me*mine + j).minimum(N//rows - 1)*rows
   each = list(itertools.product(range(M), range(rows)))
 
   sums = body.array(M, rows, side, width)
-  start = sums.after(j, g, core)
+  start = sums.after(j, g, *body.outer)
   zeros = [start[i, r, u, z].store(0.0) for i, r in each for u in range(side)]
   sums = sums.after(UOp.group(*zeros).end(z))
   s = sums.after(k)
@@ -328,7 +352,7 @@ def dots(C:UOp, A:UOp, B:UOp, *bias:UOp, m:Machine) -> UOp:
   for i, r in each:
     total = sums[i, r, 0, 0]
     out.append(C[g, i, first + r].store(total + bias[0][first + r] if bias else total))
-  return finished(UOp.group(*out).end(j, g, core), f"dots_{G}x{M}x{K}x{N}")
+  return body.finish(UOp.group(*out).end(j, g), f"dots_{G}x{M}x{K}x{N}")
 
 @functools.cache
 def ones(n:int, device:str) -> Tensor: return constant(np.ones((1, 1, n)), device)
@@ -354,8 +378,10 @@ def product_backward(dy:Tensor, y:Tensor, a:Tensor, b:Tensor, *bias:Tensor, ta:b
   They are summed where one A or B has served all groups.
   """
   one_a, one_b = (x.shape[0] < max(a.shape[0], b.shape[0]) for x in (a, b))
-  da = product(b, dy, ta=tb, tb=True, total=one_a) if ta else product(dy, b, tb=not tb, total=one_a)
-  db = product(dy, a, ta=True, tb=ta, total=one_b) if tb else product(a, dy, ta=not ta, total=one_b)
+  if ta: da = product(b, dy, ta=tb, tb=True, total=one_a)
+  else: da = product(dy, b, tb=not tb, total=one_a)
+  if tb: db = product(dy, a, ta=True, tb=ta, total=one_b)
+  else: db = product(a, dy, ta=not ta, total=one_b)
   # tinygrad's own sum over rows takes 8 ms where this takes 0.2 ms, (4096,128) on a CPU
   row = ones(dy.shape[1], dy.device)
   dbias = [product(row, dy, total=dy.shape[0] > 1).reshape(x.shape) for x in bias]
@@ -391,69 +417,73 @@ def multiply(x:Tensor, w:Tensor, bias:Tensor|None=None, dtype:DType|None=None) -
   x and w are float32 or, if `dtype`, that of the sums, is float32, any of WEIGHTS, as w may be with
   an x of float32. The transpose of what is stored is read as it is stored.
   """
-  x, w, bias = on_one_device(x, w, bias)
-  every = [t for t in (x, w, bias) if t is not None]
-  fits = x.ndim > 1 and w.ndim > 1 and all_int(x.shape + w.shape) and x.shape[-1] == w.shape[-2]
+  x, w, *biases = on_one_device(*(t for t in (x, w, bias) if t is not None))
+  matrix = w.ndim == 2
+  fits = x.ndim > 1 and w.ndim > 1 and all_int(x.shape + w.shape)
+  fits = fits and x.shape[-1] == w.shape[-2]
   # a small product costs less where tinygrad can fuse it with what stands around it
   large = fits and max(x.numel()*w.shape[-1], w.numel()*x.shape[-2]) >= SMALL
-  matrix = w.ndim == 2
-  matched = matrix or (bias is None and x.shape[:-2] in ((), w.shape[:-2]))
+  matched = matrix or (not biases and x.shape[:-2] in ((), w.shape[:-2]))
   sums_float = (dtype or x.dtype) == dtypes.float
-  if large and matched and sums_float and serves(*every[2:], weights=every[:2]):
+  if large and matched and sums_float and serves(*biases, weights=[x, w]):
     straight = stored_transpose(w)
     b = w if straight is None else straight
-    a = x.reshape(1, -1, x.shape[-1]) if matrix else x.reshape(-1, *x.shape[-2:])
-    y = product(a, b.reshape(-1, *b.shape[-2:]), *every[2:], tb=straight is not None)
+    groups = (1,) if matrix else x.shape[:-2]
+    a = x.reshape(prod(groups), -1, x.shape[-1])
+    y = product(a, b.reshape(-1, *b.shape[-2:]), *biases, tb=straight is not None)
     lead = x.shape[:-2] or w.shape[:-2]
     return y.reshape(*lead, x.shape[-2], w.shape[-1])
   if w.dtype == dtypes.ushort: w = widened(w)
-  on_gpu = FLASH and large and whole(*every) and machine(x.device).gpu
+  on_gpu = FLASH and large and whole(x, w, *biases) and machine(x.device).gpu
   y = product_on_gpu(x, w, dtype) if on_gpu else PLAIN_DOT(x, w, dtype)
-  return y if bias is None else y + bias
+  return y + biases[0] if biases else y
 
 # ================================================================ layer norm
 # One launch forward, one back. (4096,128) with its gradients, one core: 0.9 ms; tinygrad takes 9
 # launches and 11.0 ms.
 
-def normalised(x:UOp, row:UOp, total:Callable, eps:float) -> tuple[Callable, UOp]:
+def normalised(body:Body, x:UOp, row:UOp, eps:float) -> tuple[Callable, UOp]:
   "i -> hat[i] = (x[row, i] - mean)/deviation, and 1/deviation"
   D = x.shape[1]
-  mean = total(lambda i: x[row, i]) * (1/D)
-  variance = total(lambda i: (x[row, i] - mean)*(x[row, i] - mean)) * (1/D)
+  mean = body.total(lambda i: x[row, i], D) * (1/D)
+  apart = lambda i: x[row, i] - mean
+  variance = body.total(lambda i: apart(i)*apart(i), D) * (1/D)
   scale = 1 / (variance + eps).sqrt()
-  return lambda i: (x[row, i] - mean)*scale, scale
+  return lambda i: apart(i)*scale, scale
 
 def norm_kernel(y:UOp, x:UOp, w:UOp, b:UOp, eps:float, m:Machine) -> UOp:
-  M, D = x.shape
-  body = Body(m)
-  row, turn, _, core = body.rows(M)
-  hat, _ = normalised(x, row, body.totals(turn, D), eps)
+  "y = hat w + b"
+  (M, D), body = x.shape, Body(m)
+  row = body.rows(M)
+  hat, _ = normalised(body, x, row, eps)
   i = body.loop(D)
-  done = y[row, i].store(hat(i)*w[i] + b[i]).end(i, turn, core)
-  return finished(done, f"layernorm_{M}x{D}")
+  done = y[row, i].store(hat(i)*w[i] + b[i]).end(i)
+  return body.finish(done, f"layernorm_{M}x{D}")
 
 def norm_grad_kernel(dx:UOp, dw:UOp, db:UOp, x:UOp, w:UOp, dy:UOp, eps:float, m:Machine) -> UOp:
   """dx = (g - mean g - hat·mean(g hat))/deviation, g = w dy;  dw = Σ hat dy, db = Σ dy over rows.
 
   dw and db are (cores,D): each core adds up its own rows.
   """
-  M, D = x.shape
-  body = Body(m)
-  row, turn, me, core = body.rows(M)
-  z, i, o = (body.loop(D) for _ in range(3))
-  sums = [body.array(D) for _ in range(2)]
-  zero = UOp.group(*[s.after(core)[z].store(0.0) for s in sums]).end(z)
-  total = body.totals(turn, D)
-  hat, scale = normalised(x, row, total, eps)
+  (M, D), body = x.shape, Body(m)
+  row = body.rows(M)
+  turn, core = body.outer
+  z, i, o = body.loops(D, D, D)
+  sums = body.array(D), body.array(D)
+  zeros = [s.after(core)[z].store(0.0) for s in sums]
+  zero = UOp.group(*zeros).end(z)
+  hat, scale = normalised(body, x, row, eps)
   g = lambda i: dy[row, i]*w[i]
-  mean_g = total(g) * (1/D)
-  mean_gh = total(lambda i: g(i)*hat(i)) * (1/D)
+  mean_g = body.total(g, D) * (1/D)
+  mean_gh = body.total(lambda i: g(i)*hat(i), D) * (1/D)
   sw, sb = (s.after(zero, turn) for s in sums)
   stores = UOp.group(dx[row, i].store(scale*(g(i) - mean_g - hat(i)*mean_gh)),
                      plus(sw[i], dy[row, i]*hat(i)),
                      plus(sb[i], dy[row, i])).end(i, turn)
-  out = [d[me, o].store(s.after(stores)[o]) for d, s in zip((dw, db), sums)]
-  return finished(UOp.group(*out).end(o, core), f"layernorm_grad_{M}x{D}")
+  sums = (s.after(stores)[o] for s in sums)
+  out = [d[body.me, o].store(s) for d, s in zip((dw, db), sums)]
+  body.outer = core,
+  return body.finish(UOp.group(*out).end(o), f"layernorm_grad_{M}x{D}")
 
 def norm_backward(dy:Tensor, y:Tensor, x:Tensor, w:Tensor, b:Tensor, eps:float, m:Machine
                   ) -> tuple[Tensor, ...]:
@@ -472,8 +502,8 @@ def layernorm(x:Tensor, w:Tensor, b:Tensor, eps:float=1e-5) -> Tensor:
   x, w, b = on_one_device(x, w, b)
   if not serves(x, w, b): return x.layernorm(eps=eps)*w + b
   rows, m = x.reshape(-1, x.shape[-1]), few_or_all_cores(x)
-  kernel, gradient = (bound(f, eps=eps, m=m) for f in (norm_kernel, norm_backward))
-  return launch(kernel, [rows.shape], [rows, w, b], gradient)[0].reshape(x.shape)
+  y = run(norm_kernel, norm_backward, rows.shape, [rows, w, b], eps=eps, m=m)
+  return y.reshape(x.shape)
 
 # ================================================================ softmax
 # One launch forward, one back. tinygrad takes 5 launches and 1.7 s for (32,2048,2048) with its
@@ -481,38 +511,39 @@ def layernorm(x:Tensor, w:Tensor, b:Tensor, eps:float=1e-5) -> Tensor:
 LOWEST = float(np.finfo(np.float32).min)
 MAX_ROW = 1 << 18                    # scores of a row: 1 MB of the calling thread's stack
 
+def first_seen(g:UOp, groups:int, start:UOp|None=None) -> UOp|None:
+  "The first column that group g sees; start: one for each of as many groups as there are heads."
+  return None if start is None else start[g//(groups//start.shape[0])].load()
+
 def softmax_kernel(p:UOp, s:UOp, *place:UOp, m:Machine) -> UOp:
   "p = softmax of s (G,L,T) over what a row sees, see `causal_softmax`; place: its pos, start."
-  G, L, T = s.shape
-  body = Body(m)
-  row, turn, _, core = body.rows(G*L)
-  g, l, i, o = row//L, row % L, body.loop(T), body.loop(T)
+  (G, L, T), body = s.shape, Body(m)
+  row = body.rows(G*L)
+  g, l = row//L, row % L
+  i, o = body.loops(T, T)
   own = l + (place[0][0].load() if place else T - L)
-  begin = place[1][g//(G//place[1].shape[0])].load() if len(place) > 1 else None
+  begin = first_seen(g, G, *place[1:])
   seen = lambda i: i <= own if begin is None else (i <= own) & ((i >= begin) | i.eq(own))
-  total = body.totals(turn, T)
-  largest = total(lambda i: seen(i).where(s[g, l, i], LOWEST), UOp.maximum, LOWEST)
+  score = lambda i: seen(i).where(s[g, l, i], LOWEST)
+  largest = body.total(score, T, UOp.maximum, LOWEST)
   power = seen(i).where((s[g, l, i] - largest).exp(), 0.0)
-  e = filled(body.array(T), i, power, turn)
-  scale = 1/total(lambda i: e[i])
-  return finished(p[g, l, o].store(e[o]*scale).end(o, turn, core), f"softmax_{G}x{L}x{T}")
+  e = filled(body.array(T), i, power, body.outer[0])
+  scale = 1/body.total(lambda i: e[i], T)
+  return body.finish(p[g, l, o].store(e[o]*scale).end(o), f"softmax_{G}x{L}x{T}")
 
 def softmax_grad_kernel(ds:UOp, p:UOp, dp:UOp, m:Machine) -> UOp:
   "ds = p (dp - Σ p dp)"
-  M, T = p.shape
-  body = Body(m)
-  row, turn, _, core = body.rows(M)
-  i = body.loop(T)
-  total = body.totals(turn, T)(lambda i: p[row, i]*dp[row, i])
-  done = ds[row, i].store(p[row, i]*(dp[row, i] - total)).end(i, turn, core)
-  return finished(done, f"softmax_grad_{M}x{T}")
+  (M, T), body = p.shape, Body(m)
+  row, i = body.rows(M), body.loop(T)
+  total = body.total(lambda i: p[row, i]*dp[row, i], T)
+  done = ds[row, i].store(p[row, i]*(dp[row, i] - total)).end(i)
+  return body.finish(done, f"softmax_grad_{M}x{T}")
 
 def softmax_backward(dp:Tensor, p:Tensor, s:Tensor, *place:Tensor, m:Machine
                      ) -> tuple[Tensor|None, ...]:
   "ds from p, the softmax itself; positions get no gradient."
   rows = [x.reshape(-1, x.shape[-1]) for x in (p, dp)]
-  kernel = bound(softmax_grad_kernel, m=m)
-  ds, = launch(kernel, [rows[0].shape], rows, no_second_gradient("softmax"))
+  ds = run(softmax_grad_kernel, no_second_gradient("softmax"), rows[0].shape, rows, m=m)
   return ds.reshape(s.shape), *(None for _ in place)
 
 def causal_softmax(s:Tensor, pos:Tensor|None=None, start:Tensor|None=None) -> Tensor:
@@ -523,9 +554,9 @@ def causal_softmax(s:Tensor, pos:Tensor|None=None, start:Tensor|None=None) -> Te
   """
   *lead, L, T = s.shape
   m, place = few_or_all_cores(s), [x for x in (pos, start) if x is not None]
-  kernel, gradient = (bound(f, m=m) for f in (softmax_kernel, softmax_backward))
   inputs = s.reshape(-1, L, T), *place
-  return launch(kernel, [(prod(lead), L, T)], inputs, gradient)[0].reshape(s.shape)
+  y = run(softmax_kernel, softmax_backward, (prod(lead), L, T), inputs, m=m)
+  return y.reshape(s.shape)
 
 def softmax(s:Tensor) -> Tensor:
   "Over all of the last axis: a single row, the last one, sees every column. Differentiable once."
@@ -537,33 +568,31 @@ def softmax(s:Tensor) -> Tensor:
 # division that they are within bounds.
 
 def embedding_kernel(y:UOp, table:UOp, ids:UOp, m:Machine) -> UOp:
-  n, D = y.shape
-  body = Body(m)
-  core, me = body.cores(m.cores)
-  mine = ceildiv(n, m.cores)
-  i, c = body.loop(mine), body.loop(D)
+  "y[row] = table[ids[row]]"
+  (n, D), body = y.shape, Body(m)
+  me, mine = body.cores(m.cores), ceildiv(n, m.cores)
+  i, c = body.loops(mine, D)
   row = (me*mine + i).minimum(n - 1)
   entry = widened(table[ids[row].load()*D + c].load())
-  return finished(y[row, c].store(entry).end(c, i, core), f"embed_{n}x{D}")
+  return body.finish(y[row, c].store(entry).end(c, i), f"embed_{n}x{D}")
 
 def embedding_grad_kernel(dtable:UOp, dy:UOp, ids:UOp, m:Machine) -> UOp:
   "Each core has columns of its own, so that no two add to the same place."
-  n, D = dy.shape
-  body = Body(m)
+  (n, D), body = dy.shape, Body(m)
   cores = divisor(D, m.cores)
-  core, me = body.cores(cores)
   columns = D//cores
-  word, t, z, c = (body.loop(size) for size in (dtable.shape[0]//D, n, columns, columns))
-  zero = dtable.after(core)[word*D + me*columns + z].store(0.0).end(z, word)
-  sums = dtable.after(zero, t)[ids[t].load()*D + me*columns + c]
-  done = plus(sums, dy[t, me*columns + c]).end(c, t, core)
-  return finished(done, f"embed_grad_{n}x{D}")
+  first = body.cores(cores)*columns
+  word, t, z, c = body.loops(dtable.shape[0]//D, n, columns, columns)
+  zero = dtable.after(*body.outer)[word*D + first + z].store(0.0).end(z, word)
+  sums = dtable.after(zero, t)[ids[t].load()*D + first + c]
+  done = plus(sums, dy[t, first + c]).end(c, t)
+  return body.finish(done, f"embed_grad_{n}x{D}")
 
 def embedding_backward(dy:Tensor, y:Tensor, table:Tensor, ids:Tensor, m:Machine
                        ) -> tuple[Tensor, None]:
   "dtable; ids get no gradient."
-  kernel = bound(embedding_grad_kernel, m=m)
-  return launch(kernel, [table.shape], [dy, ids], no_second_gradient("embedding"))[0], None
+  none = no_second_gradient("embedding")
+  return run(embedding_grad_kernel, none, table.shape, [dy, ids], m=m), None
 
 def lookup(table:Tensor, ids:Tensor) -> Tensor|None:
   """table[ids]: ids (…) int from 0 to V-1, table (V,D) of any of WEIGHTS -> (…,D) float32.
@@ -573,9 +602,9 @@ def lookup(table:Tensor, ids:Tensor) -> Tensor|None:
   table, ids = on_one_device(table, ids)
   if not serves(weights=[table]) or 0 in ids.shape: return None
   m, (V, D) = machine(table.device), table.shape
-  kernel, gradient = (bound(f, m=m) for f in (embedding_kernel, embedding_backward))
   inputs = table.reshape(-1), ids.reshape(-1).clip(0, V-1)
-  return launch(kernel, [(prod(ids.shape), D)], inputs, gradient)[0].reshape(*ids.shape, D)
+  y = run(embedding_kernel, embedding_backward, (prod(ids.shape), D), inputs, m=m)
+  return y.reshape(*ids.shape, D)
 
 # ================================================================ decoding: states are overwritten
 
@@ -600,24 +629,20 @@ def write_cache(cache:Tensor, x:Tensor, pos:Tensor) -> Tensor|None:
 def attend_kernel(y:UOp, q:UOp, k:UOp, v:UOp, pos:UOp, *start:UOp, m:Machine) -> UOp:
   "y = softmax(q k^T / sqrt D) v, one query a group, over rows start to pos of k and v (G T D,)."
   G, D = q.shape
-  T = k.numel()//q.numel()
-  body = Body(m)
-  g, turn, _, core = body.rows(G)
-  rows, width = (pos[0].load() + 1).cast(dtypes.weakint), math.gcd(D, m.lanes)
-  s, largest, lanes, acc, total = (body.array(n) for n in (T, 1, width, D, 1))
-  begin = start[0][g//(G//start[0].shape[0])].load() if start else None
+  T, body = k.numel()//q.numel(), Body(m)
+  g = body.rows(G)
+  turn = body.outer[0]
+  rows = (pos[0].load() + 1).cast(dtypes.weakint)
+  width = math.gcd(D, m.lanes)
+  s, largest, acc, total = (body.array(n) for n in (T, 1, D, 1))
+  begin = first_seen(g, G, *start)
   seen = lambda t, x, otherwise: x if begin is None else (t >= begin).where(x, otherwise)
   at = lambda t, d: (g*T + t)*D + d
 
   # s = q k / sqrt D, and the largest of them
   largest = largest.after(largest.after(turn)[0].store(LOWEST))
-  t, z = body.sum_loop(rows), body.loop(width)
-  chunk, lane = body.sum_loop(D//width), body.loop(width)
-  lanes = filled(lanes, z, 0.0, t)
-  now, d = lanes.after(chunk), chunk*width + lane
-  more = plus(now[lane], q[g, d]*k[at(t, d)])
-  lanes = lanes.after(more.end(lane).end(chunk))
-  sums = [lanes[i] for i in range(width)]
+  t = body.sum_loop(rows)
+  sums = body.lanes(lambda d: q[g, d]*k[at(t, d)], D, width, t)
   while len(sums) > 1: sums = [a + b for a, b in zip(sums[::2], sums[1::2])]
   dot, now = sums[0]*D**-0.5, largest.after(t)
   keep = now[0].store(now[0].maximum(seen(t, dot, LOWEST)))
@@ -630,17 +655,18 @@ def attend_kernel(y:UOp, q:UOp, k:UOp, v:UOp, pos:UOp, *start:UOp, m:Machine) ->
   s = s.after(s[t].store(power).end(t))
 
   # y = s v / Σ s
-  z, t, d, o = body.loop(D), body.sum_loop(rows), body.loop(D), body.loop(D)
+  z, t = body.loop(D), body.sum_loop(rows)
+  d, o = body.loops(D, D)
   new, new_total = acc.after(turn, s), total.after(turn, s)
   zero = UOp.group(new[z].store(0.0).end(z), new_total[0].store(0.0))
   now, now_total = acc.after(zero, t), total.after(zero, t)
   weighted = plus(now[d], s[t]*v[at(t, d)]).end(d)
   sums = UOp.group(weighted, plus(now_total[0], s[t])).end(t)
-  out = y[g*D + o].store(acc.after(sums)[o]/total.after(sums)[0])
+  acc, total = acc.after(sums), total.after(sums)
+  out = y[g*D + o].store(acc[o]/total[0])
   # loops whose length is known only to the device: tinygrad can't count or rearrange what they do
   work = Estimates(4*G*T*D, 8*G*T*D, 8*G*T*D)
-  info = KernelInfo(name=f"attend_{G}x{T}x{D}", opts_to_apply=(), estimates=work)
-  return out.end(o).end(turn).end(core).sink(arg=info, tag=1)
+  return body.finish(out.end(o), f"attend_{G}x{T}x{D}", estimates=work).replace(tag=1)
 
 def attend(q:Tensor, k:Tensor, v:Tensor, pos:Tensor|None=None, start:Tensor|None=None,
            causal:bool=True) -> Tensor|None:
@@ -660,43 +686,44 @@ def attend(q:Tensor, k:Tensor, v:Tensor, pos:Tensor|None=None, start:Tensor|None
   s = multiply(q * hd**-0.5, k.transpose(-2, -1))                   # (B,heads,L,T)
   return multiply(causal_softmax(s, pos, start) if causal else softmax(s), v)
 
-def h3_step_kernel(y:UOp, shift:UOp, re:UOp, im:UOp, q:UOp, k:UOp, v:UOp,
-                   B:UOp, C:UOp, skip:UOp, dA_re:UOp, dA_im:UOp, dB_re:UOp, dB_im:UOp,
-                   C_re:UOp, C_im:UOp, D:UOp, m:Machine) -> UOp:
-  "y = q (2 Re C x' + D kv), kv = (C s' + skip k) v, s' = shift s + B k, x' = dA x + dB kv."
+def h3_step_kernel(y:UOp, shift:UOp, re:UOp, im:UOp,
+                   q:UOp, k:UOp, v:UOp,
+                   B:UOp, C:UOp, skip:UOp, D:UOp, *modes:UOp, m:Machine) -> UOp:
+  """y = q (2 Re C x' + D kv), kv = (C s' + skip k) v, s' = shift s + B k, x' = dA x + dB kv.
+
+  modes: the real and the imaginary part of dA, dB, and C.
+  """
   batch, channels, N = shift.shape
   M, body = re.shape[2], Body(m)
-  cores = divisor(channels, m.cores)
-  core, me = body.cores(cores)
-  r, turn = body.loop(batch), body.loop(channels//cores)
-  h = me*(channels//cores) + turn
-  x = k[r, h]
+  h = body.rows(channels, batch)
+  turn, r, _ = body.outer
   # the new state goes through registers: the compiler can't tell that it does not overwrite what is
   # read next
   kept = [body.array(n) for n in (N, M, M)]
-  j, i, o, p = (body.loop(n) for n in (N-1, M, N, M))
-  new, new_re, new_im = (a.after(turn) for a in kept)
+  j, i, o, p = body.loops(N-1, M, N, M)
+  new, *new_x = (a.after(turn) for a in kept)
+  pair = lambda n, i: tuple(x[h, i] for x in modes[2*n:2*n + 2])    # of dA, dB, C
 
-  moved = new[0].store(B[h, 0]*x)                                   # s' = shift s + B k
+  x = k[r, h]                                                       # s' = shift s + B k
+  moved = new[0].store(B[h, 0]*x)
   if N > 1:
     shifted = new[j+1].store(shift[r, h, j] + B[h, j+1]*x)
     moved = UOp.group(moved, shifted.end(j))
   now = kept[0].after(moved)
-  shift_out = body.totals(turn, N)(lambda i: now[i]*C[h, i])
+  shift_out = body.total(lambda i: now[i]*C[h, i], N)
   kv = (shift_out + skip[h]*x)*v[r, h]
 
-  old_re, old_im = re[r, h, i], im[r, h, i]                         # x' = dA x + dB kv
-  next_re = dA_re[h, i]*old_re - dA_im[h, i]*old_im + dB_re[h, i]*kv
-  next_im = dA_re[h, i]*old_im + dA_im[h, i]*old_re + dB_im[h, i]*kv
-  scan = UOp.group(new_re[i].store(next_re), new_im[i].store(next_im)).end(i)
-  new_re, new_im = (a.after(scan) for a in kept[1:])
-  half = body.totals(turn, M)(lambda i: C_re[h, i]*new_re[i] - C_im[h, i]*new_im[i])
+  turned = cmul(pair(0, i), (re[r, h, i], im[r, h, i]))             # x' = dA x + dB kv
+  scan = [z[i].store(a + b*kv) for z, a, b in zip(new_x, turned, pair(1, i))]
+  new_x = [a.after(UOp.group(*scan).end(i)) for a in kept[1:]]
+  output = lambda i: cmul(pair(2, i), [z[i] for z in new_x])[0]
+  half = body.total(output, M)
 
-  modes = [state[r, h, p].store(new[p]) for state, new in ((re, new_re), (im, new_im))]
+  stores = [state[r, h, p].store(z[p]) for state, z in zip((re, im), new_x)]
   done = UOp.group(y[r, h].store(q[r, h]*(half*2 + D[h]*kv)),
                    shift[r, h, o].store(now[o]).end(o),
-                   UOp.group(*modes).end(p))
-  return finished(done.end(turn, r, core), f"h3_step_{batch}x{channels}x{N}")
+                   UOp.group(*stores).end(p))
+  return body.finish(done, f"h3_step_{batch}x{channels}x{N}")
 
 def h3_step(q:Tensor, k:Tensor, v:Tensor, state:tuple, weights:tuple) -> tuple[Tensor, tuple]|None:
   """y (B,D) of an H3 layer with heads of one channel, and its state, which is overwritten.
@@ -705,7 +732,7 @@ def h3_step(q:Tensor, k:Tensor, v:Tensor, state:tuple, weights:tuple) -> tuple[T
   and the latter's dA, dB, C, pairs of (D,M). Not differentiable.
   """
   shift, diag, (dA, dB, C) = weights
-  inputs = [q, k, v, shift.B, shift.C[0], shift.D, *dA, *dB, *C, diag.D]
+  inputs = [q, k, v, shift.B, shift.C[0], shift.D, diag.D, *dA, *dB, *C]
   if state[1].shape[:2] != q.shape or not serves(*inputs, *state): return None
   kernel = bound(h3_step_kernel, m=machine(q.device))
   y, *new = launch(kernel, [q.shape, *state], inputs,
@@ -719,15 +746,17 @@ PLAIN_NORM = nn.LayerNorm.__call__
 
 def dot(self:Tensor, w:Tensor, dtype:DType|None=None) -> Tensor:
   "self @ w, with sums of type dtype."
-  if dtypes.ushort in (self.dtype, w.dtype): return PLAIN_DOT(self, w, dtype)
-  return multiply(self, w, dtype=dtype)
+  plain = dtypes.ushort in (self.dtype, w.dtype)           # numbers, no bfloat16s
+  return PLAIN_DOT(self, w, dtype) if plain else multiply(self, w, dtype=dtype)
 
 def linear(self:Tensor, weight:Tensor, bias:Tensor|None=None, dtype:DType|None=None) -> Tensor:
-  "self weight + bias. A weight of uint16 holds bfloat16, see WEIGHTS."
-  if dtype is not None or weight.ndim != 2: return PLAIN_LINEAR(self, weight, bias, dtype)
-  if not HALF or not self.dtype == weight.dtype == dtypes.float: return multiply(self, weight, bias)
-  low = (dtypes.half, dtypes.bfloat16)[HALF.value - 1]
-  return multiply(self.cast(low), weight.cast(low), bias, dtypes.float)
+  """self weight + bias, with sums of type dtype. A weight of uint16 holds bfloat16, see WEIGHTS.
+
+  With a dtype of float32, factors of float16 or bfloat16 stay so: their products are exact.
+  """
+  if weight.ndim != 2 or dtype not in (None, dtypes.float):
+    return PLAIN_LINEAR(self, weight, bias, dtype)
+  return multiply(self, weight, bias, dtype)
 
 def softmax_method(self:Tensor, axis:int=-1, dtype:DType|None=None) -> Tensor:
   x, = on_one_device(self)
@@ -742,15 +771,25 @@ def layernorm_call(self:nn.LayerNorm, x:Tensor) -> Tensor:
 def embedding_call(self:nn.Embedding, ids:Tensor) -> Tensor:
   return flashconv.lookup(self.weight, ids)
 
+ANSWERS = ((Tensor, "dot", dot),
+           (Tensor, "linear", linear),
+           (Tensor, "softmax", softmax_method),
+           (nn.LayerNorm, "__call__", layernorm_call),
+           (nn.Embedding, "__call__", embedding_call))
+
 def answer_with_kernels():
   "Lets tinygrad's own words and the `replaceable` definitions be answered by the kernels above."
-  Tensor.dot, Tensor.linear, Tensor.softmax = dot, linear, softmax_method
-  nn.LayerNorm.__call__, nn.Embedding.__call__ = layernorm_call, embedding_call
-  FAST.update({f.__name__: f for f in (lookup, attend, write_cache, h3_step)})
+  for owner, name, fast in ANSWERS: setattr(owner, name, fast)
+  for fast in (lookup, attend, write_cache, h3_step): FAST[fast.__name__] = fast
+
+def four_words(table:Tensor) -> Tensor:
+  "A look-up, for `selfcheck`: one word comes twice, some do not come."
+  return flashconv.lookup(table, Tensor([1, 0, 3, 3], device=table.device))
 
 CHECKS["matmul"] = linear, None, (50, 35), (50, 40), (40, 35), (35,)
 CHECKS["layernorm"] = layernorm, None, (5, 24), (5, 24), (24,), (24,)
 CHECKS["softmax"] = softmax_method, None, (5, 24), (5, 24)
+CHECKS["embedding"] = four_words, None, (4, 8), (5, 8)
 
 # ================================================================ the cores
 # tinygrad 0.14.0 runs the threads of a CPU kernel one after the other, and each kernel of a TinyJit
@@ -1118,7 +1157,7 @@ def what_lowers() -> str:
   "What makes a CPU's program besides kernel and options: compiler, processor, switches, tinygrad."
   sources = sorted(Path(tinygrad.__file__).parent.rglob("*.py"))
   stats = [(str(path), s.st_size, s.st_mtime_ns) for path in sources for s in [path.stat()]]
-  return repr((_compiler_macros(), [os.environ.get(name) for name in SWITCHES], stats))
+  return repr((compiler_macros(), [os.environ.get(name) for name in SWITCHES], stats))
 
 def sha256(data:bytes) -> str: return hashlib.sha256(data).hexdigest()
 
@@ -1182,6 +1221,24 @@ def find_compiler() -> str|None:
   new.replace(script)
   return str(script)
 
+WIDE = "prefer-vector-width=512"     # clang leaves half of an AVX-512 register empty unless told so
+
+@functools.cache
+def compiler_macros() -> str:
+  "The macros of the CPU's compiler: its version, and what it knows of the processor."
+  command = [os.environ.get("CC", "clang"), *Device["CPU"].renderer.compiler.args]
+  command += ["-dM", "-E", "-x", "c", os.devnull]
+  try: return subprocess.run(command, capture_output=True, text=True).stdout
+  except OSError: return ""
+
+def use_vectors(device:Compiled):
+  "Lets clang, and the kernels, fill the vector registers of this processor."
+  has = lambda *macros: any(f"#define {macro} " in compiler_macros() for macro in macros)
+  if has("__AVX512F__") and WIDE not in device.arch: device.arch += f",{WIDE}"
+  VECTORS.update(lanes=16 if WIDE in device.arch else 8 if has("__AVX__") else 4,
+                 registers=32 if has("__AVX512VL__", "__ARM_NEON") else 16)
+  machine.cache_clear()
+
 def check_kernels():
   """Runs `selfcheck` once for a device, tinygrad version and state of the kernels' files.
 
@@ -1221,7 +1278,7 @@ def setup_device():
     sys.exit(2)
   if FLASH and not device.renderer.has_local:
     if "NOOPT" not in os.environ: NOOPT.value = 1
-    if _compiler_says("__AVX512F__") and WIDE not in device.arch: device.arch += f",{WIDE}"
+    use_vectors(device)
     use_all_cores()
   answer_with_kernels()
   guard_tinygrad()

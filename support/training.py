@@ -11,6 +11,7 @@ from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 import numpy as np
 from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.device import Buffer
+from tinygrad.dtype import DType
 from tinygrad.helpers import Context
 from tinygrad.nn.state import get_parameters, get_state_dict
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
@@ -169,7 +170,14 @@ PRECISIONS = ("float32", "float16", "bfloat16")
 @contextlib.contextmanager
 def half_precision(dtype:str) -> Iterator[None]:
   "While active, products with weights take in numbers of this type; their sums stay float32."
-  with Context(HALF=PRECISIONS.index(dtype)): yield
+  linear, low = Tensor.linear, {"float16": dtypes.half, "bfloat16": dtypes.bfloat16}.get(dtype)
+  def low_linear(x:Tensor, weight:Tensor, bias:Tensor|None=None, dtype:DType|None=None) -> Tensor:
+    if dtype is None and x.dtype == weight.dtype == dtypes.float:
+      x, weight, dtype = x.cast(low), weight.cast(low), dtypes.float
+    return linear(x, weight, bias, dtype)
+  if low: Tensor.linear = low_linear
+  try: yield
+  finally: Tensor.linear = linear
 
 class LossScale:
   """What the loss is multiplied by lest small gradients vanish in float16: half as much after a
