@@ -176,7 +176,33 @@ def attention(cfg:BiGSConfig, rng:Generator) -> Attention:
   out_std = std / (2*cfg.n_layer)**0.5
   return Attention(cfg.d_model, cfg.n_heads, rng, std, out_std, causal=False)
 
-class GatedSSM:
+class Gated:
+  "The gate that both gated layers end in; its weights are drawn last."
+  def __init__(self, cfg:BiGSConfig, rng:Generator):
+    D, I = cfg.d_model, cfg.d_inner
+    self.gelu = gelu(cfg)
+    self.dv = dense(D, I, rng)
+    self.dol = dense(D, I, rng)
+    self.do = dense(I, D, rng)
+
+  def gate(self, mixed:Tensor, h:Tensor) -> Tensor:
+    "do( gelu(dol(mixed)) * gelu(dv(h)) ): (B,L,D) -> (B,L,D), through (B,L,I)."
+    return self.do(self.gelu(self.dol(mixed)) * self.gelu(self.dv(h)))
+
+class Stack:
+  "The MLP that both stacked layers end in; its weights are drawn last."
+  def __init__(self, cfg:BiGSConfig, rng:Generator):
+    D, I = cfg.d_model, cfg.d_inner
+    self.gelu = gelu(cfg)
+    self.norm2 = LayerNorm(D, cfg.norm_eps)
+    self.fc1 = dense(D, I, rng)
+    self.fc2 = dense(I, D, rng)
+
+  def mlp(self, x:Tensor) -> Tensor:
+    "fc2( gelu( fc1( norm2(x)))): (B,L,D) -> (B,L,D)."
+    return self.fc2(self.gelu(self.fc1(self.norm2(x))))
+
+class GatedSSM(Gated):
   """BiGS (T:291-330, F:329-410):
     h = LayerNorm(x)
     forward  = duc_forward( fs4( gelu(du_forward(h)) ) )
@@ -184,56 +210,45 @@ class GatedSSM:
     x + do( gelu(dol(forward * backward)) * gelu(dv(h)) )
   """
   def __init__(self, cfg:BiGSConfig, rng:Generator):
-    D, I = cfg.d_model, cfg.d_inner
-    self.gelu = gelu(cfg)
+    D = cfg.d_model
     self.LayerNorm = LayerNorm(D, cfg.norm_eps)
     self.fs4 = SharedSSM(cfg.d_state, rng)
     self.bs4 = SharedSSM(cfg.d_state, rng)
     self.du_forward, self.du_backward = dense(D, D, rng), dense(D, D, rng)
     self.duc_forward, self.duc_backward = dense(D, D, rng), dense(D, D, rng)
-    self.dv = dense(D, I, rng)
-    self.dol = dense(D, I, rng)
-    self.do = dense(I, D, rng)
+    super().__init__(cfg, rng)
 
   def __call__(self, x:Tensor, K_f:Tensor, K_b:Tensor) -> Tensor:
     h = self.LayerNorm(x)
     forward = self.duc_forward(convolve(self.gelu(self.du_forward(h)), K_f))
     backward = self.duc_backward(convolve(self.gelu(self.du_backward(h)), K_b, backward=True))
-    mixed = self.dol(forward * backward)                            # (B,L,I); not a sum: T:325
-    return x + self.do(self.gelu(mixed) * self.gelu(self.dv(h)))
+    return x + self.gate(forward * backward, h)                     # not a sum: T:325
 
-class GatedAttention:
+class GatedAttention(Gated):
   "x + do( gelu(dol(attention(h))) * gelu(dv(h)) ), h = LayerNorm(x)."
   def __init__(self, cfg:BiGSConfig, rng:Generator):
-    D, I = cfg.d_model, cfg.d_inner
-    self.gelu = gelu(cfg)
+    D = cfg.d_model
     self.LayerNorm = LayerNorm(D, cfg.norm_eps)
     self.attention = attention(cfg, rng)
-    self.dv = dense(D, I, rng)
-    self.dol = dense(D, I, rng)
-    self.do = dense(I, D, rng)
+    super().__init__(cfg, rng)
 
   def __call__(self, x:Tensor) -> Tensor:
     h = self.LayerNorm(x)
-    mixed = self.dol(self.attention(h)[0])
-    return x + self.do(self.gelu(mixed) * self.gelu(self.dv(h)))
+    return x + self.gate(self.attention(h)[0], h)
 
-class StackAttention:
+class StackAttention(Stack):
   "BERT's layer with the norms in front: x + attention(LayerNorm x), then + MLP(norm2 x)."
   def __init__(self, cfg:BiGSConfig, rng:Generator):
-    D, I = cfg.d_model, cfg.d_inner
-    self.gelu = gelu(cfg)
+    D = cfg.d_model
     self.LayerNorm = LayerNorm(D, cfg.norm_eps)
     self.attention = attention(cfg, rng)
-    self.norm2 = LayerNorm(D, cfg.norm_eps)
-    self.fc1 = dense(D, I, rng)
-    self.fc2 = dense(I, D, rng)
+    super().__init__(cfg, rng)
 
   def __call__(self, x:Tensor) -> Tensor:
     x = x + self.attention(self.LayerNorm(x))[0]
-    return x + self.fc2(self.gelu(self.fc1(self.norm2(x))))
+    return x + self.mlp(x)
 
-class StackSSM:
+class StackSSM(Stack):
   """x + mix([ fs4(h), bs4(h) ]), h = LayerNorm(x), then + MLP(norm2 x).
 
   In the talk's figure the two SSMs' outputs are concatenated, 2D channels, and added to the D of
@@ -242,21 +257,18 @@ class StackSSM:
   layer before these SSMs would add nothing: it commutes with a filter that all channels share.
   """
   def __init__(self, cfg:BiGSConfig, rng:Generator):
-    D, I = cfg.d_model, cfg.d_inner
-    self.gelu = gelu(cfg)
+    D = cfg.d_model
     self.LayerNorm = LayerNorm(D, cfg.norm_eps)
     self.fs4 = SharedSSM(cfg.d_state, rng)
     self.bs4 = SharedSSM(cfg.d_state, rng)
     self.mix = dense(2*D, D, rng)
-    self.norm2 = LayerNorm(D, cfg.norm_eps)
-    self.fc1 = dense(D, I, rng)
-    self.fc2 = dense(I, D, rng)
+    super().__init__(cfg, rng)
 
   def __call__(self, x:Tensor, K_f:Tensor, K_b:Tensor) -> Tensor:
     h = self.LayerNorm(x)
     both = Tensor.cat(convolve(h, K_f), convolve(h, K_b, backward=True), dim=-1)
     x = x + self.mix(both)
-    return x + self.fc2(self.gelu(self.fc1(self.norm2(x))))
+    return x + self.mlp(x)
 
 class S4DLayer:
   """x + GLU( mix( gelu( K_f ∗ h + K_b ∗ h in reversed time + D h ))), h = LayerNorm(x), where
