@@ -1015,7 +1015,7 @@ class Matrix:
     i = r*self.cols + self.first + j
     return self.mem.after(*self.walk.done)[i]
   def part(self, r:int, j:int) -> Matrix:
-    "What begins at row r and column j."
+    "The part of the matrix that begins at row r and column j."
     first = self.first + r*self.cols + j
     return Matrix(self.walk, self.rows, self.cols, self.mem, first)
   def row(self, r:int) -> Value:
@@ -1178,7 +1178,7 @@ class Walk(Workers):
       self.each(1, self.M, body)
 
 class Tile(NamedTuple):
-  "What one worker does of a matrix product at a time: rows, and `width` columns."
+  "The part of a matrix product that one worker does at a time: rows, and `width` columns."
   rows: list[tuple]                  # each with the condition under which it is the worker's
   width: int
   loops: tuple[UOp, ...]             # over tiles

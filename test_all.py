@@ -1640,7 +1640,7 @@ def refused(path:Path, why:str, data:bytes|None=None, load:Callable=H3LM.from_pr
   assert path.name in str(e.value) and "\n" not in str(e.value)
 
 def one_line(capsys, module:ModuleType, args:list[str]) -> str:
-  "What a program says, in one line, where it stops with status 2."
+  "Returns what a program says, in one line, where it stops with status 2."
   capsys.readouterr()
   with pytest.raises(SystemExit) as stop: module.main(args)
   err = capsys.readouterr().err
@@ -1648,7 +1648,7 @@ def one_line(capsys, module:ModuleType, args:list[str]) -> str:
   return err
 
 def python(code:str, *words:str, cwd:Path=HERE, **env:str) -> str:
-  "What a program prints that runs in a process of its own."
+  "Returns what a program prints that runs in a process of its own."
   done = subprocess.run([sys.executable, "-c", code, *words], cwd=cwd, text=True,
                         capture_output=True, env=os.environ | {"DEV": "CPU"} | env)
   assert done.returncode == 0, (done.returncode, done.stdout[-500:], done.stderr[-2000:])
@@ -2197,7 +2197,7 @@ def np_s4d(w, u, reverse=False):
   return np.stack(y, 1)
 
 def np_mixed(w, h, act, c):
-  "What of a layer lets positions see each other."
+  "The part of a layer that lets positions see each other."
   if "attention" in c.block:
     return np_attention(below(w, "attention."), h, c.n_heads, causal=False)
   fs4, bs4 = below(w, "fs4."), below(w, "bs4.")
@@ -3241,7 +3241,7 @@ class Words(texts.ByteTokenizer):
     return np.array([len(w)*7 + ord(w[0]) for w in words])
 
 def test_tokens_in_a_file(tmp_path, monkeypatch, capsys):
-  """Of much text: mapped, built once for as long as the text is the same, cut where byte pairs are;
+  """Much text is mapped, built once for as long as the text is the same, cut where byte pairs are;
   no text, left out"""
   (notes := tmp_path/"notes").mkdir()
   lines = (f"line {i} of words,\n" for i in range(100))
@@ -3379,7 +3379,7 @@ def stub_nll(rows:np.ndarray) -> np.ndarray:
   return (rows.cumsum(-1)*7 % 101)[:, 1:] / 16
 
 def test_windows():
-  "Of a document: what each token has in its window, no more, no less."
+  "A document's token has what is in its window, no more, no less."
   ids = np.array([256, *TEXT[:128].encode()])
   def check(window:int, stride:int, parts:dict[int, int]) -> None:
     "parts: where each window begins, and how many tokens it adds"
@@ -3393,7 +3393,7 @@ def test_windows():
   check(64, 40, {0: 64, 40: 40, 64: 24})                  # the last one ends the text
 
 def test_perplexity(done, tmp_path, printed):
-  "Of a text what the forward pass gives; --perplexity begins anew with each of several"
+  "A text's is what the forward pass gives; --perplexity begins anew with each of several"
   model = H3LM.from_pretrained(str(at(done)))
   docs = [TEXT[:60], TEXT[100:150]]
   def plain(text:str) -> np.ndarray:
@@ -3412,7 +3412,7 @@ def test_perplexity(done, tmp_path, printed):
   assert numbers == pytest.approx([perplexity, mean, perplexity, mean/math.log(2)], rel=1e-3)
 
 def test_score(done, tmp_path, monkeypatch, printed):
-  "Of each choice, log p given the context; batched, cut from the left, with examples before."
+  "Each choice's log p given the context; batched, cut from the left, with examples before."
   for context in ("a", "a "): assert gen.join_choice(context, "b") == ("a", " b")
   for context, choice in ("a", " b"), ("a\n", "b"), ("", "b"):
     assert gen.join_choice(context, choice) == (context, choice)
@@ -3699,7 +3699,7 @@ def test_agreement_grammar():
 
 @pytest.mark.parametrize("model", ["bigs", "h3"])
 def test_agreement_task(model):
-  "What is masked, or next; the loss and what is preferred, against numpy's of random logits."
+  "The masked or next token; the loss and what is preferred, against numpy's of random logits."
   _, task = paper_task(f"--task agreement --model {model} --batch 8")
   tokens, *_, targets, right, wrong = held = [a[:8] for a in task.held_out[2]]
   words, each = np.array(["PAD", "CLS", "MASK", "SEP", *bigs.WORDS]), range(8)

@@ -151,7 +151,7 @@ PAPER_OPERATIONS = {128: (8.1e10, 7.9e10), 512: (3.2e11, 3.4e11), 1024: (6.5e11,
                     4096: (2.6e12, 4.1e12)}
 
 def count_operations(model:BiGS, length:int) -> int:
-  "Of one forward pass of one sequence, as tinygrad counts what its kernels do."
+  "Counts the operations of one forward pass of one sequence, as tinygrad does for its kernels."
   tokens = Tensor([[0]*length]).realize()
   GlobalCounters.reset()
   x = model.embed(tokens).realize()

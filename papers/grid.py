@@ -1,4 +1,4 @@
-"""What the programs of this folder share: grids of models and tasks, and tasks with a label a row.
+"""Shared by the programs of this folder: grids of models and tasks, and tasks with a label a row.
 
 Each program is one claim of a paper, with its data and its models:
 

@@ -604,7 +604,7 @@ def config_beside(source:str) -> tuple[Path, dict[str, object]]:
     return file, dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
 
 def with_stated(measured:dict[str, object], fields:str, source:str) -> dict[str, object]:
-  """What the tensors tell of a configuration, and what config.json beside them adds. Raises
+  """Infers a configuration from the tensors, and from config.json beside them. Raises
   CheckpointError where they contradict each other."""
   file, given = config_beside(source)
   stated = {}

@@ -1,4 +1,4 @@
-"""What tinygrad's CPU device lacks: kernels for a model's words, all cores, a start from the disk.
+"""Supplies what tinygrad's CPU device lacks: kernels for models, all cores, programs kept on disk.
 
 A program calls `setup_device()` before it touches a device. From then on, on a CPU,
   nn.Linear, `@`                       run the matrix product below, a bias in the same launch;
@@ -1154,7 +1154,7 @@ SWITCHES = ("ALIGNED", "ALLOW_HALF8", "DMC", "EXPAND_SSA", "MV", "MV_BLOCKSIZE",
 
 @functools.cache
 def what_lowers() -> str:
-  "What makes a CPU's program besides kernel and options: compiler, processor, switches, tinygrad."
+  "Describes what a CPU's program depends on besides kernel and options: compiler, processor, switches."
   sources = sorted(Path(tinygrad.__file__).parent.rglob("*.py"))
   stats = [(str(path), s.st_size, s.st_mtime_ns) for path in sources for s in [path.stat()]]
   return repr((compiler_macros(), [os.environ.get(name) for name in SWITCHES], stats))

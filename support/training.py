@@ -1,4 +1,4 @@
-"""What stands around the plain training step of train.py, so that it can stay plain.
+"""Surrounds the plain training step of train.py, so that it can stay plain.
 
 From top to bottom: the optimizer and its two kernels; what wraps the plain step or takes the place
 of one of its stages (half precision, several devices, parts, truncation, gradient checkpointing);
@@ -81,7 +81,7 @@ def group_of(name:str) -> int:
   return UNDECAYED if plain else DECAYED
 
 class Hyper(NamedTuple):
-  "What changes with the step, for one group of parameters; as a Tensor, (6,)."
+  "The numbers that change with the step, for one group of parameters; as a Tensor, (6,)."
   lr: float
   decay: float                                   # lr times the weight decay
   unbias_m: float                                # 1/(1-β1^t)
@@ -180,7 +180,7 @@ def half_precision(dtype:str) -> Iterator[None]:
   finally: Tensor.linear = linear
 
 class LossScale:
-  """What the loss is multiplied by lest small gradients vanish in float16: half as much after a
+  """The factor of the loss that keeps small gradients from vanishing in float16: half as much after a
   gradient that is not finite, twice as much after 1,000 that were (Micikevicius et al., arXiv
   1710.03740). 1 for other types."""
   def __init__(self, dtype:str):
