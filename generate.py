@@ -607,7 +607,7 @@ def main(argv:list[str]|None=None) -> int:
   if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")
   setup_device()
   try: run(args)
-  except (UserError, CheckpointError) as e: p.error(str(e))
+  except UserError as e: p.error(str(e))
   except KeyboardInterrupt:
     print(file=sys.stderr)
     return 130

@@ -1042,7 +1042,7 @@ def main(argv:list[str]|None=None, program:str="train.py", default:str="text") -
     held = args.resume and Path(args.out).is_dir()
     with lock_run_directory(Path(args.out)) if held else contextlib.nullcontext():
       return train(program, *resolve_args(argv, program, default))
-  except (UserError, CheckpointError) as e: p.error(str(e))
+  except UserError as e: p.error(str(e))
   except MemoryError: p.error("not enough memory: take a smaller --batch, --length or model")
   except OSError as e:
     if e.filename is None: raise

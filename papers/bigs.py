@@ -218,7 +218,7 @@ def look(argv:list[str]) -> int:
   try:
     if args.plot: print(f"wrote {plot_filters(args.plot, args.offsets)}")
     if args.flops: print_operations()
-  except CheckpointError as e: parser.error(str(e))
+  except UserError as e: parser.error(str(e))
   except OSError as e: parser.error(f"{e.filename}: {e.strerror}")
   return 0
 

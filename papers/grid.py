@@ -21,7 +21,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 from tinygrad import Device
 import train
-from support.checkpoints import CHECKPOINT, CheckpointError
+from support.checkpoints import CHECKPOINT
 from support.cpu import setup_device
 from support.text import Tokenizer, UserError
 from support.training import PREVIOUS, Interrupt, check_writable, read_newest
@@ -220,7 +220,7 @@ def run_program(program:str, about:str, grid:Grid|None, default:str, argv:list[s
   except KeyboardInterrupt:
     print("\nstopped; the same command goes on", file=sys.stderr)
     return 130
-  except (UserError, CheckpointError) as e: parser.error(str(e))
+  except UserError as e: parser.error(str(e))
   return 0
 
 # ---- tasks with a label a row -------------------------------------------------------------------

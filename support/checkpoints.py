@@ -27,8 +27,9 @@ from bigs_tiny import BiGS, BiGSConfig
 from flashconv import WEIGHTS
 from h3tiny import H3Config, H3LM
 from support.cpu import answer_with_kernels
+from support.text import UserError
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
   "A checkpoint that can't be used. The message is one line and names the file."
   def __init__(self, message:str):         # it may quote a damaged file, whose names hold anything
     super().__init__(re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", message))
@@ -43,7 +44,6 @@ ODD = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, 
 def refusing(source:str|Path, problem:str, kinds:tuple[type, ...]=ODD) -> Iterator[None]:
   "Raises CheckpointError in place of errors of these kinds."
   try: yield
-  except CheckpointError: raise
   except kinds as e:
     raise CheckpointError(f"{source}: {problem} ({type(e).__name__}: {e}).") from None
 
