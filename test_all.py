@@ -11,7 +11,7 @@ gc.set_threshold(500_000, 50, 1000)          # tinygrad's graphs are many small 
 import ast, bz2, contextlib, csv, ctypes, dataclasses, gzip, hashlib, http.server, importlib
 import importlib.util
 import io, itertools, json, lzma, math, os, pickle, pickletools, re, shlex, shutil, signal, socket
-import struct, subprocess, sys, threading, zipfile
+import struct, subprocess, sys, textwrap, threading, zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Callable, Iterable, NamedTuple
@@ -3033,6 +3033,16 @@ def test_a_task_is_registered_in_one_place(tmp_path, instant, monkeypatch, print
   rejected(train, f"--resume --gap 1 --out {tmp_path}", "--gap 1 differs from the checkpoint's 2")
   with pytest.raises(SystemExit): train.main(["--help"])
   assert "copying: what stood before a gap" in capsys.readouterr().out
+
+@slow
+def test_the_example_of_a_task_learns(tmp_path, monkeypatch):
+  "as its docstring has it, with its defaults"
+  monkeypatch.setattr(train, "TASKS", {**train.TASKS})
+  example = re.search(r"    @task.*?(?=\n  $)", train.task.__doc__, re.S)[0]
+  exec(textwrap.dedent(example), {**vars(train)})
+  assert train.main(["--task", "copying", "--out", str(tmp_path)]) == 0
+  loss = json.loads(metadata(at(tmp_path))["held_out"])[-1][1]
+  assert loss < 0.3                                       # of 3 bits per symbol
 
 # -- the pieces of the trainer
 

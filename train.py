@@ -97,7 +97,24 @@ def task(name:str, about:str, causal:bool|None, options:Callable|None=None, **de
   model, batch, length, steps, weight_decay have no others. options: adds options of its own with
   the function it is given, see `option_adder`; with fixed=True --resume can't change them.
 
-  The function may set args' steps, warmup, lr, init_std and length, where they are None still."""
+  The function may set args' steps, warmup, lr, init_std and length, where they are None still.
+
+  A task in a file of its own, which begins and ends like papers/language.py:
+
+    @task("copying", "a row once more, after a gap", causal=True, model="h3", batch=32, length=10,
+          weight_decay=0.1, steps=120)
+    def copying_task(args:Namespace) -> Task:
+      def batch(step:int) -> Batch:
+        rng = np.random.default_rng([args.seed, step])
+        row = rng.integers(1, 9, (args.batch, args.length), np.int32)
+        rows = np.concatenate([row, 0*row[:, :3], row], 1)
+        targets = rows[:, 1:].copy()
+        targets[:, :args.length+2] = -1                   # below 0: nothing to predict
+        return rows[:, :-1], targets
+      held_out = [batch(10**9)]
+      return Task("rows of 8 symbols", None, 9, batch, held_out, 3.0, "symbols at random",
+                  unit="bits per symbol")
+  """
   def register(make):
     TASKS[name] = Registered(make, about, causal, options, defaults)
     return make
