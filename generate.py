@@ -34,8 +34,8 @@ from h3tiny import H3LM
 from support.checkpoints import (CHECKPOINT, RELEASED, CheckpointError, bigs_model, find, h3_model,
                                  read_weights, refusing, save_official)
 from support.cpu import setup_device
-from support.text import (TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, make_tokenizer,
-                          number, peak_memory, read_text, read_texts)
+from support.text import (TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, command,
+                          make_tokenizer, number, peak_memory, read_text, read_texts)
 
 OUT = "out"                                # train.py's default folder
 
@@ -518,7 +518,8 @@ def read_prompts(args:argparse.Namespace, default:str) -> list[str]:
 
 def run(args:argparse.Namespace) -> None:
   if args.bench is not None:
-    raise UserError("speed is measured by another program: python support/bench.py generate")
+    raise UserError("speed is measured by another program: "
+                    f"{command('support/bench.py', 'generate')}")
   actions = [name for name in ("fill", "perplexity", "score", "export")
              if getattr(args, name) is not None]
   if len(actions) > 1: raise UserError(f"give one of --{', --'.join(actions)}")

@@ -2482,9 +2482,9 @@ BAD_TRAINING = """
   --data {long} | File name too long
   --length 1000 | held-out
   --task poetry | invalid choice: 'poetry'
-  --task recall | it is one of python papers/synthetic.py
-  --reproduce lm | python papers/NAME.py --reproduce
-  --bench | python support/bench.py train
+  --task recall | papers/synthetic.py
+  --reproduce lm | papers/NAME.py --reproduce
+  --bench | support/bench.py train
   --model rnn | invalid choice: 'rnn'
   --colour red | --colour
   --steps 0 | at least 1
@@ -2523,7 +2523,7 @@ BAD_TRAINING = """
   --resume --out {tmp}/losses | metadata are damaged
   --resume --out {run8}/out | has done its 8 steps
   --resume --out {run8}/out --n-layer 3 | --n-layer 3 differs from the checkpoint's 2
-  --resume --out {tmp}/recall | it is one of python papers/synthetic.py
+  --resume --out {tmp}/recall | papers/synthetic.py
   --init {tmp}/nope | no model at
   --init {tmp}/torn/checkpoint.safetensors | truncated
   --init {tmp}/other.safetensors | not a checkpoint of train.py
@@ -2549,7 +2549,7 @@ BAD_GENERATION = """
   --prompt def --tokens 3000 | --max-length 3003
   --prompt def --top-p 2 | at most 1
   --prompt def --temperature -1 | at least 0
-  --bench 125M | python support/bench.py generate
+  --bench 125M | support/bench.py generate
   --perplexity {tmp}/empty.txt | is empty
   --perplexity {tmp}/x.bin | not UTF-8
   --perplexity {tmp}/text.txt --window 8 --stride 9 | left out
@@ -2847,7 +2847,8 @@ def test_resume_is_exact(run8, tmp_path, monkeypatch, capsys):
       m.setattr(owner, method, interrupted)
       assert train.main([*run8[1], *extra, "--out", str(parts)]) == 128 + signum
     said = capsys.readouterr().out
-    assert f"stopped after step {stop} of 8, saved" in said and f"python train.py --resume --out '{parts}'" in said
+    assert f"stopped after step {stop} of 8, saved" in said
+    assert f"go on with: {texts.command('train.py', '--resume', '--out', str(parts))}" in said
     assert metadata(parts/gen.CHECKPOINT)["step"] == str(stop)
     assert train.main(["--resume", "--out", str(parts)]) == 0
     same_runs(whole, parts)
@@ -2867,7 +2868,7 @@ def test_from_outside(again, tmp_path, rejected):
   p.send_signal(signal.SIGINT)
   stdout, stderr = p.communicate(timeout=60)
   assert p.returncode == 130 and "Traceback" not in stderr, stderr
-  assert f"go on with: python train.py --resume --out {tmp_path}" in stdout
+  assert f"go on with: {texts.command('train.py', '--resume', '--out', str(tmp_path))}" in stdout
   assert int(metadata(at(tmp_path))["step"]) >= 1
   assert {f.name for f in tmp_path.iterdir()} - {"loss.png"} == {gen.CHECKPOINT, "log.csv"}
   with training.lock_run_directory(tmp_path): pass
@@ -2997,6 +2998,23 @@ def test_checkpoints_of_other_versions(run8, tmp_path, instant):
     for k in saved.keys() & resumed.keys() - {"steps", "out", "resume", *train.SHAPE}: assert resumed[k] == saved[k], k
     assert resumed["dtype"] == "float32" and len((out/"log.csv").read_text().splitlines()) == 10
 
+def test_commands_can_be_pasted(tmp_path, monkeypatch):
+  """Quoted; found from any folder; short on a terminal, absolute in a file, which may be read
+  elsewhere."""
+  (folder := tmp_path/"a b").mkdir()
+  def paste(cwd:Path, terminal:bool) -> list[str]:
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: terminal))
+    return shlex.split(texts.command("train.py", "--resume", "--out", texts.shown(folder)))[1:]
+  script = str(HERE/"train.py")
+  assert paste(HERE, True) == ["train.py", "--resume", "--out", str(folder)]
+  assert paste(tmp_path, True) == [script, "--resume", "--out", "a b"]
+  assert paste(tmp_path, False) == [script, "--resume", "--out", str(folder)]
+  python = shlex.split(texts.command("train.py", "--help"))
+  monkeypatch.setenv("PATH", str(folder))                 # no python there
+  assert shlex.split(texts.command("train.py"))[0] == sys.executable
+  assert subprocess.run(python, cwd=tmp_path, capture_output=True).returncode == 0
+
 def test_init_takes_weights_and_shape(run8, done, tmp_path, instant):
   args, _ = train.resolve_args(f"--init {at(done)} --lr 1e-4".split())
   assert (args.d_model, args.lr, args.steps, args.data, args.resume) == (16, 1e-4, 600, None, False)
@@ -3012,8 +3030,7 @@ def test_a_task_is_registered_in_one_place(tmp_path, instant, monkeypatch, print
                                            capsys):
   monkeypatch.setattr(train, "TASKS", {**train.TASKS})
   def options(add): add("--gap N", int, None, "length of the gap", fixed=True)
-  @train.task("copying", "what stood before a gap", causal=True, model="h3", batch=4, length=6,
-              steps=2, weight_decay=0.1, gap=3, options=options)
+  @train.task("copying", "what stood before a gap", causal=True, gap=3, options=options)
   def copying_task(args) -> train.Task:
     def batch(step:int) -> train.Batch:
       r = np.random.default_rng([args.seed, step])
@@ -3023,11 +3040,12 @@ def test_a_task_is_registered_in_one_place(tmp_path, instant, monkeypatch, print
     held_out = [batch(-1 % 2**32)]
     return train.Task("copying", None, 9, batch, held_out, 3.0, "symbols at random",
                       unit="bits per symbol")
-  small = "--d-model 8 --n-layer 1 --d-state 2"
+  small = "--d-model 8 --n-layer 1 --d-state 2 --batch 4 --length 6 --steps 2"
   said = printed(train, f"--task copying {small} --out {tmp_path} --gap 2")
   assert "2 steps of 4 x 13 = 52 tokens" in said
   assert "held out: 2.164 bits per symbol; symbols at random: 3.000" in said
-  assert json.loads(metadata(at(tmp_path))["args"])["gap"] == 2
+  args = json.loads(metadata(at(tmp_path))["args"])
+  assert (args["gap"], args["model"], args["weight_decay"]) == (2, "h3", 0.1)
   rejected(train, "--gap 2", "--gap is for --task copying")
   rejected(train, "--task copying --model bert", "is not for --model bert")
   rejected(train, f"--resume --gap 1 --out {tmp_path}", "--gap 1 differs from the checkpoint's 2")

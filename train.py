@@ -19,8 +19,7 @@ Not here: several machines.
 from __future__ import annotations
 import time
 START = time.perf_counter()
-import argparse, collections, contextlib, csv, dataclasses, functools, json, math, os, shlex
-import shutil, sys
+import argparse, collections, contextlib, csv, dataclasses, functools, json, math, os, shutil, sys
 from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
@@ -36,8 +35,8 @@ from generate import MASK, MASK_RUN, OUT, print_fill, print_text, surprisal
 from h3tiny import H3Config, H3LM
 from support.checkpoints import (CHECKPOINT, CheckpointError, bigs_model, find, h3_model,
                                  read_weights)
-from support.text import (TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, is_jsonl,
-                          make_tokenizer, number, peak_memory, read_tokens, split)
+from support.text import (ROOT, TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, command,
+                          is_jsonl, make_tokenizer, number, peak_memory, read_tokens, shown, split)
 from support.training import (MASKED, PRECISIONS, PREVIOUS, AdamW, Batch, CarriedState, Feed,
                               Gradients, Interrupt, LossScale, Model, Saved, Step, accumulated,
                               check_precision, check_writable, fill, gradient_checkpointing,
@@ -93,8 +92,7 @@ def task(name:str, about:str, causal:bool|None, options:Callable|None=None, **de
   """Registers a task; decorates the function that makes it from the options, `args -> Task`.
 
   about: one phrase for --help. causal: whether its models are causal (True), bidirectional (False)
-  or, as --model says, either (None). defaults: of any option, where the command line says nothing;
-  model, batch, length, steps, weight_decay have no others. options: adds options of its own with
+  or, as --model says, either (None). defaults: of any option, over the parser's. options: adds options of its own with
   the function it is given, see `option_adder`; with fixed=True --resume can't change them.
 
   The function may set args' steps, warmup, lr, init_std and length, where they are None still.
@@ -326,17 +324,15 @@ SHAPE = ("d_model", "n_layer", "n_heads", "attn_layers", "rotary_dim", "max_posi
          "head_dim", "mlp_mult", "init_std", "embed_dropout", "resid_dropout")
 INHERITED = ("model", "size", "tokenizer", *SHAPE)      # with --init
 FIXED = ("task", "seed", *INHERITED)                    # with --resume
-# the files of the papers' tasks, and options that are other programs'
-PAPERS = dict(induction="synthetic", recall="synthetic", listops="arena", pixels="arena",
-              classify="finetune", agreement="bigs")
-MOVED = {"--reproduce": "python papers/NAME.py --reproduce",
-         "--seeds": "python papers/NAME.py --reproduce",
-         "--bench": "python support/bench.py train"}
+# options that are other programs'
+MOVED = {"--reproduce": "papers/NAME.py --reproduce", "--seeds": "papers/NAME.py --reproduce",
+         "--bench": "support/bench.py train"}
 
 class Moved(argparse.Action):
   "An option that is another program's, which `const` names."
   def __call__(self, parser:argparse.ArgumentParser, *_) -> None:
-    raise UserError(f"{self.option_strings[0]} is another program's: {self.const}")
+    raise UserError(f"{self.option_strings[0]} is another program's: "
+                    f"{command(*self.const.split())}")
 
 def key_of(flag:str) -> str: return flag.split()[0].removeprefix("--").replace("-", "_")
 def flag_of(key:str) -> str: return "--" + key.replace("_", "-")
@@ -398,13 +394,13 @@ def parser(program:str, task:str) -> Parser:
   add("--resid-dropout X", fraction, 0.0, "dropout in the blocks of a causal model")
 
   add = option_adder(p, "training")
-  add("--steps N", positive, None, "updates of the weights in all")
-  add("--batch N", positive, None, "sequences a step")
-  add("--length N", positive, None, "tokens a sequence")
+  add("--steps N", positive, 1000, "updates of the weights in all")
+  add("--batch N", positive, 16, "sequences a step")
+  add("--length N", positive, 128, "tokens a sequence")
   add("--lr X", above_0, None, "highest learning rate (default: by --size)")
   add("--warmup N", whole, None, "steps in which the learning rate rises, before it falls "
       "(default: a tenth of --steps, at most 1000)")
-  add("--weight-decay X", number(float, 0), None,
+  add("--weight-decay X", number(float, 0), 0.1,
       "of all weights but biases, norms, and in causal models embeddings and the SSMs' dynamics")
   add("--clip X", above_0, 1.0, "largest norm of the whole gradient")
   add("--seed N", whole, 0, "of weights, batches and the sample")
@@ -433,7 +429,8 @@ def parser(program:str, task:str) -> Parser:
   for flag, where in MOVED.items():
     p.add_argument(flag, nargs="?", action=Moved, const=where, default=argparse.SUPPRESS,
                    help=argparse.SUPPRESS)
-  p.set_defaults(**TASKS[task].defaults)
+  model = "bigs" if TASKS[task].causal is False else "h3"
+  p.set_defaults(**{"model": model} | TASKS[task].defaults)
   return p
 
 def add_task_options(p:Parser, add:Callable, task:str) -> None:
@@ -505,7 +502,8 @@ def saved_args(start:Saved, resume:bool) -> dict[str, object]:
 
 def check_task(name:str) -> None:
   if name in TASKS: return
-  elsewhere = f"; it is one of python papers/{PAPERS[name]}.py" if name in PAPERS else ""
+  elsewhere = "".join(f"; it is one of {command(f'papers/{file.name}')}"
+                      for file in (ROOT/"papers").glob("*.py") if f'@task("{name}",' in file.read_text())
   raise UserError(f"--task: invalid choice: {name!r} is none of {', '.join(TASKS)}{elsewhere}")
 
 def is_causal(args:Namespace) -> bool:
@@ -578,17 +576,19 @@ def h3_config(args:Namespace, vocab_size:int) -> H3Config:
   rotary_dim = args.rotary_dim or 0
   if args.rotary_dim is None and args.model == "transformer" and not args.max_positions:
     rotary_dim = args.d_model // args.n_heads // 2 * 2
-  return H3Config(vocab_size, args.d_model, args.n_layer, tuple(attention_layers(args)),
-                  args.n_heads, rotary_dim, args.d_state, args.head_dim, args.mlp_mult or 4,
-                  ssm="s4d" if args.model == "s4d" else "h3",
+  return H3Config(vocab_size=vocab_size, d_model=args.d_model, n_layer=args.n_layer,
+                  attn_layers=tuple(attention_layers(args)), n_heads=args.n_heads,
+                  rotary_dim=rotary_dim, d_state=args.d_state, head_dim=args.head_dim,
+                  mlp_mult=args.mlp_mult or 4, ssm="s4d" if args.model == "s4d" else "h3",
                   embed_dropout=args.embed_dropout, resid_dropout=args.resid_dropout,
                   init_std=args.init_std or 0.02, max_length=max(2048, 2*args.length),
                   max_positions=args.max_positions)
 
 def bigs_config(args:Namespace, vocab_size:int) -> BiGSConfig:
   block = dict(bigs="gated", bert="attention", transformer="attention").get(args.model, args.model)
-  return BiGSConfig(vocab_size, args.d_model, args.n_layer, block,
-                    (args.mlp_mult or 0)*args.d_model, args.n_heads, args.d_state, args.length,
+  return BiGSConfig(vocab_size=vocab_size, d_model=args.d_model, n_layer=args.n_layer, block=block,
+                    d_inner=(args.mlp_mult or 0)*args.d_model, n_heads=args.n_heads,
+                    d_state=args.d_state, max_length=args.length,
                     embed_dropout=args.embed_dropout)
 
 def make_model(args:Namespace, task:Task, start:Saved|None=None) -> Model:
@@ -1011,7 +1011,7 @@ class Run:
     if self.saved is None: saved = "nothing saved"
     self.log.line(f"stopped after step {done} of {args.steps}, {saved}")
     if self.saved is not None:
-      self.log.line(f"go on with: python {self.program} --resume --out {shlex.quote(args.out)}")
+      self.log.line(f"go on with: {command(self.program, '--resume', '--out', shown(args.out))}")
 
   def finish(self) -> None:
     "Writes and shows what a finished run leaves."
@@ -1025,10 +1025,10 @@ class Run:
       except KeyboardInterrupt: pass
     print(f"\nheld out: {self.log.held_out()}; {task.baseline_name}: {task.baseline:.3f}")
     print(f"wrote {self.path}, {files}; {duration(time.perf_counter()-START)} in all")
-    where = "" if args.out == OUT else f" --model {shlex.quote(args.out)}"
-    if args.task == "text": print(f"more text: python generate.py{where}")
+    generate = ["generate.py", "--model", shown(args.out)]
+    if args.task == "text": print(f"more text: {command(*generate)}")
     if args.task == "mlm":
-      print(f'more of it: python generate.py{where} --fill "what is {MASK} here?"')
+      print(f"more of it: {command(*generate, '--fill', f'what is {MASK} here?')}")
 
 def train(program:str, args:Namespace, start:Saved|None=None) -> int:
   "Does one run. start: the checkpoint that --resume or --init names."

@@ -11,7 +11,7 @@ Not here: guessing an encoding from the bytes, PDF and HTML.
 """
 from __future__ import annotations
 import argparse, bz2, codecs, collections, contextlib, functools, gzip, hashlib, importlib, io, json
-import lzma, math, os, re, shlex, sys, sysconfig, textwrap, zlib
+import lzma, math, os, re, shlex, shutil, sys, sysconfig, textwrap, zlib
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, Callable, Iterator, NamedTuple
@@ -52,6 +52,21 @@ def number(kind:type, low:float=-math.inf, high:float=math.inf, above:float=-mat
       raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return x
   return parse
+
+ROOT = Path(__file__).parents[1]
+
+def shown(path:str|Path) -> str:
+  """Returns a path to paste: on a terminal from the current folder, if it lies in that, else
+  absolute, as what goes into a file may be read anywhere."""
+  full, here = Path(os.path.abspath(path)), Path.cwd()
+  near = sys.stdout and sys.stdout.isatty() and full.is_relative_to(here)
+  return str(full.relative_to(here) if near else full)
+
+def command(program:str, *words:str) -> str:
+  "Returns the line that runs a program of the project, to paste: by this Python, words quoted."
+  first = shutil.which("python")                           # of those on the PATH
+  this = first and os.path.dirname(os.path.abspath(first)) == os.path.dirname(sys.executable)
+  return shlex.join(["python" if this else shown(sys.executable), shown(ROOT/program), *words])
 
 def peak_memory() -> float:
   "Bytes of memory that this process has held at most; nan where the system does not say."
