@@ -683,12 +683,12 @@ from tinygrad import Tensor
 print(((Tensor.ones(300, 90).contiguous() @ Tensor.ones(90, 20)).sum() + 1).item(), len(lowered))
 """
 
-def own_process(program:str|Path, **environment:object) -> subprocess.CompletedProcess:
+def own_process(program:str|Path, *args:str, **environment:object) -> subprocess.CompletedProcess:
   "Python on the CPU device, run to its end, with tinygrad's own number of compile workers."
   env = os.environ | {"PYTHONPATH": str(HERE), "DEV": "CPU"}
   env.update((k, str(v)) for k, v in environment.items())
   if IN_PARALLEL: env.pop("PARALLEL", None)
-  command = [sys.executable, program]
+  command = [sys.executable, program, *args]
   return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 @on_cpu
@@ -1038,6 +1038,34 @@ def test_kernel_inputs_without_a_device(name, flash):
   if impulse.dtype == dtypes.float:
     (_, got), (_, want) = (with_gradients(conv, [u]) for u in (impulse, stored))
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+OPENS = """
+import sys
+from tinygrad import Device
+from support import cpu
+if sys.argv[1:]: cpu.find_compiler = lambda: None
+cpu.setup_device()
+print(Device.DEFAULT)
+"""
+
+IS_CPU = """
+import ctypes
+from tinygrad import Device
+from tinygrad.runtime.autogen import opencl
+opened, kind = Device["CL"], ctypes.c_uint64()
+opencl.clGetDeviceInfo(opened.cl_dev, opencl.CL_DEVICE_TYPE, 8, ctypes.byref(kind), None)
+assert kind.value & opencl.CL_DEVICE_TYPE_CPU
+"""
+
+@on_cpu
+def test_cpu_is_not_used_through_opencl(tmp_path):
+  "DEV says which of the two; else it is the CPU device, if there is a compiler. As where PoCL is."
+  (tmp_path/"opens.py").write_text(OPENS)
+  if own_process("-c", IS_CPU, DEV="").returncode: pytest.skip("there is no OpenCL for this CPU")
+  for args, DEV, device, said in (([], "", "CPU", ""), ([], "CL", "CL", ""),
+                                  (["without a compiler"], "", "CL", "pip install ziglang")):
+    done = own_process(tmp_path/"opens.py", *args, DEV=DEV, FLASH=0)
+    assert done.stdout == f"{device}\n" and said in done.stderr and bool(said) == bool(done.stderr)
 
 # ---------------------------------------------------------------- threads, forks, interrupts
 

@@ -1259,6 +1259,25 @@ NO_COMPILER = ("error: no GPU that tinygrad can use, and its CPU device needs a 
                "`pip install ziglang` (no root needed), or install clang (`apt install clang`; "
                "on a Mac `xcode-select --install`)")
 
+def is_opencl_on_cpu(device:Compiled) -> bool:
+  if not device.device.startswith("CL"): return False
+  from tinygrad.runtime.autogen import opencl
+  kind = ctypes.c_uint64()
+  opencl.clGetDeviceInfo(device.cl_dev, opencl.CL_DEVICE_TYPE, 8, ctypes.byref(kind), None)
+  return bool(kind.value & opencl.CL_DEVICE_TYPE_CPU)
+
+def open_device(compiler:str|None) -> Compiled:
+  """Opens the device that DEV names, else the one that tinygrad finds. Where that is OpenCL on a
+  CPU (PoCL, say), on which a model takes six times as long, and there is a compiler: the CPU."""
+  device = Device[Device.DEFAULT]
+  if helpers.DEV.device or not is_opencl_on_cpu(device): return device
+  if compiler:
+    os.environ["DEV"] = helpers.DEV.value = "CPU"     # here, and in processes that are started
+    return Device["CPU"]
+  print("note: without a C compiler this CPU is used through OpenCL, several times slower: "
+        "pip install ziglang", file=sys.stderr)
+  return device
+
 def setup_device():
   """Prepares the device; what a program calls before it touches one.
 
@@ -1270,7 +1289,7 @@ def setup_device():
   """
   compiler = find_compiler()
   if compiler: os.environ["CC"] = compiler
-  try: device = Device[Device.DEFAULT]
+  try: device = open_device(compiler)
   except Exception as e:
     why = f"{type(e).__name__}: {e}".split("\n")[0]
     failure = f"error: tinygrad can't open a device ({why})" if compiler else NO_COMPILER
