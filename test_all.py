@@ -2507,8 +2507,13 @@ BAD_TRAINING = """
   --data {tmp}/latin.txt | UTF-8
   --data {tmp}/folder | no text
   --data {tmp}/short.txt | too short
+  --data {tmp}/short.txt --length 8 | 10 tokens to train on, 0 held out, and a window takes 9
+  --length 400 | 6,493 tokens to train on, 342 held out, and a window takes 401
+  --length 400 --seed 1 | give more text or --holdout 0.06 or a --length of at most 341
+  --task mlm --length 400 | at most 344
+  --data {tmp}/ran | but what runs have left there
   --data {long} | File name too long
-  --length 1000 | held-out
+  --length 3000 --holdout 0.4 | --holdout 0.44 or a --length of at most 2,733
   --task poetry | invalid choice: 'poetry'
   --task recall | papers/synthetic.py
   --reproduce lm | papers/NAME.py --reproduce
@@ -2595,10 +2600,11 @@ BAD_GENERATION = """
 def files_to_go_wrong_with(tmp:Path, checkpoint:Path) -> None:
   whole, (tensors, meta) = checkpoint.read_bytes(), read_checkpoint(str(checkpoint))
   question = b'{"context": "a", "choices": ["bcd"], "answer": 0}\n'
-  for folder in "folder torn meta losses recall listops".split(): (tmp/folder).mkdir()
+  for folder in "folder torn meta losses recall listops ran".split(): (tmp/folder).mkdir()
   for name, data in {
       "empty.txt": b"", "x.bin": b"\x7fELF\0\0\xff", "latin.txt": "déjà vu".encode("latin1")*99,
       "short.txt": b"too short", "text.txt": TEXT.encode(),
+      "ran/log.csv": b"step", f"ran/{gen.CHECKPOINT}": whole,
       f"torn/{gen.CHECKPOINT}": whole[:len(whole)//2], "q2.jsonl": question,
       "q1.jsonl": question + b'{"context": "a", "choices": ["b"], "answer": 1}\n',
       "there.pt": b"<html>404</html>", "there.safetensors": b"<html>404</html>"}.items():
@@ -2754,6 +2760,24 @@ def test_unreadable_texts(tmp_path, done, monkeypatch, capsys):
   assert read(notes)[0].tolist() == [*TEXT.encode(), 256]
   warning = f"left out {len(UNREADABLE)} of the files in {notes}; the first: "
   assert warning in capsys.readouterr().err
+
+def test_what_runs_leave_is_no_text(tmp_path, instant, capsys):
+  "A run into its folder of texts, or below that, its log anywhere: the next one reads the same."
+  notes = tmp_path/"notes"
+  (notes/"more").mkdir(parents=True)
+  for name in ("a.txt", "more/log.csv"): (notes/name).write_text(TEXT)     # a log of other things
+  options = [*TINY, "--steps", "1", "--data"]
+  for out, log, left in ((notes, "", "checkpoint.safetensors, "),
+                         (notes/"runs", f"--log {notes}/table.csv", "table.csv")):
+    for again in range(2):
+      assert train.main([*options, str(notes), "--out", str(out), *log.split()]) == 0
+      assert metadata(at(out))["data"].startswith(f"{notes}: 2 files, ")
+      err = capsys.readouterr().err
+    assert "left out what runs have left: " in err and left in err
+  os.remove(notes/"table.csv")
+  named = [*map(str, notes.glob("*.*"))]                  # as a shell expands notes/*
+  assert train.main([*options, *named, "--out", str(tmp_path/"out")]) == 0
+  assert ": 1 file, " in metadata(at(tmp_path/"out"))["data"]
 
 # the first lines of SST-2, MRPC, RTE, QNLI, QQP, MNLI, STS-B, CoLA as GLUE has them, and of others;
 # --columns; label and texts of each row

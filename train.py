@@ -23,7 +23,7 @@ import argparse, collections, contextlib, csv, dataclasses, functools, json, mat
 from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 import numpy as np
 from tinygrad import Device, Tensor
 from tinygrad.helpers import Context
@@ -144,18 +144,29 @@ class Windows:
   def __init__(self, args:Namespace, size:int):
     self.size, self.batch = size, args.batch
     self.tok = tokenizer(args)
-    tokens, ends = read_tokens(args.data, self.tok, args.text_key)
+    tokens, ends = read_tokens(args.data, self.tok, args.text_key,
+                               [*log_files(args), Path(args.out)/"vocab.txt"])
     border = split(ends, args.holdout)
     self.train, self.held = tokens[:border], tokens[border:]
-    for name, part in (("training", self.train), ("held-out", self.held)):
-      if len(part) < size:
-        raise UserError(f"the text is too short: its {name} part has {len(part)} tokens and a "
-                        f"window takes {size}: give more text or a smaller --length")
+    parts = f"{len(self.train):,} tokens to train on, {len(self.held):,} held out"
+    if min(len(self.train), len(self.held)) < size:
+      cures = ["more text", *self.enough(ends, args)]
+      raise UserError(f"the text is too short: {parts}, and a window takes {size:,}: give "
+                      f"{' or '.join(cures)}")
     name = ", ".join(args.data) if args.data else "Python's standard library"
     kind = "text" if any(is_jsonl(Path(p)) for p in args.data or ()) else "file"
-    self.about = (f"{name}: {len(ends):,} {kind}{'s'*(len(ends) != 1)}, "
-                  f"{len(self.train)/1e6:.2f} M tokens to train on, "
-                  f"{len(self.held)/1e6:.3f} M held out ({args.tokenizer})")
+    self.about = f"{name}: {len(ends):,} {kind}{'s'*(len(ends) != 1)}, {parts} ({args.tokenizer})"
+
+  def enough(self, ends:np.ndarray, args:Namespace) -> Iterator[str]:
+    "Yields the options with which a window would fit into both parts."
+    for percent in range(1, 51):
+      border = split(ends, percent/100)
+      if min(border, ends[-1] - border) >= self.size:
+        yield f"--holdout {percent/100:g}"
+        break
+    # a window has a token more than --length, or the two less that masked text begins and ends with
+    length = min(len(self.train), len(self.held)) - self.size + args.length
+    if length >= 16: yield f"a --length of at most {length:,}"
 
   def windows(self, tokens:np.ndarray, starts:np.ndarray) -> np.ndarray:
     return tokens[starts[:, None] + np.arange(self.size)].astype(np.int32)
@@ -732,6 +743,11 @@ def read_evals(meta:dict[str, str]) -> list[list]:
 
 def duration(seconds:float) -> str: return str(timedelta(seconds=round(seconds)))
 
+def log_files(args:Namespace) -> tuple[Path, Path]:
+  "Returns where the table of losses and its picture go."
+  out = Path(args.out)
+  return Path(args.log or out/"log.csv"), Path(args.plot or out/"loss.png")
+
 class Log:
   "The losses so far, the progress line, the CSV and the plot."
   def __init__(self, args:Namespace, task:Task):
@@ -742,8 +758,7 @@ class Log:
     self.seconds_before = 0.0                           # of training, likewise
     self.times = collections.deque(maxlen=20)           # seconds of the last steps
     self.live = bool(sys.stdout and sys.stdout.isatty())
-    self.table = Path(args.log or Path(args.out)/"log.csv")
-    self.picture = Path(args.plot or Path(args.out)/"loss.png")
+    self.table, self.picture = log_files(args)
 
   def seconds(self) -> float:
     "Returns the whole run's seconds, without those between a stop and --resume."
@@ -886,7 +901,7 @@ class Run:
     print(f"{self.title}, on {where}{'' if FLASH else ' without custom kernels (FLASH=0)'}")
     print(self.task.about)
     rows, length = self.task.batch(self.first)[0].shape
-    text = f"{args.steps} steps of {rows} x {length} = {rows*length:,} tokens"
+    text = f"{args.steps} step{'s'*(args.steps != 1)} of {rows} x {length} = {rows*length:,} tokens"
     if args.accumulate > 1: text += f" in {args.accumulate} parts"
     if args.truncate: text += f", the gradient within {args.truncate}"
     if args.dtype != "float32": text += f", in {args.dtype}"

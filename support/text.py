@@ -14,7 +14,7 @@ import argparse, bz2, codecs, collections, contextlib, functools, gzip, hashlib,
 import lzma, math, os, re, shlex, shutil, sys, sysconfig, textwrap, zlib
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO, Callable, Iterator, NamedTuple
+from typing import BinaryIO, Callable, Iterator, NamedTuple, Sequence
 import numpy as np
 from tinygrad.helpers import cache_dir, tqdm
 
@@ -299,8 +299,17 @@ def stdlib_files() -> list[Path]:
   root = Path(sysconfig.get_paths()["stdlib"])
   return sorted(f for f in root.rglob("*.py") if not SKIP & set(f.relative_to(root).parts))
 
-def text_files(paths:list[str]|None) -> list[tuple[Path, str|None]]:
-  "Files, in order, and the folder that each was found in; None for a file that was named itself."
+# what train.py, or papers/bigs.py, leaves in a run's folder
+RUN_FILES = ("checkpoint*", "log.csv", "loss.png", "vocab.txt", "filters.png")
+
+def left_by_run(path:Path) -> bool:
+  "Whether a run has left the file: by its name, and because there is a checkpoint beside it."
+  return any(map(path.match, RUN_FILES)) and any(path.parent.glob("checkpoint*.safetensors"))
+
+def text_files(paths:list[str]|None, own:Sequence[Path]=()) -> list[tuple[Path, str|None]]:
+  """Files, in order, and the folder that each was found in; None for a file that was named itself.
+  What a run has left is no text, nor is `own`: a line on stderr says what was left out."""
+  own = {path.resolve() for path in own}
   files = []
   for path in map(Path, paths or []):
     if not path.exists(): raise UserError(f"no such file or folder: {path}")
@@ -311,7 +320,14 @@ def text_files(paths:list[str]|None) -> list[tuple[Path, str|None]]:
     found = [f for f in sorted(path.rglob("*")) if f.is_file() and not hidden(f)]
     if not found: raise UserError(f"no text in the folder {path}: --data takes text in UTF-8")
     files += [(f, str(path)) for f in found]
-  return files if paths else [(f, LIBRARY) for f in stdlib_files()]
+  if not paths: return [(f, LIBRARY) for f in stdlib_files()]
+  of_runs = [str(f) for f, _ in files if left_by_run(f) or f.resolve() in own]
+  if not of_runs: return files
+  files = [(f, folder) for f, folder in files if str(f) not in of_runs]
+  if not files: raise UserError(f"no text in {', '.join(paths)} but what runs have left there")
+  print(f"left out what runs have left: {', '.join(of_runs[:8])}{', …'*(len(of_runs) > 8)}",
+        file=sys.stderr)
+  return files
 
 LARGE = 1 << 26                            # bytes of text from which on tokens lie in a file
 UNPACKED = 5                               # about how many times its size a packed text is
@@ -329,15 +345,15 @@ def token_pieces(text:Iterator[str], tok:Tokenizer) -> Iterator[np.ndarray]:
       rest = rest[cut:]
   if rest: yield tok.encode(rest)
 
-def read_tokens(paths:list[str]|None, tok:Tokenizer, key:str=TEXT_KEY
+def read_tokens(paths:list[str]|None, tok:Tokenizer, key:str=TEXT_KEY, own:Sequence[Path]=()
                 ) -> tuple[np.ndarray, np.ndarray]:
   """All texts as tokens, uint16, <|endoftext|> behind each, and where each text ends.
 
   key: names a text in a line of a .jsonl file. Tokens of much text are put into a file in
   tinygrad's cache, once for as long as the texts stay as they are, and mapped: memory need not hold
   them. Raises UserError: a file that is named must be text; what a folder holds besides is left
-  out, and a line on stderr says so."""
-  files = text_files(paths)
+  out, and a line on stderr says so. own: files that are not read, see `text_files`."""
+  files = text_files(paths, own)
   try: stats = [f.stat() for f, _ in files]
   except OSError as e: raise UserError(f"can't read {e.filename}: {e.strerror}") from None
   size = sum(s.st_size*(UNPACKED if is_packed(f) else 1) for (f, _), s in zip(files, stats))
