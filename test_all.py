@@ -2461,19 +2461,42 @@ def test_packages_that_are_missing(monkeypatch, capsys):
     err = one_line(capsys, gen, ["--model", model, "--fill", "x [MASK]"])
     assert all(w in err for w in words), err
 
-def test_which_file_of_a_folder(tmp_path):
-  "A run's own checkpoint, whatever else is newer; the authors' names; of others, none is guessed."
+def test_which_file_of_a_folder(tmp_path, capsys):
+  """A run's own checkpoint, whatever else is newer; the authors' names; of others the newest, which
+  is said; none is guessed."""
   for name in ("a.pt", "b.pt"): (tmp_path/name).touch()
   with pytest.raises(CheckpointError, match="2 models: name one of a.pt, b.pt"):
     checkpoints.find(str(tmp_path))
   os.remove(tmp_path/"b.pt")
-  assert checkpoints.find(str(tmp_path)).name == "a.pt"
-  for name in ("checkpoint.1.safetensors", "pytorch_model.bin", "model.safetensors",
-               "checkpoint.safetensors"):
+  none = f"no {gen.CHECKPOINT} in {tmp_path}: taking "
+  for name, said in (
+      ("a.pt", "a.pt\n"), ("z.safetensors", "z.safetensors, the newest of a.pt, z.safetensors"),
+      ("c.safetensors", "c.safetensors, the newest of a.pt, c.safetensors, z"),
+      ("pytorch_model.bin", "pytorch_model.bin of a.pt, c.safetensors, pytorch_model.bin, z"),
+      ("model.safetensors", "model.safetensors of a"), ("checkpoint.safetensors", ""),
+      ("checkpoint.7.safetensors", "")):
     (tmp_path/name).touch()
-    assert checkpoints.find(str(tmp_path)).name == name
-  (tmp_path/"checkpoint.7.safetensors").touch()
-  assert checkpoints.find(str(tmp_path)).name == "checkpoint.safetensors"
+    own = tmp_path/(name if said else "checkpoint.safetensors")
+    assert checkpoints.find(str(tmp_path)) == own
+    assert capsys.readouterr().err.startswith(none + said if said else "")
+  for name in ("model.safetensors", "pytorch_model.bin"):             # as they were released
+    (alone := tmp_path/name[:5]).mkdir()
+    (alone/name).touch()
+    checkpoints.find(str(alone))
+  assert capsys.readouterr().err == ""
+
+def test_set_aside(done, tmp_path):
+  "A name that says when, what and how far, sorts, and is free; of a damaged one, when."
+  names = []
+  for minute, data in ((0, at(done).read_bytes()),)*2 + ((1, at(done).read_bytes()), (2, b"")):
+    at(tmp_path).write_bytes(data)
+    os.utime(at(tmp_path), (1.6e9 + 60*minute,)*2)
+    names.append(training.set_aside(at(tmp_path)).name)
+    assert (tmp_path/names[-1]).read_bytes() == data
+  assert names == sorted(names) and len({*names}) == 4
+  words = ".hybrid-8-steps.s", ".hybrid-8-steps_2.s", ".hybrid-8-steps.s", ".safetensors"
+  for name, what in zip(names, words):
+    assert re.match(rf"checkpoint\.2020-09-1\d-\d{{4}}{re.escape(what)}", name), name
 
 # ================================================================ the trainer and the generator
 
@@ -2873,8 +2896,8 @@ def test_run_leaves_what_it_promises(done, again, tmp_path, instant, printed):
   assert re.search(r"^step 2/2 .* \d\.\d\d GB$", said, re.M)
   assert len(log.read_text().splitlines()) == 3
   if MATPLOTLIB: assert "<svg" in picture.read_text()
-  kept, whole = (out/"checkpoint.1.safetensors").read_bytes(), at(done).read_bytes()
-  assert kept == whole != at(out).read_bytes()
+  (kept,), whole = out.glob("checkpoint.*.hybrid-8-steps.safetensors"), at(done).read_bytes()
+  assert kept.read_bytes() == whole != at(out).read_bytes()
   assert checkpoints.find(str(out)) == at(out)
 
 def same_runs(a:Path, b:Path) -> None:

@@ -123,7 +123,8 @@ def find(path_or_name:str) -> Path:
 
   A folder of huggingface_hub's cache (models--danfu09--H3-355M, or one inside) is as good as any.
   Of several files one that is called as train.py or the authors call theirs comes first, else the
-  newest .safetensors. Raises CheckpointError if there is none, or no telling which."""
+  newest .safetensors, and a line on stderr says which. Raises CheckpointError if there is none, or
+  no telling which."""
   path = Path(path_or_name)
   if path_or_name in RELEASED and not path.exists(): return download(path_or_name)
   hint = "run train.py first, or name another"
@@ -131,14 +132,19 @@ def find(path_or_name:str) -> Path:
     raise CheckpointError(f"no model at {path}: {hint} (released are {', '.join(RELEASED)}).")
   if not path.is_dir(): return path
   folder = snapshot(path)
-  known = [folder/name for name in PREFERRED if (folder/name).is_file()]
-  if known: return known[0]
+  if (folder/CHECKPOINT).is_file(): return folder/CHECKPOINT
   found = sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES and f.is_file())
   if not found: raise CheckpointError(f"no model in the folder {path}: {hint}.")
+  known = [folder/name for name in PREFERRED if folder/name in found]
+  if known == found: return found[0]
   ours = [f for f in found if f.suffix == ".safetensors"]
   names = ", ".join(f.name for f in found)
-  require(len(found) == 1 or ours, folder, f"it holds {len(found)} models: name one of {names}")
-  return max(ours or found, key=modified)
+  require(len(found) == 1 or known or ours, folder,
+          f"it holds {len(found)} models: name one of {names}")
+  taken = known[0] if known else max(ours or found, key=modified)
+  which = "" if len(found) == 1 else f" of {names}" if known else f", the newest of {names}"
+  print(f"no {CHECKPOINT} in {folder}: taking {taken.name}{which}", file=sys.stderr)
+  return taken
 
 def modified(path:Path) -> float: return path.stat().st_mtime
 

@@ -5,7 +5,7 @@ of one of its stages (half precision, several devices, parts, truncation, gradie
 and what keeps a run alone in its folder and its checkpoints whole.
 """
 from __future__ import annotations
-import contextlib, functools, itertools, math, os, re, signal, sys
+import contextlib, functools, itertools, json, math, os, re, signal, sys, time
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 import numpy as np
@@ -414,9 +414,15 @@ def save_beside_previous(path:Path, tensors:dict[str, Tensor], meta:dict[str, st
   save_checkpoint(str(path), tensors, meta, keep_old)
 
 def set_aside(path:Path) -> Path:
-  "Moves a checkpoint to the first free number beside it, never over another, be it a new one."
+  """Moves a checkpoint to a name beside it that says when it was written, its model and its steps,
+  never over another, be it a new one: numbered then."""
+  what = time.strftime("%Y-%m-%d-%H%M", time.localtime(path.stat().st_mtime))
+  with contextlib.suppress(CheckpointError, KeyError, TypeError, ValueError):    # it may be damaged
+    meta = read_weights(path)[1]
+    name = re.sub(r"[^\w-]", "", json.loads(meta["args"])["model"])
+    what += f".{name}-{int(meta['step'])}-steps"
   for i in itertools.count(1):
-    aside = path.with_name(f"checkpoint.{i}.safetensors")
+    aside = path.with_name(f"checkpoint.{what}{f'_{i}'*(i > 1)}.safetensors")
     try: os.close(os.open(aside, os.O_CREAT | os.O_EXCL))
     except FileExistsError: continue
     os.replace(path, aside)
