@@ -1186,8 +1186,12 @@ for work, most in ((jit, 3), (add, 1)):
     assert (now == before + most).all(), (place, np.unique(now))   # no core is left behind, none ran twice
   assert place > 100
 
-# Ctrl-C at 40 lines of all that runs when Tensors are scheduled, compiled and realised, tinygrad's own among them
+# Ctrl-C at 40 lines of all that runs when Tensors are scheduled, compiled and realised, tinygrad's
+# own among them. What a shell runs in the background ignores it until told otherwise
 import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+lost = []                                 # in a finaliser, out of which Python lets no exception
+sys.unraisablehook = lambda raised: lost.append(raised.exc_type)
 U, K, W = (Tensor(normal(i, *s)).realize() for i, s in enumerate(((2, 4, 30), (4, 30), (30, 20))))
 def step():
   global made
@@ -1210,14 +1214,15 @@ def interrupted_at(place):
   finally: sys.settrace(None)
   return False, seen
 step()
-want, lines, hits = [t.numpy() for t in made], interrupted_at(0)[1], 0
-for place in np.random.default_rng(0).integers(1, lines, 40):
+want, lines = [t.numpy() for t in made], interrupted_at(0)[1]
+for place in np.random.default_rng(0).integers(1, 0.9*lines, 40):   # not always the same number of lines
   made, before = [], x.numpy()[0]
-  hits += interrupted_at(place)[0]
+  lost.clear()
+  came, seen = interrupted_at(place)
+  assert came or lost == [KeyboardInterrupt], (place, seen, lost)
   for t, y in zip(made, want): assert np.abs(t.numpy() - y).max() <= 1e-6*np.abs(y).max(), place
   now = x.numpy()
   assert now[0] - before in (0, 1) and (now == now[0]).all(), (place, np.unique(now))
-assert hits >= 35
 """
 
 SCRIPTS = {"threads": THREADS, "forks": FORKS, "interrupts": INTERRUPTS}
