@@ -1,13 +1,13 @@
 """The tests of the whole project: `python -m pytest -q test_all.py`.
 
-On whatever device tinygrad finds, or DEV=CPU, DEV=CL, …; `-n auto` on all cores, with pytest-xdist.
-From top to bottom: the kernels against float64, the model against the official code's outputs
-(golden/) and against a float64 recurrence, its three ways of running against each other, the
-trainer and the generator, and every command of the README. `-k kernel` runs the kernels' alone, SLOW=1 all:
-without it what takes long is left out.
+On whatever device tinygrad finds, or DEV=CPU, DEV=CL, …; `-n auto` on all cores, with
+pytest-xdist. From top to bottom: the kernels against float64, the model against the official code's
+outputs (golden/) and against a float64 recurrence, its three ways of running against each other,
+the trainer and the generator, and every command of the README. `-k kernel` runs the kernels'
+alone, SLOW=1 all: without it what takes long is left out.
 """
 import gc, time
-gc.set_threshold(500_000, 50, 1000)          # tinygrad's graphs are many small objects: a quarter less time
+gc.set_threshold(500_000, 50, 1000)     # tinygrad's graphs are many small objects: saves a quarter
 import ast, bz2, contextlib, csv, ctypes, dataclasses, gzip, hashlib, http.server, importlib
 import importlib.util
 import io, itertools, json, lzma, math, os, pickle, pickletools, re, shlex, shutil, signal, socket
@@ -245,7 +245,7 @@ def test_kernel_selfcheck(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.startswith("warning: kernel fftconv is wrong on") and said.count("\n") == 1
 
-# ---------------------------------------------------------------- the kernels' sources for other devices
+# ---------------------------------------------------------------- the sources for other devices
 
 BARRIER = {"opencl": "barrier(CLK_LOCAL_MEM_FENCE);", "cuda": "__syncthreads();",
            "metal": "threadgroup_barrier(mem_flags::mem_threadgroup);"}
@@ -311,7 +311,8 @@ def test_metal_sources_are_well_formed(tmp_path):
     (tmp_path/"k.cpp").write_text(source)
     subprocess.run(check, check=True)
     assert shared in (0, 4*2*64*9), name
-  m, roots = flashconv.Machine(True, 1, 32768, True), UOp.placeholder((2, 8, 512), dtypes.float, slot=9)
+  m = flashconv.Machine(True, 1, 32768, True)
+  roots = UOp.placeholder((2, 8, 512), dtypes.float, slot=9)
   assert flashconv.FFTBuffer(flashconv.Group(m, 1, 4096), roots).mem.max_numel()*4 == 32768
 
 @slow
@@ -1079,7 +1080,10 @@ from support import cpu
 from support.cpu import setup_device
 import flashconv, numpy as np
 from tinygrad import Device, Tensor, TinyJit
-def normal(seed, *shape): return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+def normal(seed, *shape):
+  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+def near(got, want, where):
+  assert np.abs(got - want).max() <= 1e-5*np.abs(want).max(), where
 def matrices(n, jit=lambda f: f):
   "relu(a b) summed over rows, of size n, is right 20 times"
   b = normal(n, 64, n)
@@ -1087,8 +1091,7 @@ def matrices(n, jit=lambda f: f):
   f = jit(lambda x: (x @ B).relu().sum(0).realize())
   for i in range(20):
     a = normal(i, 512, 64)
-    y, want = f(Tensor(a).realize()).numpy(), np.maximum(a.astype(np.float64) @ b, 0).sum(0)
-    assert np.abs(y - want).max() <= 1e-5*np.abs(want).max(), (n, i)
+    near(f(Tensor(a).realize()).numpy(), np.maximum(a.astype(np.float64) @ b, 0).sum(0), (n, i))
   return n
 """
 
@@ -1107,7 +1110,7 @@ def convolutions(n):
     u = Tensor(normal(i, 4, 8, L)).realize()
     got = [t.numpy() for t in jit(u)]
     if i % 9 == 0:
-      for a, b in zip(got, step(u)): assert np.abs(a - b.numpy()).max() <= 1e-5*np.abs(a).max(), (n, i)
+      for a, b in zip(got, step(u)): near(a, b.numpy(), (n, i))
 def attempt(work, n):
   try: work(n)
   except BaseException as e: failed.append(repr(e))
@@ -1126,24 +1129,32 @@ def in_child(n):
 if __name__ == "__main__":
   setup_device()
   matrices(128, TinyJit)
-  W, state = Tensor(np.eye(64, dtype=np.float32)*2).realize(), Tensor(np.zeros(1 << 18, np.float32)).realize()
+  W = Tensor(np.eye(64, dtype=np.float32)*2).realize()
+  state = Tensor(np.zeros(1 << 18, np.float32)).realize()
   jit = TinyJit(lambda x: (x @ W + 1).relu().realize())
   def replays(seed):
-    "of what the parent captured, in all processes at the same time, and a state that each has for itself"
+    "of what the parent captured, in all processes at once, and a state that each has for itself"
     for i in range(20):
       x = normal(100*seed + i, 512, 64)
       state.assign(state + 1).realize()
-      if np.abs(jit(Tensor(x).realize()).numpy() - np.maximum(2*x + 1, 0)).max() > 1e-5: return False
-    return bool((state.numpy() == 20*(1 + (seed > 0))).all())
-  assert replays(0)
+      near(jit(Tensor(x).realize()).numpy(), np.maximum(2*x + 1, 0), (seed, i))
+    assert (state.numpy() == 20*(1 + (seed > 0))).all()
+  def child(seed):
+    try:
+      replays(seed)
+      matrices(112 + 16*seed, capture)
+    except BaseException: os._exit(1)
+    os._exit(0)
+  replays(0)
   children = []
   for seed in (1, 2):
-    if (child := os.fork()) == 0: os._exit(0 if replays(seed) and matrices(112 + 16*seed, capture) else 1)
-    children.append(child)
-  assert replays(3)
+    children.append(os.fork() or child(seed))
+  replays(3)
   assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+  sizes = [80, 96, 128]
   for method in ("fork", "spawn"):
-    with multiprocessing.get_context(method).Pool(2) as pool: assert pool.map(in_child, [80, 96, 128]) == [80, 96, 128]
+    with multiprocessing.get_context(method).Pool(2) as pool:
+      assert pool.map(in_child, sizes) == sizes
   matrices(192, TinyJit)
 """
 
@@ -1160,7 +1171,7 @@ jit(), jit()
 watched = {f.__code__ for f in (cpu.Cores.run, cpu.Job.__init__, cpu.Job.run, CPUProgram.__call__,
                                 Device["CPU"].graph.__call__)}
 def interrupted(work, place):
-  "Whether work was, by an exception at the opcode with this number among those of the functions that are watched."
+  "Whether work was, by an exception at the opcode with this number in the functions watched."
   seen = 0
   def opcode(frame, event, arg):
     nonlocal seen
@@ -1183,7 +1194,8 @@ for work, most in ((jit, 3), (add, 1)):
     before, place = x.numpy()[0], place + 1
     work()
     now = x.numpy()
-    assert (now == before + most).all(), (place, np.unique(now))   # no core is left behind, none ran twice
+    # no core is left behind, none ran twice
+    assert (now == before + most).all(), (place, np.unique(now))
   assert place > 100
 
 # Ctrl-C at 40 lines of all that runs when Tensors are scheduled, compiled and realised, tinygrad's
@@ -1215,7 +1227,8 @@ def interrupted_at(place):
   return False, seen
 step()
 want, lines = [t.numpy() for t in made], interrupted_at(0)[1]
-for place in np.random.default_rng(0).integers(1, 0.9*lines, 40):   # not always the same number of lines
+# not always the same number of lines
+for place in np.random.default_rng(0).integers(1, 0.9*lines, 40):
   made, before = [], x.numpy()[0]
   lost.clear()
   came, seen = interrupted_at(place)
@@ -1301,7 +1314,7 @@ def language_model(**kw) -> Callable: return lambda: H3LM(H3Config(n_layer=2, **
 def masked_model(block:str) -> Callable:
   return lambda: BiGS(BiGSConfig(n_layer=1, block=block, max_length=12, **SMALLEST))
 
-# quick: the models that hold most kinds of layers, with heads of several channels, attention, dropout
+# quick: the models that hold most kinds of layers, heads of several channels, attention, dropout
 DROPOUT = dict(embed_dropout=0.2, resid_dropout=0.2)
 MODELS = {"hybrid": language_model(attn_layers=(1,), head_dim=2, **DROPOUT),
           "BiGS": masked_model("gated")}
@@ -1417,7 +1430,7 @@ def test_golden_layer(name):
   assert_close(y, out, 5e-6)
   assert_grads(grads, {"x": gx} | tensors(f"layers/{name}/grads"))
 
-# ---------------------------------------------------------------- a second oracle: the recurrences, in float64
+# ---------------------------------------------------------------- the recurrences, in float64
 
 def np_gelu(x): return 0.5*x*(1 + np.tanh((2/np.pi)**0.5*(x + 0.044715*x**3)))
 def np_dense(w, x, name): return x @ w[name+".weight"].T + w[name+".bias"]
@@ -1502,7 +1515,7 @@ def test_h3_layer_is_its_reference(p, order):
     Tensor.realize(y, *state)
     assert_close(y, want[:, t:t+1], 2e-6, f"step {t}")
 
-# ---------------------------------------------------------------- a third oracle, the benchmarks' competitor
+# ---------------------------------------------------------------- the benchmarks' competitor
 
 needs_torch = pytest.mark.skipif(bench.torch is None, reason="needs PyTorch")
 def torch_twin(model:H3LM) -> bench.TorchLM:
@@ -1518,15 +1531,16 @@ def check_loss(model:H3LM, t:np.ndarray, want:dict[str, np.ndarray]) -> None:
 
 @needs_torch
 def test_torch_golden(tiny):
-  "The official code's logits, loss and gradients; with attention, too, decoding is the forward pass."
-  for model, t, want in ((tiny, golden("tiny_h3/tokens_L64.npy"), golden("tiny_h3/logits_L64.npy")),
-                         (H3LM(TWIN), tokens_of(20, 4, 12), None)):
+  "The official code's logits, loss, gradients; with attention, too, decoding is the forward pass."
+  tokens, want = golden("tiny_h3/tokens_L64.npy"), golden("tiny_h3/logits_L64.npy")
+  for model, t in ((tiny, tokens), (H3LM(TWIN), tokens_of(20, 4, 12))):
     other, t = torch_twin(model), bench.torch.tensor(t)
     with bench.torch.no_grad():
       logits, state = other(t).numpy(), other.init_state(*t.shape)
       steps = [other(t[:, i:i+1], state, i).numpy() for i in range(t.shape[1])]
-    for got in (np.concatenate(steps, 1), logits): assert_close(got, logits if want is None else want, 5e-5)
-  check_loss(tiny, golden("tiny_h3/tokens_L64.npy"), tensors("tiny_h3/grads_L64"))
+    if model is tiny: assert_close(logits, want, 5e-5)
+    assert_close(np.concatenate(steps, 1), logits, 5e-5)
+  check_loss(tiny, tokens, tensors("tiny_h3/grads_L64"))
 
 @slow
 @needs_torch
@@ -1591,7 +1605,8 @@ def test_pieces_of_any_size_on_5000_tokens(config):
       if i % 373 == 0 or i + size >= 5000:
         assert_close(got, want[:, min(i+size, 5000)-1, :19], allowed, f"{size} at a time, at {i}")
     assert_same_states(session.state, last, 1e-4)
-  assert traced.count((1,)) == (1 in sizes) and len(traced) <= 14    # more only for the caches' doublings
+  # more only for the caches' doublings
+  assert traced.count((1,)) == (1 in sizes) and len(traced) <= 14
   assert model.capacity(last) == (5000 if config.attn_layers else None)
   for one, other in zip(last.layers, model.init_state(1).layers):  # the SSMs' states do not grow
     assert isinstance(one, h3tiny.KVCache) or [s.shape for s in one] == [s.shape for s in other]
@@ -1640,7 +1655,7 @@ def test_causality(monkeypatch, exact):
     y, _ = layer(y, weights=filters)
   seen = (model.head(y)[:, t] * Tensor(rng.normal(size=24).astype(np.float32))).sum()
   g = abs(seen.gradient(x)[0].numpy())
-  assert (g[:, :t+1].max(-1) > 1e-3 * g.max()).all()                       # every position up to t matters
+  assert (g[:, :t+1].max(-1) > 1e-3 * g.max()).all()           # every position up to t matters
   assert g[:, t+1:].max() <= (0 if exact else 1e-6 * g.max())
 
 # ---------------------------------------------------------------- shapes, names, files
@@ -4111,9 +4126,9 @@ def test_all_benchmarks_in_turn(monkeypatch, rejected):
 
 # Each file's place; it may import what has a smaller one. support/cpu.py is called by the programs'
 # first lines, and from_pretrained hands over to support/checkpoints.py inside the function.
-ROOMS = {"flashconv": 0, "support.text": 0, "support.cpu": 1, "h3tiny": 1, "bigs_tiny": 2, "support.checkpoints": 3,
-         "generate": 5, "support.training": 6, "train": 7, "papers.grid": 8,
-         "support.bench": 8, "papers": 9, "test_all": 10}
+ROOMS = {"flashconv": 0, "support.text": 0, "support.cpu": 1, "h3tiny": 1, "bigs_tiny": 2,
+         "support.checkpoints": 3, "generate": 5, "support.training": 6, "train": 7,
+         "papers.grid": 8, "support.bench": 8, "papers": 9, "test_all": 10}
 DOORS = {("flashconv", "support.cpu"), ("h3tiny", "support.checkpoints"),
          ("bigs_tiny", "support.checkpoints")}
 
