@@ -3110,9 +3110,51 @@ def test_commands_can_be_pasted(tmp_path, monkeypatch):
   assert shlex.split(texts.command("train.py"))[0] == sys.executable
   assert subprocess.run(python, cwd=tmp_path, capture_output=True).returncode == 0
 
+def another(done:Path, out:Path, options:dict, data:str|None=None) -> Path:
+  "Writes the checkpoint of that run with other options, and data as it was counted, into a folder."
+  tensors, meta = read_checkpoint(str(at(done)))
+  args = {k: v for k, v in (json.loads(meta["args"]) | options).items() if v != "absent"}
+  out.mkdir(parents=True)
+  changed = {"args": json.dumps(args), "data": data or meta["data"]}
+  save_checkpoint(str(at(out)), tensors, meta | changed)
+  return out
+
+# the options of the run so far, those it goes on with; what is said; its schedule, the last rate
+RESUMED = [
+  ({}, "--steps 12", "changed: --steps 8 -> 12", 8, 3e-4),
+  ({}, "--steps 12", "learning rate: 4.0e-04 until now, 3.0e-04 from here, 3.0e-04 at the end; it "
+   "falls until step 8, with --schedule-steps 12 until the end", 8, 3e-4),
+  ({"schedule_steps": "absent"}, "--steps 12", "from here, 3.0e-04 at the end; it", 8, 3e-4),
+  ({}, "--steps 12 --schedule-steps 12", "changed: --steps 8 -> 12, --schedule-steps 8 -> 12",
+   12, 3.458e-4),
+  ({"steps": 16, "schedule_steps": 16}, "--steps 12",
+   "changed: --steps 16 -> 12, --schedule-steps 16 -> 12", 12, 3.458e-4),
+  ({"steps": 16, "schedule_steps": 99}, "--steps 12", "changed: --steps 16 -> 12", 99, 2.919e-3),
+  ({"steps": 10, "schedule_steps": 10}, "--length 8 --batch 1 --checkpoint-activations",
+   "changed: --batch 2 -> 1, --length 16 -> 8, --checkpoint-activations off -> on", 10, 3.661e-4),
+  ({"steps": 10, "schedule_steps": 10, "data": ["more.txt"]}, "",
+   "the data have changed: until now the run was on text.txt: 1 file, 6 tokens; from", 10, 3.661e-4)]
+
+def test_resume_says_what_changes(done, tmp_path, monkeypatch, instant, printed):
+  "Options, learning rate, data. More steps leave the schedule as it was, fewer end with it."
+  monkeypatch.chdir(tmp_path)
+  Path("more.txt").write_text(TEXT*2)
+  for i, (before, options, words, schedule, last) in enumerate(RESUMED):
+    counted = "text.txt: 1 file, 6 tokens" if "data" in before else None
+    out = another(done, tmp_path/str(i), before, counted)
+    said = printed(train, f"--resume --out {out} {options}")
+    assert words in said, said
+    assert ("\nchanged: " in said) == bool(options)
+    now = metadata(at(out))
+    assert json.loads(now["args"])["schedule_steps"] == schedule
+    rates = [row[2] for row in json.loads(now["losses"])]
+    assert rates[:8] == [row[2] for row in json.loads(metadata(at(done))["losses"])]
+    assert rates[-1] == pytest.approx(last, rel=1e-3), (i, rates)
+
 def test_init_takes_weights_and_shape(run8, done, tmp_path, instant):
   args, _ = train.resolve_args(f"--init {at(done)} --lr 1e-4".split())
-  assert (args.d_model, args.lr, args.steps, args.data, args.resume) == (16, 1e-4, 600, None, False)
+  data = [str(run8[0]/"text.txt")]
+  assert (args.d_model, args.lr, args.steps, args.data, args.resume) == (16, 1e-4, 600, data, False)
   options = f"--length 32 --batch 2 --sample 0 --steps 1 --data {run8[0]/'text.txt'}"
   assert train.main(f"--init {at(done)} {options} --out {tmp_path}".split()) == 0
   new, meta = weights(at(tmp_path)), metadata(at(tmp_path))
@@ -3120,6 +3162,44 @@ def test_init_takes_weights_and_shape(run8, done, tmp_path, instant):
   assert not any(new[k].any() for k in new if k.startswith("optim.m"))
   assert json.loads(meta["config"])["d_model"] == 16
   assert json.loads(meta["held_out"])[0][0] == 0          # evaluated where it starts
+
+# the options of a run, those of one that goes on from it; what is said; its highest rate
+GOING_ON = [
+  ({}, "", "on text.txt, as run/checkpoint.safetensors was; --data names other text", 3e-4),
+  ({}, "", "learning rate 3.0e-04 at its highest, where run/checkpoint.safetensors had 3.0e-03",
+   3e-4),
+  ({"data": None}, "", "on Python's standard library, as run/check", 3e-4),
+  ({"data": ["gone.txt"]}, "--data more.txt", "more.txt: 1 file", 3e-4),
+  ({"data": ["text.jsonl"], "text_key": "content", "holdout": 0.2}, "", "5,394 tokens to", 3e-4),
+  ({"lr": 3e-4, "init": "run"}, "", "where run/checkpoint.safetensors had 3.0e-04", 3e-4),
+  ({}, "--lr 0.01", "learning rate 1.0e-02 at its highest, where", 0.01)]
+
+def test_init_goes_on_with_the_same_data(done, tmp_path, monkeypatch, instant, printed, rejected):
+  "Wherever it is started, at a tenth of the learning rate; where the data are gone, one line."
+  for name in ("text.txt", "more.txt"): (tmp_path/name).write_text(TEXT)
+  (tmp_path/"text.jsonl").write_bytes(jsonl(TEXT.splitlines(), "content"))
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(texts, "stdlib_files", lambda: [tmp_path/"more.txt"])
+  files = {"data": ["text.txt"], "out": "run"}
+  options = "--length 16 --batch 2 --sample 0 --steps 1"
+  for before, more, words, rate in GOING_ON:
+    shutil.rmtree("run", ignore_errors=True)
+    another(done, Path("run"), files | before)
+    said = printed(train, f"--init run {options} {more} --out new")
+    assert words in said, said
+    args = json.loads(metadata(at(Path("new")))["args"])
+    assert args["lr"] == pytest.approx(rate)
+    assert all(Path(p).is_absolute() for p in (args["out"], *(args["data"] or [])))
+  monkeypatch.chdir(tmp_path/"run")                       # the data lie beside the folder, as before
+  assert "text.txt, as" in printed(train, f"--init . {options} --out ../new")
+  monkeypatch.chdir("/")
+  printed(train, f"--resume --steps 2 --out {tmp_path}/new")
+  shutil.move(tmp_path, elsewhere := tmp_path.with_name("elsewhere"))
+  printed(train, f"--resume --steps 3 --out {elsewhere}/new")
+  os.remove(elsewhere/"text.txt")
+  for command in (f"--init {elsewhere}/run {options}", f"--resume --steps 4 --out {elsewhere}/new"):
+    rejected(train, command, "text.txt, which is not there any more", "with --data")
+  rejected(train, f"--task mlm --init {BIGS/'flax'}", "was not trained on --task mlm: name")
 
 def test_a_task_is_registered_in_one_place(tmp_path, instant, monkeypatch, printed, rejected,
                                            capsys):
@@ -3337,6 +3417,8 @@ def test_schedule():
   assert rates[10:] == sorted(rates[10:], reverse=True)
   assert train.learning_rate(0, 1, 1.0, 0) == 1.0
   assert train.learning_rate(99, 100, 1.0, 10, "linear") == pytest.approx(1/90)
+  for schedule in ("cosine", "linear"):                   # past the end, and cut short in the warm-up
+    for steps in (100, 5): assert train.learning_rate(100, steps, 1.0, 10, schedule) == 0.1
 
 def test_split_and_batches(again, tmp_path):
   "Held-out text is nowhere in the training part; the same seed and step give the same batch."

@@ -36,7 +36,7 @@ from h3tiny import H3Config, H3LM
 from support.checkpoints import (CHECKPOINT, CheckpointError, bigs_model, find, h3_model,
                                  read_weights)
 from support.text import (ROOT, TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, command,
-                          is_jsonl, make_tokenizer, number, peak_memory, read_tokens, shown, split)
+                          is_jsonl, make_tokenizer, near, number, peak_memory, read_tokens, shown, split)
 from support.training import (MASKED, PRECISIONS, PREVIOUS, AdamW, Batch, CarriedState, Feed,
                               Gradients, Interrupt, LossScale, Model, Saved, Step, accumulated,
                               check_precision, check_writable, fill, gradient_checkpointing,
@@ -334,6 +334,7 @@ BIDIRECTIONAL = {"bigs": "BiGS, gated SSMs in both directions",
 SHAPE = ("d_model", "n_layer", "n_heads", "attn_layers", "rotary_dim", "max_positions", "d_state",
          "head_dim", "mlp_mult", "init_std", "embed_dropout", "resid_dropout")
 INHERITED = ("model", "size", "tokenizer", *SHAPE)      # with --init
+PATHS = ("data", "dev", "vocab", "init", "log", "plot", "out")      # absolute in a checkpoint
 FIXED = ("task", "seed", *INHERITED)                    # with --resume
 # options that are other programs'
 MOVED = {"--reproduce": "papers/NAME.py --reproduce", "--seeds": "papers/NAME.py --reproduce",
@@ -408,9 +409,12 @@ def parser(program:str, task:str) -> Parser:
   add("--steps N", positive, 1000, "updates of the weights in all")
   add("--batch N", positive, 16, "sequences a step")
   add("--length N", positive, 128, "tokens a sequence")
-  add("--lr X", above_0, None, "highest learning rate (default: by --size)")
+  add("--lr X", above_0, None, "highest learning rate (default: by --size; with --init on the "
+      "same task a tenth of what that run had)")
+  add("--schedule-steps N", positive, None, "steps in which the learning rate rises and falls; a "
+      "tenth of it is left after them (default: the --steps that the run began with)")
   add("--warmup N", whole, None, "steps in which the learning rate rises, before it falls "
-      "(default: a tenth of --steps, at most 1000)")
+      "(default: a tenth of --schedule-steps, at most 1000)")
   add("--weight-decay X", number(float, 0), 0.1,
       "of all weights but biases, norms, and in causal models embeddings and the SSMs' dynamics")
   add("--clip X", above_0, 1.0, "largest norm of the whole gradient")
@@ -426,9 +430,10 @@ def parser(program:str, task:str) -> Parser:
 
   add = option_adder(p, "run")
   add("--out DIR", str, OUT, "folder for checkpoint, log and plot")
-  add("--resume", bool, False, "go on with the run in --out, with its settings but for those given")
+  add("--resume", bool, False, "go on with the run in --out, with its options but for those given: "
+      "all but model, task, seed and held-out data may change")
   add("--init FILE", str, None, "checkpoint, or official BiGS model, to take weights and shape "
-      "from (default: random weights)")
+      "from, and on the same task the data (default: random weights)")
   add("--eval-every N", positive, None, "steps between evaluations (default: an eighth of --steps)")
   add("--save-every N", positive, None, "steps between checkpoints (default: as --eval-every)")
   add("--log-every N", positive, None, "steps between lines where stdout is no terminal (default: "
@@ -481,8 +486,20 @@ def resolve_args(argv:list[str]|None, program:str="train.py", default:str="text"
     if args.resume:
       p = parser(program, saved["task"])
       kept, fixed = vars(args).keys() - {"resume", "out"}, p.fixed
+    elif not args.data:
+      own = {key for key, tasks in p.owners.items() if args.task in tasks}
+      if saved.get("task") == args.task: kept = own - {"vocab"} | {*INHERITED}
+      elif "data" in own:
+        raise UserError(f"{start.path} was not trained on --task {args.task}: name what to train "
+                        "on with --data")
     p.set_defaults(**{k: v for k, v in saved.items() if k in kept})
     args = p.parse_args(argv)
+    if args.data and args.data == p.get_default("data"):
+      gone = [path for path in args.data if not Path(path).exists()]
+      if gone:
+        raise UserError(f"{start.path} was trained on {gone[0]}, which is not there any more: name "
+                        "what to train on with --data")
+    if args.resume: end_with_run(args, saved)
     for key in fixed:
       value, old = getattr(args, key), p.get_default(key)
       if value != old:
@@ -506,10 +523,47 @@ def saved_args(start:Saved, resume:bool) -> dict[str, object]:
     raise CheckpointError(f"{path} is not a checkpoint of train.py")
   try:
     saved, config = json.loads(meta["args"]), json.loads(meta["config"])
-    if resume: read_losses(meta), read_evals(meta), int(meta["step"])
-    return {"task": saved["task"]} | saved | {k: config[k] for k in SHAPE if k in config}
+    if resume:
+      read_losses(meta), read_evals(meta), int(meta["step"])
+      saved.setdefault("schedule_steps", int(saved["steps"]))       # older ones had no other
+    out = saved.get("out", ".")
+    moved = {k: v and of_paths(v, lambda p: located(p, out, path.parent))
+             for k, v in saved.items() if k in PATHS}
+    return {"task": saved["task"]} | saved | moved | {k: config[k] for k in SHAPE if k in config}
   except (KeyError, TypeError, ValueError):
     raise CheckpointError(f"{path}: its metadata are damaged") from None
+
+def of_paths(value:str|list[str], f:Callable[[str], str]) -> str|list[str]:
+  "Applies f to an option that is a path, or several."
+  return f(value) if isinstance(value, str) else [*map(f, value)]
+
+def in_words(value:object) -> str:
+  "Returns an option's value as the command line has it."
+  if isinstance(value, list): return " ".join(map(str, value))
+  if isinstance(value, bool): return "on" if value else "off"
+  return "none" if value is None else str(value)
+
+def absolute(options:dict[str, object]) -> dict[str, object]:
+  return {k: of_paths(v, os.path.abspath) if k in PATHS and v else v for k, v in options.items()}
+
+def located(path:str, out:str, folder:Path) -> str:
+  """Returns where a path in a checkpoint is now: as far from the checkpoint's folder as it was from
+  --out, if there is such a file, else as it is written."""
+  try: beside = folder/os.path.relpath(path, out)
+  except ValueError: return path                        # on another drive of Windows
+  return near(beside if beside.exists() else path)
+
+def end_with_run(args:Namespace, saved:dict[str, object]) -> None:
+  """Shortens the schedule of a run that goes on for fewer steps than it was to have, so that the
+  learning rate falls to its end all the same. More steps leave the schedule as it was."""
+  given = args.schedule_steps != saved["schedule_steps"]
+  if not given and args.steps < saved["steps"] and saved["schedule_steps"] <= saved["steps"]:
+    args.schedule_steps = min(args.steps, args.schedule_steps)
+
+def trained_before(args:Namespace, start:Saved|None) -> dict[str, object]:
+  "Returns the options of the run that --init's checkpoint is from; none if its task was another."
+  saved = saved_args(start, False) if start and not args.resume else {}
+  return saved if saved.get("task") == args.task and "lr" in saved else {}
 
 def check_task(name:str) -> None:
   if name in TASKS: return
@@ -572,11 +626,19 @@ def fill_shape(args:Namespace) -> None:
   args.n_layer = args.n_layer or layers
   args.n_heads = args.n_heads or size.n_heads
 
-def fill_step_defaults(args:Namespace) -> None:
+# What going on by --init takes of the learning rate that the checkpoint's run had at its highest: it
+# ended there. Of 1, 0.3 and 0.1 only this did not raise the loss at first (a model that had been
+# trained for long, 2.20 bits: after 50 steps 2.28, 2.21, 2.19, after 600 2.18, 2.17, 2.18)
+GOING_ON = 0.1
+
+def fill_step_defaults(args:Namespace, start:Saved|None=None) -> None:
   "Sets the options that follow from the number of steps, and the learning rate."
-  steps = args.steps
-  args.lr = args.lr or SIZES[args.size].lr
-  if args.warmup is None: args.warmup = min(1000, steps//10)
+  steps, before, usual = args.steps, trained_before(args, start), SIZES[args.size].lr
+  # a run that went on itself has taken its tenth already
+  went_on = before.get("init") and before["lr"] < usual
+  args.lr = args.lr or (before["lr"] * (1 if went_on else GOING_ON) if before else usual)
+  args.schedule_steps = args.schedule_steps or steps
+  if args.warmup is None: args.warmup = min(1000, args.schedule_steps//10)
   args.eval_every = args.eval_every or -(-steps//8)
   args.save_every = args.save_every or args.eval_every
   args.log_every = args.log_every or max(1, steps//20)
@@ -642,7 +704,9 @@ def describe(name:str, config:H3Config|BiGSConfig) -> str:
 # ---- a step -------------------------------------------------------------------------------------
 
 def learning_rate(step:int, steps:int, peak:float, warmup:int, schedule:str="cosine") -> float:
-  "Rises linearly to the peak, then falls: on a cosine to a tenth, or linearly to 0. From step 0."
+  """Rises linearly to the peak, then falls: on a cosine to a tenth, or linearly to 0. From step 0;
+  after all `steps` of the schedule it is a tenth."""
+  if step >= steps: return peak * 0.1
   if step < warmup: return peak * (step+1) / warmup
   if schedule == "linear": return peak * (steps-step) / (steps-warmup)
   return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * (step-warmup) / max(1, steps-warmup))))
@@ -872,9 +936,11 @@ class Run:
     bert = task.tokenizer and args.tokenizer == "bert"  # its file goes beside the checkpoint
     self.vocab = task.tokenizer.path.read_bytes() if bert else None
     self.first = 0                                      # steps done before this process
+    self.notes: list[str] = []                          # lines on what is not as it was
     self.saved: int|None = None                         # steps done at the newest checkpoint
     self.failures = self.failed_at = 0                  # failures in a row; the last one's step
     if args.resume: self.resume(start)
+    elif args.init: self.go_on_from(start)
     self.step = training_step(self.model, self.opt, task, args, self.scale)
     self.outputs = evaluation(self.model, self.opt, task, args)
     millions = sum(p.numel() for p in self.params.values()) / 1e6
@@ -891,9 +957,47 @@ class Run:
     self.log.resumed = len(self.log.rows)
     self.log.seconds_before = float(meta.get("seconds", 0))
     if "scale" in meta: self.scale.value, self.scale.good = json.loads(meta["scale"])
-    if meta.get("data", self.task.about) != self.task.about:
-      print(f"note: the run so far was on {meta['data']}: this is not what it would have been",
-            file=sys.stderr)
+    self.notes = self.changes(saved_args(start, True), meta.get("data", ""))
+
+  def rate(self, step:int) -> float:
+    args = self.args
+    return learning_rate(step, args.schedule_steps, args.lr, args.warmup, self.task.schedule)
+
+  def changes(self, saved:dict[str, object], data:str) -> list[str]:
+    "Returns lines on what a run that goes on will not do as before. data: on what it was until now."
+    args, notes = self.args, []
+    old, new = absolute(saved), absolute(vars(args))
+    changed = [k for k in new if k in old and old[k] != new[k] and k not in ("out", "resume")]
+    if changed:
+      values = (f"{flag_of(k)} {in_words(saved[k])} -> {in_words(getattr(args, k))}" for k in changed)
+      notes.append(f"changed: {', '.join(values)}")
+    if {"steps", "schedule_steps", "lr", "warmup"} & {*changed}:
+      was = learning_rate(self.first-1, *(saved[k] for k in ("schedule_steps", "lr", "warmup")),
+                          self.task.schedule)
+      text = (f"learning rate: {was:.1e} until now, {self.rate(self.first):.1e} from here, "
+              f"{self.rate(args.steps-1):.1e} at the end")
+      if args.schedule_steps < args.steps:
+        text += (f"; it falls until step {args.schedule_steps}, with --schedule-steps {args.steps} "
+                 "until the end")
+      notes.append(text)
+    # what is counted of the data, without its name; older checkpoints count it in millions
+    counted = lambda about: about.split(": ", 1)[-1]
+    if data and " M tokens" not in data and counted(data) != counted(self.task.about):
+      notes.append(f"the data have changed: until now the run was on {data}; from here it goes on "
+                   "with what is there now")
+    return notes
+
+  def go_on_from(self, start:Saved) -> None:
+    "Notes what a new run takes from a checkpoint, and its learning rate."
+    args, saved, path = self.args, saved_args(start, False), near(start.path)
+    before = trained_before(args, start)
+    same = before and absolute(before).get("data") == absolute(vars(args))["data"]
+    if same and (args.data or self.task.tokenizer):     # else the task has no data of the user's
+      name = self.task.about.split(": ")[0]
+      self.notes.append(f"on {name}, as {path} was; --data names other text")
+    if "lr" in saved:
+      self.notes.append(f"learning rate {args.lr:.1e} at its highest, where {path} had "
+                        f"{saved['lr']:.1e}; --lr sets another")
 
   def announce(self) -> None:
     args = self.args
@@ -906,12 +1010,12 @@ class Run:
     if args.truncate: text += f", the gradient within {args.truncate}"
     if args.dtype != "float32": text += f", in {args.dtype}"
     if args.resume: text += f", going on after step {self.first}"
-    print(text, flush=True)
+    print(text, *self.notes, sep="\n", flush=True)
 
   def train(self, step:int) -> None:
     "Does one step, from 0; goes back where its loss or gradient is not finite."
     args, start = self.args, time.perf_counter()
-    lr = learning_rate(step, args.steps, args.lr, args.warmup, self.task.schedule)
+    lr = self.rate(step)
     ssm_scale = min(1e-3, args.lr) / args.lr            # the SSMs' dynamics learn at 1e-3 at most
     hyper = self.opt.hyper(step, lr, args.weight_decay, args.clip, ssm_scale, self.scale.value)
     batch = self.task.batch(step)
@@ -980,7 +1084,7 @@ class Run:
   def metadata(self, step:int, done:bool) -> dict[str, str]:
     task, log = self.task, self.log
     meta = dict(model="bigs" if isinstance(self.model, BiGS) else "h3",
-                config=dataclasses.asdict(self.model.config), args=vars(self.args), step=step,
+                config=dataclasses.asdict(self.model.config), args=absolute(vars(self.args)), step=step,
                 tokenizer=self.args.tokenizer, losses=[[*row.values()] for row in log.rows],
                 held_out=log.evals, baseline=task.baseline, labels=task.labels, data=task.about,
                 scale=[self.scale.value, self.scale.good], seconds=round(log.seconds(), 1),
@@ -1051,7 +1155,7 @@ def train(program:str, args:Namespace, start:Saved|None=None) -> int:
   if args.embed_dropout or args.resid_dropout:
     Tensor.rand(1).realize()                            # makes the counter that is saved
   task = TASKS[args.task].make(args)
-  fill_step_defaults(args)
+  fill_step_defaults(args, start)
   run = Run(program, args, task, start)
   check_writable(run.out, run.log.table.parent, run.log.picture.parent)
   run.announce()

@@ -55,12 +55,14 @@ def number(kind:type, low:float=-math.inf, high:float=math.inf, above:float=-mat
 
 ROOT = Path(__file__).parents[1]
 
-def shown(path:str|Path) -> str:
-  """Returns a path to paste: on a terminal from the current folder, if it lies in that, else
-  absolute, as what goes into a file may be read anywhere."""
+def near(path:str|Path) -> str:
+  "Returns a path from the current folder, if it lies in that, else absolute."
   full, here = Path(os.path.abspath(path)), Path.cwd()
-  near = sys.stdout and sys.stdout.isatty() and full.is_relative_to(here)
-  return str(full.relative_to(here) if near else full)
+  return str(full.relative_to(here) if full.is_relative_to(here) else full)
+
+def shown(path:str|Path) -> str:
+  "Returns a path to paste: absolute where stdout is no terminal, as a file may be read anywhere."
+  return near(path) if sys.stdout and sys.stdout.isatty() else os.path.abspath(path)
 
 def command(program:str, *words:str) -> str:
   "Returns the line that runs a program of the project, to paste: by this Python, words quoted."
