@@ -36,7 +36,8 @@ from h3tiny import H3Config, H3LM
 from support.checkpoints import (CHECKPOINT, CheckpointError, bigs_model, find, h3_model,
                                  read_weights)
 from support.text import (ROOT, TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, command,
-                          is_jsonl, make_tokenizer, near, number, peak_memory, read_tokens, shown, split)
+                          is_jsonl, make_tokenizer, near, number, peak_memory, read_tokens, shown,
+                          split)
 from support.training import (MASKED, PRECISIONS, PREVIOUS, AdamW, Batch, CarriedState, Feed,
                               Gradients, Interrupt, LossScale, Model, Saved, Step, accumulated,
                               check_precision, check_writable, fill, gradient_checkpointing,
@@ -523,13 +524,14 @@ def saved_args(start:Saved, resume:bool) -> dict[str, object]:
     raise CheckpointError(f"{path} is not a checkpoint of train.py")
   try:
     saved, config = json.loads(meta["args"]), json.loads(meta["config"])
+    saved = {"task": saved["task"]} | saved
     if resume:
       read_losses(meta), read_evals(meta), int(meta["step"])
-      saved.setdefault("schedule_steps", int(saved["steps"]))       # older ones had no other
+      saved.setdefault("schedule_steps", saved.get("steps"))        # older ones had no other
     out = saved.get("out", ".")
     moved = {k: v and of_paths(v, lambda p: located(p, out, path.parent))
              for k, v in saved.items() if k in PATHS}
-    return {"task": saved["task"]} | saved | moved | {k: config[k] for k in SHAPE if k in config}
+    return saved | moved | {k: config[k] for k in SHAPE if k in config}
   except (KeyError, TypeError, ValueError):
     raise CheckpointError(f"{path}: its metadata are damaged") from None
 
@@ -556,9 +558,9 @@ def located(path:str, out:str, folder:Path) -> str:
 def end_with_run(args:Namespace, saved:dict[str, object]) -> None:
   """Shortens the schedule of a run that goes on for fewer steps than it was to have, so that the
   learning rate falls to its end all the same. More steps leave the schedule as it was."""
-  given = args.schedule_steps != saved["schedule_steps"]
-  if not given and args.steps < saved["steps"] and saved["schedule_steps"] <= saved["steps"]:
-    args.schedule_steps = min(args.steps, args.schedule_steps)
+  steps, schedule = (saved[key] for key in ("steps", "schedule_steps"))
+  if args.steps < steps and schedule <= steps and args.schedule_steps == schedule:
+    args.schedule_steps = min(args.steps, schedule)
 
 def trained_before(args:Namespace, start:Saved|None) -> dict[str, object]:
   "Returns the options of the run that --init's checkpoint is from; none if its task was another."
@@ -626,9 +628,9 @@ def fill_shape(args:Namespace) -> None:
   args.n_layer = args.n_layer or layers
   args.n_heads = args.n_heads or size.n_heads
 
-# What going on by --init takes of the learning rate that the checkpoint's run had at its highest: it
-# ended there. Of 1, 0.3 and 0.1 only this did not raise the loss at first (a model that had been
-# trained for long, 2.20 bits: after 50 steps 2.28, 2.21, 2.19, after 600 2.18, 2.17, 2.18)
+# The share of the run's highest learning rate that --init goes on with: the run has ended there. Of
+# 1, 0.3 and 0.1 only this did not raise the loss at first (a model of 2.20 bits, trained for long:
+# after 50 steps 2.28, 2.21, 2.19, after 600 2.18, 2.17, 2.18)
 GOING_ON = 0.1
 
 def fill_step_defaults(args:Namespace, start:Saved|None=None) -> None:
@@ -964,13 +966,13 @@ class Run:
     return learning_rate(step, args.schedule_steps, args.lr, args.warmup, self.task.schedule)
 
   def changes(self, saved:dict[str, object], data:str) -> list[str]:
-    "Returns lines on what a run that goes on will not do as before. data: on what it was until now."
+    "Returns lines on what goes on in another way than before. data: on what the run was until now."
     args, notes = self.args, []
     old, new = absolute(saved), absolute(vars(args))
     changed = [k for k in new if k in old and old[k] != new[k] and k not in ("out", "resume")]
     if changed:
-      values = (f"{flag_of(k)} {in_words(saved[k])} -> {in_words(getattr(args, k))}" for k in changed)
-      notes.append(f"changed: {', '.join(values)}")
+      notes.append("changed: " + ", ".join(
+        f"{flag_of(k)} {in_words(saved[k])} -> {in_words(getattr(args, k))}" for k in changed))
     if {"steps", "schedule_steps", "lr", "warmup"} & {*changed}:
       was = learning_rate(self.first-1, *(saved[k] for k in ("schedule_steps", "lr", "warmup")),
                           self.task.schedule)
@@ -1083,8 +1085,8 @@ class Run:
 
   def metadata(self, step:int, done:bool) -> dict[str, str]:
     task, log = self.task, self.log
-    meta = dict(model="bigs" if isinstance(self.model, BiGS) else "h3",
-                config=dataclasses.asdict(self.model.config), args=absolute(vars(self.args)), step=step,
+    meta = dict(model="bigs" if isinstance(self.model, BiGS) else "h3", step=step,
+                config=dataclasses.asdict(self.model.config), args=absolute(vars(self.args)),
                 tokenizer=self.args.tokenizer, losses=[[*row.values()] for row in log.rows],
                 held_out=log.evals, baseline=task.baseline, labels=task.labels, data=task.about,
                 scale=[self.scale.value, self.scale.good], seconds=round(log.seconds(), 1),
