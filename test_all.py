@@ -165,18 +165,6 @@ def test_fftconv_of_float64_is_exact_to_float64():
   assert y.dtype == dtypes.double
   near(y.numpy(), np_fftconv(**x, dy=x["u"])["y"], 1e-13)
 
-def test_kernel_fftconv_takes_views_and_the_jit():
-  "Pieces of one unfinished product as inputs, replayed with other data."
-  w, k = drawn((32, 48), (16, 20))
-  @TinyJit
-  def f(x:Tensor) -> Tensor:
-    u, v, q = (t.transpose(1, 2) for t in (x @ w).chunk(3, -1))
-    return fftconv(u, k, None, v, q).realize()
-  for _ in range(3):
-    x, = drawn((2, 20, 32))
-    u, v, q = np.split((x.numpy() @ w.numpy()).swapaxes(1, 2), 3, 1)
-    near(f(x).numpy(), np_fftconv(u, k.numpy(), np.zeros(16), v, q, u)["y"], 1e-5)
-
 def test_kernel_fftconv_launches():
   """One launch forward, one back (but dD, a column of dk); forward no bytes but the tensors', at a
   power of two."""
@@ -402,10 +390,6 @@ BATCHED = [(*ONE_FOR_ALL, "N"), (*ONE_FOR_ALL, "T"),
   *(((M, K), (K, N), stored) for M, K, N, stored in PRODUCTS), *BATCHED])
 def test_kernel_matmul(left, right, stored, always): check_product(left, right, stored == "T")
 
-@pytest.mark.parametrize("left,right,stored", [((40, 64), (64, 96), "T"), *BATCHED[1:3]])
-def test_kernel_matmul_switch(left, right, stored, flash):
-  check_product(left, right, stored == "T")
-
 SMALL_TYPES = [name for name, dtype in flashconv.WEIGHTS.items()
                if dtype in Device[Device.DEFAULT].renderer.supported_dtypes()]
 
@@ -431,21 +415,6 @@ def test_kernel_linear_of_small_weights(M, K, N, dtype, flash, always):
     close(dbias.reshape(1, N), np.ones((1, M)), g)
     t = rng.integers(0, N, 5).astype(np.int32)
     assert (words(Tensor(t).realize()).numpy() == exact[t]).all()
-
-@on_cpu
-@pytest.mark.parametrize("ta,tb", [(0, 0), (0, 1), (1, 0), (1, 1)])
-def test_kernel_matmul_transposes_and_second_gradient(ta, tb):
-  "product in all four storages; the gradient of a gradient is a product again"
-  a, b = normal(2, 5, 37), normal(2, 37, 34)
-  A, B = (Tensor(swap(t).copy() if s else t) for t, s in ((a, ta), (b, tb)))
-  y = cpu.product(A, B, ta=ta, tb=tb)
-  close(y, a, b)
-  dA, = y.square().sum().gradient(A)                                   # 2 A S, S = B B^T
-  dB, = dA.square().sum().gradient(B)
-  a, b = a.astype(np.float64), b.astype(np.float64)
-  S, C = b @ swap(b), swap(a) @ a
-  want = 8*(C @ S + S @ C) @ b                                         # of 4 tr (A S S A^T)
-  near(dB.numpy(), swap(want) if tb else want, 1e-5)
 
 def test_kernel_matmul_of_what_is_not_stored(flash):
   "Constants, views, expressions come in, a constant gradient comes back, all goes on lazily."
@@ -523,19 +492,10 @@ def test_kernel_matmul_of_long_rows_does_not_fill_the_stack():
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 9, 48)])
 def test_kernel_layernorm(shape, flash):
-  x, w, b, dy = 3 + normal(*shape), normal(shape[-1]), normal(shape[-1]), normal(*shape)
-  layer = nn.LayerNorm(shape[-1])
-  def f(x:Tensor, w:Tensor, b:Tensor) -> Tensor:
-    layer.weight, layer.bias = w, b
-    return layer(x)
-  got = with_gradients(f, [Tensor(t).realize() for t in (x, w, b)], Tensor(dy))
-  x, dy = x.astype(np.float64), dy.astype(np.float64)
-  mean = lambda a: a.mean(-1, keepdims=True)
-  rows = lambda a: a.reshape(-1, shape[-1]).sum(0)
-  d = np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-  hat, g = (x - mean(x))/d, dy*w
-  want = hat*w + b, (g - mean(g) - hat*mean(g*hat))/d, rows(dy*hat), rows(dy)
-  for y, a in zip(got, want): assert_close(y, a, 1e-5*max(1, np.abs(a).max()))
+  layer, x = nn.LayerNorm(shape[-1]), 3 + normal(*shape)
+  layer.weight, layer.bias = drawn(shape[-1:], shape[-1:])
+  w = {f"norm.{k}": v for k, v in float64(layer).items()}
+  assert_close(layer(Tensor(x)), np_norm(w, x.astype(np.float64), "norm", 1e-5), 1e-5)
 
 def np_softmax(s:np.ndarray) -> np.ndarray:
   e = np.exp(s - s.max(-1, keepdims=True))
@@ -543,11 +503,8 @@ def np_softmax(s:np.ndarray) -> np.ndarray:
 
 def test_kernel_softmax(flash):
   "against float64; the lowest scores that float32 has share equally; a NaN spoils its row alone"
-  s, g = 3*normal(3, 5, 70), normal(3, 5, 70)
-  p, ds = with_gradients(Tensor.softmax, [Tensor(s).realize()], Tensor(g))
-  want = np_softmax(s.astype(np.float64))
-  assert_close(p, want, 1e-6)
-  assert_close(ds, want*(g - (want*g).sum(-1, keepdims=True)), 1e-5)
+  s = 3*normal(3, 5, 70)
+  assert_close(Tensor(s).softmax(), np_softmax(s.astype(np.float64)), 1e-6)
   s = np.full((5, 4), -1e31, np.float32)
   s[1], s[2, 0] = np.finfo(np.float32).min, 1
   s[3, 1], s[4, 2] = np.inf, np.nan
@@ -610,16 +567,9 @@ def test_kernels_for_decoding_have_no_gradient():
     with pytest.raises(RuntimeError, match=f"{name}.* has no gradient"): y.sum().gradient(q)
 
 def test_kernel_embedding(flash):
-  "a word that comes often gets all its gradients, one that does not come gets 0"
-  t, g, layer = rng.integers(0, 9, (3, 7)), normal(3, 7, 6), nn.Embedding(11, 6)
-  y = layer(Tensor(t.astype(np.int32)).realize())
-  dw, = y.gradient(layer.weight, gradient=Tensor(g))
-  w, want = layer.weight.numpy(), np.zeros((11, 6))
-  np.add.at(want, t, g)
-  assert (y.numpy() == w[t]).all()
-  assert_close(dw, want, 1e-5)
-  for ids in (Tensor(3), Tensor.arange(4)):
-    assert (layer(ids).numpy() == w[ids.numpy()]).all()
+  layer = nn.Embedding(11, 6)
+  for ids in (toks(rng.integers(0, 11, (3, 7))).realize(), Tensor(3), Tensor.arange(4)):
+    assert (layer(ids).numpy() == layer.weight.numpy()[ids.numpy()]).all()
 
 def test_rounding_to_bfloat16():
   "to the nearest; of two as near to the one that ends in 0; zeros, infinities, tiny numbers stay"
@@ -799,18 +749,9 @@ def test_kernel_ssm_conv(B, H, N, L, chunk, given, flash):
   got = {"y": [y], "state": last} | {k: [grads[p] for p in z] for k, z in t.items()}
   for name, g in got.items(): near(joined(g), want[name], 1e-4, name)
 
-def test_kernel_ssm_conv_in_pieces():
-  modes, state, ys = [tuple(tensors_of(z)) for z in ssm(2, 64)], None, []
-  u, = drawn((2, 2, 210))
-  for lo, hi in ((0, 1), (1, 4), (4, 68), (68, 210)):
-    y, state = ssm_conv(u[..., lo:hi], *modes, state=state)
-    ys.append(y.numpy())
-  y, last = ssm_conv(u, *modes)
-  all_near([np.concatenate(ys, -1), joined(state)], [y.numpy(), joined(last)], 1e-5)
-
 @slow
 def test_kernel_ssm_conv_on_a_million_steps(monkeypatch):
-  """200 places of 2^20 steps against a scan in float64; the memory beyond inputs and outputs is
+  """200 places of 2^20 steps against a sum in float64; the memory beyond inputs and outputs is
   that of 2^14 steps"""
   ABC, allocate, most, L = ssm(64, 64), Buffer.allocate, [0], 1 << 20
   def allocated(self, *args, **kw):
@@ -830,16 +771,15 @@ def test_kernel_ssm_conv_on_a_million_steps(monkeypatch):
   beyond = run(np.ascontiguousarray(u[..., :1 << 14]))[2]
   y, x, again = run(u)
   assert again == beyond
-  some, at = rng.permutation(64)[:8], sorted({*rng.integers(0, L, 24).tolist(), L-1})
-  (A, Bc, C), s, want = (z[some] for z in ABC), np.zeros((8, 32), complex), []
-  y, at_once = y.numpy()[0, some], set(at)
-  w = np.ascontiguousarray(u[0, some].astype(np.float64).T)
-  for i, now in enumerate(w[..., None]):
-    s = A*s + Bc*now
-    if i in at_once: want.append(2*(C*s).sum(-1).real + D[some]*w[i])
-  error = np.abs(np.transpose(want) - y[:, at]).max()
-  assert len(at)*8 >= 190 and error <= 1e-4*np.abs(y).max()
-  near(joined(x)[0, some], s, 1e-4)
+  # the slowest mode forgets: 40,000 steps are all that counts, to 1e-8
+  n, y, largest = 40_000, y.numpy()[0], np.abs(y.numpy()).max()
+  for h in rng.permutation(64)[:8]:
+    A, Bc, C = (z[h, :, None] for z in ABC)
+    powers = Bc*A**np.arange(n)
+    for t in (*rng.integers(n, L, 24), L-1):
+      s = powers @ u[0, h, t-n+1:t+1][::-1]
+      assert abs(2*(C[:, 0]*s).sum().real + D[h]*u[0, h, t] - y[h, t]) <= 1e-4*largest
+    near(joined(x)[0, h], s, 1e-4)
 
 MODES, LESS = ((3, 4), (3, 4)), ((2, 4), (3, 4))
 @pytest.mark.parametrize("bad", [
@@ -970,6 +910,7 @@ def test_kernel_second_derivative(own):
     return [h.numpy() for h in sum(t.square().sum() for t in g).gradient(*x)]
   try: ours = second()
   except RuntimeError as e:
+    assert f is not Tensor.linear                          # a product's gradients are products
     assert re.fullmatch(r"\w+ can be differentiated once: .*Context\(FLASH=0\)\.", str(e)), e
     return
   with Context(FLASH=0): plain = second()
@@ -1296,19 +1237,6 @@ S4D = H3Config(19, 12, 2, (1,), n_heads=2, d_state=10, max_length=12, ssm="s4d")
 TWIN = H3Config(20, 16, 2, (1,), n_heads=2, d_state=8)
 RUN8 = H3Config(257, 16, 2, (1,), n_heads=2, d_state=4)          # what the trainer's tests train
 
-@slow
-def test_flash_switch_on_a_whole_model():
-  "logits, loss and every gradient to 1e-5 of the largest, with kernels and without"
-  model, t, results = H3LM(HYBRIDS[0]), toks(tokens_of(19, 3, 11)), []
-  for flash in (1, 0):
-    with Context(FLASH=flash):
-      logits = model(t)
-      loss = train.cross_entropy(logits[:, :-1], t[:, 1:])
-      grads = gradients(loss, get_state_dict(model), logits)
-      results.append({"logits": logits.numpy(), "loss": loss.numpy()} | grads)
-  for name, plain in results[1].items():
-    assert_close(results[0][name], plain, 1e-5*max(np.abs(plain).max(), 1e-3), name)
-
 SMALLEST = dict(vocab_size=20, d_model=16, n_heads=2, d_state=8)
 def language_model(**kw) -> Callable: return lambda: H3LM(H3Config(n_layer=2, **SMALLEST, **kw))
 def masked_model(block:str) -> Callable:
@@ -1496,22 +1424,12 @@ def test_against_float64_recurrence(config):
 
 @pytest.mark.parametrize("p,order", and_slow([(2, "hd2")], [(1, "d2h"), (3, "d2h")]))
 def test_h3_layer_is_its_reference(p, order):
-  """the definition in plain ops against float64; the layer against it by FFT, by state passing and
-  by steps"""
+  "The definition in plain ops against float64, and the layer against it."
   model = shaken(H3Config(19, 12, 1, d_state=10, head_dim=p, head_order=order))
-  layer, u = model.backbone.layers[0].mixer, np.random.default_rng(0).standard_normal((2, 11, 12))
-  part = lambda a, b: Tensor(u[:, a:b].astype(np.float32))
-  want = h3tiny.h3_reference(layer, part(0, 11)).numpy()
-  assert_close(want, np_h3(float64(layer), u, p, order), 2e-5)
-  assert_close(layer(part(0, 11), weights=model.filters(11)[0])[0], want, 2e-6)
-  assert_close(layer(part(0, 11))[0], want, 2e-6)
-  y, state = layer(part(0, 7), layer.init_state(2))
-  assert_close(y, want[:, :7], 2e-6)
-  state = h3tiny.H3State(*map(h3tiny.copied, state))
-  for t in range(7, 11):
-    y, state = layer(part(t, t+1), state, h3tiny.Positions(toks([t]), None, 1))
-    Tensor.realize(y, *state)
-    assert_close(y, want[:, t:t+1], 2e-6, f"step {t}")
+  layer, u = model.backbone.layers[0].mixer, normal(2, 11, 12)
+  want = h3tiny.h3_reference(layer, Tensor(u)).numpy()
+  assert_close(want, np_h3(float64(layer), u.astype(np.float64), p, order), 2e-5)
+  assert_close(layer(Tensor(u).realize())[0], want, 2e-6)
 
 # ---------------------------------------------------------------- the benchmarks' competitor
 
@@ -2017,11 +1935,8 @@ REBUILD = named_as("torch._tensor _rebuild_from_type_v2")
 HOSTILE = {
   "os.system": RUN,
   "eval": call("builtins eval", TOUCH),
-  "exec": call("__builtin__ exec", TOUCH),
   "subprocess": named_as("subprocess check_call") + b"(](" + word("touch") + word("ran") + b"etR",
-  "posix.system": call("posix system", "touch ran"),
   "importlib": call("importlib import_module", "hostile"),
-  "runpy": call("runpy run_path", "hostile.py"),
   "a module of its own": THING + b")\x81",
   "by protocol 4": word("os") + word("system") + b"\x93" + ARGS + b"R",
   "an old instance": b"(" + word("touch ran") + b"ios\nsystem\n",
@@ -2125,7 +2040,7 @@ def test_loading_takes_the_model_and_one_tensor(tmp_path):
     allowed = a_weight*sum(sizes) + (4 + a_weight)*max(sizes) + 16e6
     assert grown <= allowed, (dtype, grown/1e6)
 
-@pytest.mark.parametrize("dtype", SMALL_TYPES[1:])
+@pytest.mark.parametrize("dtype", and_slow(SMALL_TYPES[1:2], SMALL_TYPES[2:]))
 def test_small_weights_in_every_mode(dtype, tmp_path):
   "convolution, prefill, step: what the same values give in float64; matrices alone are small"
   model, path = shaken(HYBRIDS[0]), tmp_path/"m.safetensors"
@@ -2206,18 +2121,9 @@ def test_bigs_golden_heads(tinyA, capsys):
   assert "no trained bigs.pooler.dense and classifier in it" in err
 
 def test_bigs_golden_gradients(tinyA):
-  """The SSM alone, by FFT, its filter, and the whole masked model: outputs, and gradients to 1e-4
-  of each one's largest."""
+  "The SSMs' filters; the whole masked model's gradients to 1e-4 of each one's largest."
   model, largest = tinyA["bin"], lambda g: np.abs(g).max()
   ssms = [ssm for layer in model.bigs.encoder.layer for ssm in (layer.fs4, layer.bs4)]
-  z, params = np.load(f"{BIGS}/s4d_layer0_fs4_L100.npz"), get_state_dict(ssms[0])
-  x = Tensor(z["input"])
-  y = bigs_tiny.convolve(x, bigs_tiny.filters(ssms[:1], 100))
-  grads = gradients((y*Tensor(z["fixed_random"])).sum(), {"input": x} | params, y)
-  # the golden SSM's taps are off by 1e-5 themselves
-  assert_close(y, z["output"], 2e-5*largest(z["output"]))
-  want = {"input": z["grad_input"]} | {k: z["grad."+k] for k in params}
-  assert_grads(grads, want, largest)
   taps = bigs_tiny.filters(ssms, 128).numpy()
   for ssm, got, name in zip(ssms, taps, ("fs4", "bs4")):
     got[0] -= ssm.D.item()
