@@ -1460,7 +1460,7 @@ WEIGHTS = {"float32": dtypes.float, "float16": dtypes.half, "bfloat16": dtypes.u
 
 def widened(x:Tensor|UOp) -> Tensor|UOp:
   "Returns weights as float32."
-  if x.dtype == dtypes.half: return x.cast(dtypes.float)
+  if x.dtype in (dtypes.half, dtypes.bfloat16): return x.cast(dtypes.float)
   if x.dtype != dtypes.ushort: return x
   return (x.cast(dtypes.uint) << 16).bitcast(dtypes.float)
 

@@ -3217,17 +3217,103 @@ def test_in_parts_on_devices_and_checkpointed(two_steps, kw):
 
 @pytest.mark.parametrize("dtype,tolerance", [("float16", 2e-3), ("bfloat16", 2e-2)])
 def test_half_precision(two_steps, dtype, tolerance):
-  "The losses as in float32, to what rounding the factors can do; or a line: no such numbers here"
-  try: training.check_precision(dtype)
-  except gen.UserError as e:
-    assert "does not know such numbers" in str(e)
-    return
+  "The losses as in float32, to what rounding the factors can do"
+  training.check_precision(dtype)
   figures, weights = run_steps(dtype=dtype)
   assert figures != two_steps[0]
   for kind, rtol in ((0, tolerance/4), (1, 2*tolerance)):  # losses, norms
     np.testing.assert_allclose(figures[kind::2], two_steps[0][kind::2], rtol=rtol)
   for x in weights.values():
     assert x.dtype == np.float32 and np.isfinite(x).all()
+
+def compilers() -> dict[str, str]:
+  "Every clang that is installed, once, by its name, and ziglang's."
+  names = ["clang", *(f"clang-{version}" for version in range(14, 30))]
+  found = {Path(path).resolve(): name for name in reversed(names) if (path := shutil.which(name))}
+  clangs = {name: str(path) for path, name in reversed(found.items())}
+  zig = importlib.util.find_spec("ziglang")
+  return clangs | ({"ziglang": "no compiler of this name"} if zig else {})
+
+# one always, the others with SLOW=1
+SOME_COMPILERS = [pytest.param(name, marks=[slow]*(i > 0)) for i, name in enumerate(compilers())]
+
+@pytest.fixture(scope="module")
+def cache_of_all(tmp_path_factory):
+  "tinygrad's cache, where one compiler finds what the others made"
+  return str(tmp_path_factory.mktemp("compilers")/"cache.db")
+
+# what a process begins with that has one compiler, of this name
+ONE_COMPILER = """
+import sys
+from support import cpu
+if sys.argv[1] == "ziglang": cpu.is_clang = lambda command: False
+cpu.check_kernels = lambda: None
+cpu.setup_device()
+"""
+
+EXACT = """
+import numpy as np
+from tinygrad import Tensor
+from support import training
+r = np.random.default_rng(0)
+for dtype in ("bfloat16", "float16"):
+  training.check_precision(dtype)
+  for n in (8, 64):                        # in plain ops and by the kernel
+    a, b = (r.integers(129, 256, (n, n)).astype(np.float32) for _ in "ab")
+    x, w = Tensor(a).realize(), Tensor(b).realize()
+    with training.half_precision(dtype): y, z = (t.linear(w.T).numpy() for t in (x, x + 1/3))
+    assert (y == a @ b.T).all()
+    if n == 64: assert not np.allclose(z, (a + 1/3) @ b.T, 1e-5)
+    assert np.allclose(z, (a + 1/3) @ b.T, 1e-2)
+"""
+
+@on_cpu
+@pytest.mark.parametrize("name", SOME_COMPILERS)
+def test_half_precision_of_every_compiler(name, cache_of_all):
+  "Factors are rounded where they are stored, products and sums are not"
+  python(ONE_COMPILER + EXACT, name, CC=compilers()[name], CACHEDB=cache_of_all)
+
+TRAINS = """
+import generate, train
+name, *args = sys.argv[1:]
+for dtype in ("bfloat16", "float16"):
+  assert train.main([*args, "--dtype", dtype, "--out", dtype]) == 0
+  assert generate.main(["--model", dtype, "--dtype", dtype, "--tokens", "12"]) == 0
+"""
+
+@slow
+@on_cpu
+@pytest.mark.parametrize("name", compilers())
+def test_programs_in_half_precision_of_every_compiler(tmp_path, name, cache_of_all):
+  (tmp_path/"text.txt").write_text(TEXT)
+  args = [*TINY, "--data", "text.txt", "--steps", "2", "--eval-every", "1"]
+  python(ONE_COMPILER + TRAINS, name, *args, cwd=tmp_path, CC=compilers()[name],
+         CACHEDB=cache_of_all, PYTHONPATH=str(HERE))
+
+REFUSES = """#!/bin/sh
+[ "$1" = -c ] || exec clang "$@"
+source=$(cat)
+case $source in *E_77*) echo "no 77 of anything" >&2; exit 1;; esac
+echo "$source" | clang "$@"
+"""
+
+FAILS = """
+from tinygrad import Tensor
+from support import training
+training.check_precision("float16")
+x = Tensor.ones(77).contiguous().realize(), Tensor.ones(33).contiguous().realize()
+Tensor.realize(*(t + 1 for t in x))        # two kernels, for the compile workers
+"""
+
+@on_cpu
+@pytest.mark.skipif(not shutil.which("clang"), reason="no clang")
+def test_what_a_compiler_says_is_shown(tmp_path):
+  "After the check of --dtype as well"
+  (compiler := tmp_path/"clang").write_text(REFUSES)
+  compiler.chmod(0o755)
+  (tmp_path/"fails.py").write_text(ONE_COMPILER + FAILS)
+  done = own_process(tmp_path/"fails.py", "clang", CC=compiler, CACHEDB=tmp_path/"cache.db")
+  assert done.returncode == 1 and "no 77 of anything" in done.stderr
 
 def test_fill_on_several_devices():
   "As a resumed run does: in place, on each of them, where a TinyJit finds it"

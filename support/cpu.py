@@ -13,7 +13,7 @@ The file in order: what kernels share · the matrix product · layer norm · sof
 decoding · tinygrad's own words · the cores · threads, forks and Ctrl-C · programs on disk · setup.
 How a kernel is written, what `after` and `end` order, is explained at the top of flashconv.py.
 
-Not here: second derivatives, but of the products; half precision, but for stored weights.
+Not here: second derivatives, but of the products; half precision, but for factors of products.
 """
 from __future__ import annotations
 import ctypes
@@ -45,7 +45,8 @@ from tinygrad.codegen.opt.postrange import Scheduler
 from tinygrad.device import Compiled
 from tinygrad.dtype import AddrSpace, DType
 from tinygrad.engine import jit as tinyjit, realize, worker
-from tinygrad.helpers import NOOPT, all_int, cache_dir, ceildiv, diskcache_get, diskcache_put, prod
+from tinygrad.helpers import (CCACHE, EMULATED_DTYPES, NOOPT, all_int, cache_dir, ceildiv,
+                              diskcache_get, diskcache_put, prod)
 from tinygrad.renderer import Estimates, cstyle
 from tinygrad.runtime.ops_cpu import BufferSpec, CPUAllocator, CPUProgram, HCQBuffer
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, graph_rewrite
@@ -60,12 +61,12 @@ from flashconv import (CHECKS, FAST, FLASH, LOCK, ONE_CORE, VECTORS, WEIGHTS, Ma
 def serves(*tensors:Tensor, weights:Sequence[Tensor]=()) -> bool:
   """Whether the CPU's kernels take these: not empty, whole on a device that is no GPU, float32.
 
-  weights: Tensors that may be of any type of WEIGHTS.
+  weights: Tensors that may be of any type of WEIGHTS, or bfloat16.
   """
   every = *tensors, *weights
   return bool(FLASH) and whole(*every) and not machine(every[0].device).gpu \
     and all(t.dtype == dtypes.float for t in tensors) \
-    and all(t.dtype in WEIGHTS.values() for t in weights) \
+    and all(t.dtype in (*WEIGHTS.values(), dtypes.bfloat16) for t in weights) \
     and all(all_int(t.shape) and 0 not in t.shape for t in every)
 
 def few_or_all_cores(x:Tensor) -> Machine:
@@ -414,8 +415,8 @@ def multiply(x:Tensor, w:Tensor, bias:Tensor|None=None, dtype:DType|None=None) -
   """x @ w + bias, by a kernel where one serves.
 
   x (…,M,K); w (K,N), or (…,K,N) with x's leading dimensions, or with any if x is (M,K); bias (N,).
-  x and w are float32 or, if `dtype`, that of the sums, is float32, any of WEIGHTS, as w may be with
-  an x of float32. The transpose of what is stored is read as it is stored.
+  x and w are float32 or, if `dtype`, that of the sums, is float32, any of WEIGHTS or bfloat16, as w
+  may be with an x of float32. The transpose of what is stored is read as it is stored.
   """
   x, w, *biases = on_one_device(*(t for t in (x, w, bias) if t is not None))
   matrix = w.ndim == 2
@@ -433,8 +434,10 @@ def multiply(x:Tensor, w:Tensor, bias:Tensor|None=None, dtype:DType|None=None) -
     y = product(a, b.reshape(-1, *b.shape[-2:]), *biases, tb=straight is not None)
     lead = x.shape[:-2] or w.shape[:-2]
     return y.reshape(*lead, x.shape[-2], w.shape[-1])
-  if w.dtype == dtypes.ushort: w = widened(w)
   on_gpu = FLASH and large and whole(x, w, *biases) and machine(x.device).gpu
+  # without tensor cores tinygrad would round each product to the factors' type
+  if not on_gpu and dtype == dtypes.float: x, w = widened(x), widened(w)
+  if w.dtype == dtypes.ushort: w = widened(w)
   y = product_on_gpu(x, w, dtype) if on_gpu else PLAIN_DOT(x, w, dtype)
   return y + biases[0] if biases else y
 
@@ -1231,9 +1234,26 @@ def compiler_macros() -> str:
   try: return subprocess.run(command, capture_output=True, text=True).stdout
   except OSError: return ""
 
+def has(*macros:str) -> bool:
+  "Whether the compiler defines one of these macros."
+  return any(f"#define {macro} " in compiler_macros() for macro in macros)
+
+def use_any_compiler(device:Compiled):
+  """Keeps from the compiler the types that it may not know, and from the cache what another made.
+
+  A bfloat16 becomes its bits: clang has no __bf16 on a PC before version 15. So does a float16
+  where the processor can't convert it; below 6e-5 it is 0 then. tinygrad's cache of objects does
+  not tell compilers apart; `Programs` does.
+  """
+  if "EMULATED_DTYPES" not in os.environ:
+    halves = has("__F16C__", "__ARM_FP16_FORMAT_IEEE")
+    EMULATED_DTYPES.value = "bfloat16" if halves else "bfloat16,half"
+  os.environ["CCACHE"] = "0"                           # in tinygrad's compile workers
+  CCACHE.value = 0
+  device.cached_renderer.clear()                       # they have opened the cache
+
 def use_vectors(device:Compiled):
   "Lets clang, and the kernels, fill the vector registers of this processor."
-  has = lambda *macros: any(f"#define {macro} " in compiler_macros() for macro in macros)
   if has("__AVX512F__") and WIDE not in device.arch: device.arch += f",{WIDE}"
   VECTORS.update(lanes=16 if WIDE in device.arch else 8 if has("__AVX__") else 4,
                  registers=32 if has("__AVX512VL__", "__ARM_NEON") else 16)
@@ -1295,7 +1315,9 @@ def setup_device():
     failure = f"error: tinygrad can't open a device ({why})" if compiler else NO_COMPILER
     print(failure, file=sys.stderr)
     sys.exit(2)
-  if FLASH and not device.renderer.has_local:
+  on_cpu = not device.renderer.has_local
+  if on_cpu: use_any_compiler(device)
+  if FLASH and on_cpu:
     if "NOOPT" not in os.environ: NOOPT.value = 1
     use_vectors(device)
     use_all_cores()
