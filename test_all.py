@@ -2707,7 +2707,7 @@ def test_unreadable_texts(tmp_path, done, monkeypatch, capsys):
   warning = f"left out {len(UNREADABLE)} of the files in {notes}; the first: "
   assert warning in capsys.readouterr().err
 
-def test_what_runs_leave_is_no_text(tmp_path, instant, capsys):
+def test_what_runs_leave_is_no_text(tmp_path, unplotted, capsys):
   "A run into its folder of texts, or below that, its log anywhere: the next one reads the same."
   notes = tmp_path/"notes"
   (notes/"more").mkdir(parents=True)
@@ -2792,6 +2792,9 @@ def instant(monkeypatch):
   return said
 
 MATPLOTLIB = importlib.util.find_spec("matplotlib")
+
+@pytest.fixture
+def unplotted(instant, monkeypatch): monkeypatch.setattr(train.Log, "plot", lambda *_: None)
 
 def test_run_leaves_what_it_promises(done, again, tmp_path, instant, printed):
   """Checkpoint, log, plot; a new run keeps the old checkpoint, and writes beside it once it has
@@ -3038,7 +3041,7 @@ RESUMED = [
   ({"steps": 10, "schedule_steps": 10, "data": ["more.txt"]}, "",
    "the data have changed: until now the run was on text.txt: 1 file, 6 tokens; from", 10, 3.661e-4)]
 
-def test_resume_says_what_changes(done, tmp_path, monkeypatch, instant, printed):
+def test_resume_says_what_changes(done, tmp_path, monkeypatch, unplotted, printed):
   "Options, learning rate, data. More steps leave the schedule as it was, fewer end with it."
   monkeypatch.chdir(tmp_path)
   Path("more.txt").write_text(TEXT*2)
@@ -3077,7 +3080,8 @@ GOING_ON = [
   ({"lr": 3e-4, "init": "run"}, "", "where run/checkpoint.safetensors had 3.0e-04", 3e-4),
   ({}, "--lr 0.01", "learning rate 1.0e-02 at its highest, where", 0.01)]
 
-def test_init_goes_on_with_the_same_data(done, tmp_path, monkeypatch, instant, printed, rejected):
+def test_init_goes_on_with_the_same_data(done, tmp_path, monkeypatch, unplotted, printed,
+                                         rejected):
   "Wherever it is started, at a tenth of the learning rate; where the data are gone, one line."
   for name in ("text.txt", "more.txt"): (tmp_path/name).write_text(TEXT)
   (tmp_path/"text.jsonl").write_bytes(jsonl(TEXT.splitlines(), "content"))
@@ -3103,6 +3107,40 @@ def test_init_goes_on_with_the_same_data(done, tmp_path, monkeypatch, instant, p
   for command in (f"--init {elsewhere}/run {options}", f"--resume --steps 4 --out {elsewhere}/new"):
     rejected(train, command, "text.txt, which is not there any more", "with --data")
   rejected(train, f"--task mlm --init {BIGS/'flax'}", "was not trained on --task mlm: name")
+
+# options of train.py, or of finetune.py, and what --estimate says
+ESTIMATES = [
+  (train, "--data text.txt --batch 4 --accumulate 2 --steps 9 --eval-every 2",
+   "for 9 steps and 0:00:00 for 5 evaluations",
+   "half the activations: --accumulate 4 or --checkpoint-activations$",
+   "half the time: --batch 2 or --length 8; a smaller"),
+  (train, "--data text.txt --batch 1 --embed-dropout 0.1", "$half the time: --length 8; a"),
+  (train, "--task mlm --data text.txt --steps 3", "3 steps of 2 x 16", "$half the time: --batch 1"),
+  (train, "--init run", "$on text.txt, as run", "s a step; "),
+  (train, "--resume --out run --steps 10", "$changed: --steps 8 -> 10$", "for 2 steps and 0:00:00 for 1 "),
+  (finetune, "--data t.tsv", "t.tsv: 14 lines to train on, 1 held out", "for 21 steps and")]
+
+def test_estimate(done, tmp_path, monkeypatch, instant, printed, rejected):
+  "Of any program and run: memory, time, what takes less; nothing is written."
+  monkeypatch.chdir(tmp_path)
+  Path("text.txt").write_text(TEXT)
+  tsv(Path("t.tsv"), [("ab"[i % 2], f"text {i}") for i in range(15)])
+  another(done, Path("run"), {"data": ["text.txt"], "out": "run"})
+  files = lambda: {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+  before = files()
+  for program, options, *words in ESTIMATES:
+    tiny = "" if "--init" in options or "--resume" in options else SMALL
+    tiny += "" if "--resume" in options else " --length 16"
+    said = printed(program, f"--batch 2 {tiny} {options} --estimate").replace("\n", "$")
+    assert all(w in said for w in (*words, "memory: ", "$time: ")), said
+  with training.lock_run_directory(Path("run")): printed(train, "--resume --out run --steps 9 --estimate")
+  if Device.DEFAULT == "CPU":
+    monkeypatch.setattr(training, "free_memory", lambda: 6e4)
+    fits = f"--data text.txt {SMALL} --length 64"
+    for options, smaller in ((fits, "--batch, --length or"), (f"{fits} --estimate", "--batch"),
+                             ("--init run", "--size, --d-model or"), ("--size 2.7B", "--size")):
+      rejected(train, options, f"of memory are free: take a smaller {smaller}")
+  assert files() == before and not Path("out").exists()
 
 def test_a_task_is_registered_in_one_place(tmp_path, instant, monkeypatch, printed, rejected,
                                            capsys):

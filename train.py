@@ -21,7 +21,6 @@ import time
 START = time.perf_counter()
 import argparse, collections, contextlib, csv, dataclasses, functools, json, math, os, shutil, sys
 from argparse import Namespace
-from datetime import timedelta
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 import numpy as np
@@ -40,10 +39,11 @@ from support.text import (ROOT, TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserErr
                           split)
 from support.training import (MASKED, PRECISIONS, PREVIOUS, AdamW, Batch, CarriedState, Feed,
                               Gradients, Interrupt, LossScale, Model, Saved, Step, accumulated,
-                              check_precision, check_writable, fill, gradient_checkpointing,
-                              half_precision, lock_run_directory, on_devices, open_devices, pieces,
-                              read_newest, restore, save_beside_previous, set_aside, tensor_on,
-                              training_state, truncated, truncated_eval, weigh, weighted)
+                              check_memory, check_precision, check_writable, duration, estimate,
+                              fill, gradient_checkpointing, half_precision, lock_run_directory,
+                              on_devices, open_devices, pieces, read_newest, restore,
+                              save_beside_previous, set_aside, tensor_on, training_state, truncated,
+                              truncated_eval, weigh, weighted)
 
 # ---- tasks --------------------------------------------------------------------------------------
 
@@ -433,6 +433,8 @@ def parser(program:str, task:str) -> Parser:
   add("--out DIR", str, OUT, "folder for checkpoint, log and plot")
   add("--resume", bool, False, "go on with the run in --out, with its options but for those given: "
       "all but model, task, seed and held-out data may change")
+  add("--estimate", bool, False, "try a few steps, print what the run will take in memory and "
+      "time, and write nothing")
   add("--init FILE", str, None, "checkpoint, or official BiGS model, to take weights and shape "
       "from, and on the same task the data (default: random weights)")
   add("--eval-every N", positive, None, "steps between evaluations (default: an eighth of --steps)")
@@ -477,7 +479,7 @@ def resolve_args(argv:list[str]|None, program:str="train.py", default:str="text"
   if args.resume and args.init:
     raise UserError("--resume goes on with a run, --init starts one: give one of them")
   setup_device()                                        # not before: --help needs no device
-  if args.resume: start = read_newest(Path(args.out))
+  if args.resume: start = read_newest(Path(args.out), not args.estimate)
   elif args.init:
     path = find(args.init)
     start = Saved(path, *read_weights(path))
@@ -486,7 +488,7 @@ def resolve_args(argv:list[str]|None, program:str="train.py", default:str="text"
     kept = fixed = INHERITED
     if args.resume:
       p = parser(program, saved["task"])
-      kept, fixed = vars(args).keys() - {"resume", "out"}, p.fixed
+      kept, fixed = vars(args).keys() - {"resume", "estimate", "out"}, p.fixed
     elif not args.data:
       own = {key for key, tasks in p.owners.items() if args.task in tasks}
       if saved.get("task") == args.task: kept = own - {"vocab"} | {*INHERITED}
@@ -807,8 +809,6 @@ def read_evals(meta:dict[str, str]) -> list[list]:
   "Reads the evaluations in a checkpoint, as in `Log.evals`; old ones have no metrics."
   return [[step, loss, *metrics, {}][:3] for step, loss, *metrics in json.loads(meta["held_out"])]
 
-def duration(seconds:float) -> str: return str(timedelta(seconds=round(seconds)))
-
 def log_files(args:Namespace) -> tuple[Path, Path]:
   "Returns where the table of losses and its picture go."
   out = Path(args.out)
@@ -961,6 +961,12 @@ class Run:
     if "scale" in meta: self.scale.value, self.scale.good = json.loads(meta["scale"])
     self.notes = self.changes(saved_args(start, True), meta.get("data", ""))
 
+  def hyper(self, step:int) -> list[Tensor]:
+    args = self.args
+    ssm_scale = min(1e-3, args.lr) / args.lr            # the SSMs' dynamics learn at 1e-3 at most
+    return self.opt.hyper(step, self.rate(step), args.weight_decay, args.clip, ssm_scale,
+                          self.scale.value)
+
   def rate(self, step:int) -> float:
     args = self.args
     return learning_rate(step, args.schedule_steps, args.lr, args.warmup, self.task.schedule)
@@ -969,7 +975,8 @@ class Run:
     "Returns lines on what goes on in another way than before. data: on what the run was until now."
     args, notes = self.args, []
     old, new = absolute(saved), absolute(vars(args))
-    changed = [k for k in new if k in old and old[k] != new[k] and k not in ("out", "resume")]
+    own = ("out", "resume", "estimate")
+    changed = [k for k in new if k in old and old[k] != new[k] and k not in own]
     if changed:
       notes.append("changed: " + ", ".join(
         f"{flag_of(k)} {in_words(saved[k])} -> {in_words(getattr(args, k))}" for k in changed))
@@ -1016,10 +1023,8 @@ class Run:
 
   def train(self, step:int) -> None:
     "Does one step, from 0; goes back where its loss or gradient is not finite."
-    args, start = self.args, time.perf_counter()
-    lr = self.rate(step)
-    ssm_scale = min(1e-3, args.lr) / args.lr            # the SSMs' dynamics learn at 1e-3 at most
-    hyper = self.opt.hyper(step, lr, args.weight_decay, args.clip, ssm_scale, self.scale.value)
+    start = time.perf_counter()
+    lr, hyper = self.rate(step), self.hyper(step)
     batch = self.task.batch(step)
     loss, norm = self.step(batch, hyper)
     if step == self.first: self.log.line(f"first step after {time.perf_counter()-START:.1f} s")
@@ -1158,7 +1163,10 @@ def train(program:str, args:Namespace, start:Saved|None=None) -> int:
     Tensor.rand(1).realize()                            # makes the counter that is saved
   task = TASKS[args.task].make(args)
   fill_step_defaults(args, start)
+  check_memory(args, task.batch(0)[0].shape, task.vocab_size, start)
+  before = peak_memory()
   run = Run(program, args, task, start)
+  if args.estimate: return estimate(run, before)
   check_writable(run.out, run.log.table.parent, run.log.picture.parent)
   run.announce()
   # a run that goes on holds the lock already
@@ -1177,7 +1185,7 @@ def main(argv:list[str]|None=None, program:str="train.py", default:str="text") -
   try:
     args = parser(program, chosen_task(argv, program, default)).parse_args(argv)
     # a run that goes on keeps others out before its checkpoint is read
-    held = args.resume and Path(args.out).is_dir()
+    held = args.resume and not args.estimate and Path(args.out).is_dir()
     with lock_run_directory(Path(args.out)) if held else contextlib.nullcontext():
       return train(program, *resolve_args(argv, program, default))
   except UserError as e: p.error(str(e))

@@ -77,6 +77,19 @@ def peak_memory() -> float:
   unit = 1 if sys.platform == "darwin" else 1024
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
+def free_memory() -> float:
+  "Bytes of memory that this process can still have, swap as well; nan where the system hides it."
+  try:
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = sum(1024*int(fields[name].split()[0]) for name in ("MemAvailable", "SwapFree"))
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):      # a container's
+      with contextlib.suppress(OSError, ValueError):
+        free = min(free, int(Path("/sys/fs/cgroup", limit).read_text()))
+    return free
+  except (OSError, KeyError, ValueError): pass
+  try: return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  except (AttributeError, OSError, ValueError): return math.nan
+
 # ---- tokenizers: encode(str) -> ids, decode(ids) -> bytes, vocab_size, eot -----------------------
 
 class Tokenizer:

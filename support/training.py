@@ -1,15 +1,17 @@
 """Surrounds the plain training step of train.py, so that it can stay plain.
 
 From top to bottom: the optimizer and its two kernels; what wraps the plain step or takes the place
-of one of its stages (half precision, several devices, parts, truncation, gradient checkpointing);
-and what keeps a run alone in its folder and its checkpoints whole.
+of one of its stages (half precision, several devices, parts, truncation, gradient checkpointing); what a
+run will take in memory and time; and what keeps a run alone in its folder and its checkpoints whole.
 """
 from __future__ import annotations
 import contextlib, functools, itertools, json, math, os, re, signal, sys, time
+from argparse import Namespace
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 import numpy as np
-from tinygrad import Device, Tensor, UOp, dtypes
+from tinygrad import Device, GlobalCounters, Tensor, UOp, dtypes
 from tinygrad.device import Buffer
 from tinygrad.dtype import DType
 from tinygrad.helpers import Context
@@ -20,7 +22,7 @@ from flashconv import capture, machine, overwrite
 from h3tiny import H3LM
 from support.checkpoints import (CHECKPOINT, CheckpointError, Weights, read_weights,
                                  save_checkpoint)
-from support.text import UserError
+from support.text import UserError, free_memory, peak_memory
 
 Model = H3LM | BiGS
 Batch = tuple[np.ndarray, ...]
@@ -358,6 +360,71 @@ def gradient_checkpointing(model:H3LM, params:list[Tensor], loss_of:Callable) ->
     return loss, [found[id(p)] for p in params]
   return gradients
 
+# ---- what a run will take -----------------------------------------------------------------------
+
+STATE = 16            # bytes a parameter: itself, its gradient, two moments, in float32
+KEPT = 16             # float32 that a step keeps a token, layer and channel, at least: 23 to 55 seen
+
+def duration(seconds:float) -> str: return str(timedelta(seconds=round(seconds)))
+
+def size(n:float) -> str: return f"{n/1e9:,.2f} GB" if n >= 1e8 else f"{n/1e6:,.1f} MB"
+
+def check_memory(args:Namespace, shape:tuple[int, int], vocab_size:int, start:Saved|None) -> None:
+  """UserError where the CPU's memory is too small for a step, by a low count of what that takes.
+  shape: of a batch. start: the checkpoint that has the weights."""
+  if Device.DEFAULT != "CPU": return
+  if start: n = sum(math.prod(t.shape) for k, t in start.tensors.items() if k[:6] != "optim.")
+  else: n = args.d_model * (12*args.d_model*args.n_layer + vocab_size)            # about
+  rows, length = shape
+  tokens = rows * min(length, args.truncate or length) // args.accumulate
+  layers = 1 if args.checkpoint_activations else args.n_layer or 0
+  state, kept = STATE*n, 4*tokens*(KEPT*(args.d_model or 0)*layers + vocab_size)
+  free = free_memory()
+  if state + kept <= free or math.isnan(free): return
+  smaller = "--size, --d-model or --n-layer"
+  if state < free: smaller = "--batch, --length or --size, or a larger --accumulate"
+  raise UserError(f"a step takes more than {size(state + kept)}, {size(state)} of it for about "
+                  f"{n/1e6:,.0f} M parameters with their gradients and moments, and {size(free)} of "
+                  f"memory are free: take a smaller {smaller}")
+
+def estimate(run, before:float) -> int:
+  """Tries four steps and an evaluation of train.py's Run; prints what the whole of it will take.
+  before: bytes of memory at the peak until the model was made."""
+  args, task = run.args, run.task
+  def timed(f, *inputs):
+    begin = time.perf_counter()
+    f(*inputs)
+    return time.perf_counter() - begin
+  def step(i): run.step(task.batch(i), run.hyper(i))
+  run.announce()
+  # the first two compile and capture
+  *compiling, one, two = (timed(step, i) for i in range(run.first, run.first + 4))
+  first_evaluation, evaluation = (timed(run.outputs, task.held_out[0]) for _ in range(2))
+  a_step, steps = (one + two)/2, args.steps - run.first
+  evaluations = -(-steps // args.eval_every)
+  state = STATE*sum(p.numel() for p in run.params.values())
+  memory = f"{size(GlobalCounters.mem_used)} on the device, {size(state)} of it"
+  others = ""
+  if Device.DEFAULT == "CPU":
+    peak = peak_memory()
+    memory = f"{size(peak)} at the peak, {size(free_memory())} more are free; {size(state)} of it"
+    others = (f", {size(before)} the program and its data, {size(max(0, peak-before-state))} the "
+              "activations and what else a step takes")
+  print(f"memory: {memory} the weights, gradients and moments{others}\n"
+        f"time: {a_step:.3g} s a step; {duration(steps*a_step)} for {steps:,} steps and "
+        f"{duration(evaluations*len(task.held_out)*evaluation)} for {evaluations} evaluations, "
+        f"after {duration(sum(compiling) + first_evaluation)} of compiling")
+  less = []
+  if args.batch % (2*args.accumulate*args.devices) == 0:
+    less.append(f"--accumulate {2*args.accumulate}")
+  dropout = args.embed_dropout or args.resid_dropout
+  if args.task == "text" and not (args.checkpoint_activations or args.truncate or dropout):
+    less.append("--checkpoint-activations")
+  if less: print(f"half the activations: {' or '.join(less)}")
+  faster = [f"--batch {args.batch//2}"]*(args.batch > 1) + [f"--length {args.length//2}"]
+  print(f"half the time: {' or '.join(faster)}; a smaller --size takes less of both")
+  return 0
+
 # ---- a run's folder and checkpoints -------------------------------------------------------------
 
 PREVIOUS = "checkpoint.previous.safetensors"     # the one before the newest
@@ -429,9 +496,9 @@ class Saved(NamedTuple):
   tensors: Weights
   meta: dict[str, str]
 
-def read_newest(out:Path) -> Saved:
+def read_newest(out:Path, rename:bool=True) -> Saved:
   """Reads the newest checkpoint of a run whose bytes are all as they were written. CheckpointError
-  if none is."""
+  if none is. rename: give a damaged one another name."""
   found = [p for p in (out/CHECKPOINT, out/PREVIOUS) if p.is_file()]
   error = None
   for path in found:
@@ -441,7 +508,7 @@ def read_newest(out:Path) -> Saved:
     except CheckpointError as e:
       error = error or e
       continue
-    if error:
+    if error and rename:
       damaged = out/f"{CHECKPOINT}.damaged"
       os.replace(found[0], damaged)
       print(f"{error} It is now {damaged.name}; going on from the one before it", file=sys.stderr)
