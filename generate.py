@@ -2,13 +2,14 @@
 
   python generate.py                                  continues a prompt with train.py's model
   python generate.py --prompt "class Stack:" --tokens 500 --temperature 0.7
-  python generate.py --prompt "import os" "def main(" --batch 2          several texts, side by side
+  python generate.py --prompt "import os" "def main(" --batch 2          several texts at once
   echo "import os" | python generate.py --model out/checkpoint.safetensors
   python generate.py --model 1.3B --dtype bfloat16    a released model, downloaded once, in bfloat16
   python generate.py --perplexity book.txt            how well a model predicts a text
   python generate.py --score questions.jsonl          multiple choice by likelihood
   python generate.py --export h3/model.safetensors    the model as the authors' code reads it
   python generate.py --fill "for i in [MASK](10):"    what a masked model puts there
+  python generate.py --model classes --classify "a text" "another"       labels by a classifier
 
 A prompt is read in pieces: in the H3 layers each piece is a convolution that begins from the state
 the one before has left (`ssm_conv`). Every further token is one step (`h3_step`): constant time
@@ -16,26 +17,28 @@ and memory in the H3 layers, a key-value cache in the attention layers. As a fun
 
   for tokens in generate(model, prompt_ids, n=200, temperature=0.8): ...      # (B,) at a time
 
-From top to bottom: generation, likelihood, masked models, printing, the command line.
-
-Not here: beam search, repetition penalties. Speed against a Transformer is support/bench.py's.
+From top to bottom: generation, likelihood, masked models and their heads, printing, the command
+line. How a head's answers are made is in support/heads.py, speed against a Transformer in
+support/bench.py. Not here: beam search, repetition penalties.
 """
 from __future__ import annotations
-import argparse, codecs, collections, functools, json, math, os, stat, sys, time
+import argparse, codecs, collections, functools, json, math, os, re, stat, sys, time
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 import numpy as np
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.device import Buffer
 from tinygrad.helpers import round_up, tqdm
 from bigs_tiny import BiGS
 from flashconv import WEIGHTS, capture
-from h3tiny import H3LM
+from h3tiny import H3LM, visible_rows
 from support.checkpoints import (CHECKPOINT, RELEASED, CheckpointError, bigs_model, find, h3_model,
-                                 read_weights, refusing, save_official)
+                                 read_weights, refusing, require_head, save_official, stated_labels)
 from support.cpu import setup_device
-from support.text import (TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, command,
-                          make_tokenizer, number, peak_memory, read_text, read_texts)
+from support.heads import HEADS, Answer, ask
+from support.text import (TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, command, counted,
+                          escaped, is_jsonl, make_tokenizer, number, paper_of, peak_memory,
+                          read_text, read_texts, shown)
 
 OUT = "out"                                # train.py's default folder
 
@@ -47,14 +50,16 @@ def generate(model:H3LM, prompts:np.ndarray|list[np.ndarray], n:int, temperature
   """Continues prompts: (P,) or (B,P), or a list of B arrays of any lengths; P >= 1. Yields n
   arrays (B,) of tokens; errors are raised at the call, before the first is asked for.
 
-  max_length: the capacity of the attention layers' caches (default: the config's). Raises UserError
-  where prompt and continuation do not fit in it; models without attention have no limit."""
+  A row is drawn by the seed and the number of equal prompts before it, so that a prompt goes on as
+  it does alone. max_length: the capacity of the attention layers' caches (default: the config's).
+  Raises UserError where prompt and continuation do not fit in it; models without attention have no
+  limit."""
   if not isinstance(prompts, list): prompts = [*np.atleast_2d(prompts)]
   lengths = [len(p) for p in prompts]
   if not prompts or 0 in lengths:
     raise UserError("a prompt is empty: generate needs at least one token to go on from")
   longest, batch = max(lengths), len(prompts)
-  requested = f"{longest} tokens of prompt and {n} to generate"
+  requested = f"{counted(longest, 'token')} of prompt and {n} to generate"
   capacity = max_length or model.config.max_length
   if model.config.attn_layers and longest + n > capacity:
     raise UserError(f"{requested} exceed the cache of {capacity}: ask for fewer tokens, or give "
@@ -71,10 +76,11 @@ def generate(model:H3LM, prompts:np.ndarray|list[np.ndarray], n:int, temperature
   def steps() -> Iterator[np.ndarray]:
     # the caches are no larger than this text needs
     session = Session(model, batch, round_up(total + n, 256), padding if any(padding) else None)
-    rng = np.random.default_rng(seed)
+    texts = [*map(tuple, prompts)]
+    rngs = [np.random.default_rng([seed, texts[:i].count(text)]) for i, text in enumerate(texts)]
     logits = session.read(padded, piece)
     for i in range(n):
-      yield (token := sample(logits, rng, temperature, top_k, top_p))
+      yield (token := sample(logits, rngs, temperature, top_k, top_p))
       if i < n-1: logits = session(token)
   return steps()
 
@@ -89,7 +95,7 @@ def piece_size(longest:int, batch:int) -> int:
   return 32
 
 class Session:
-  """Texts side by side, read in pieces and continued token by token, in one state of fixed size.
+  """Texts of one batch, read in pieces and continued token by token, in one state of fixed size.
 
   A TinyJit is captured once for a step, and once for each size of piece and of the part of the
   attention caches that a piece reads, so that nothing is compiled anew as the texts grow. start:
@@ -103,9 +109,8 @@ class Session:
   def __call__(self, tokens:np.ndarray) -> np.ndarray:
     "tokens (B,), or a piece (B,L) -> logits (B,vocab_size) after the last"
     self.length += (L := tokens[0].size)
-    visible = None                                         # rows of the caches that are read: all
-    if L > 1 and self.model.config.attn_layers:            # a power of two that holds all so far
-      visible = max(4096, 1 << (self.length-1).bit_length())
+    # a token reads all rows of the caches
+    visible = visible_rows(self.length) if L > 1 and self.model.config.attn_layers else None
     key = tokens.shape, visible
     if key not in self.graphs: self.graphs[key] = self.captured(*key)
     graph, inputs = self.graphs[key]
@@ -123,11 +128,11 @@ class Session:
       logits = self(tokens[:, at:at+piece] if piece > 1 else tokens[:, at])
     return logits
 
-def sample(logits:np.ndarray, rng:np.random.Generator, temperature:float=1.0, top_k:int=0,
+def sample(logits:np.ndarray, rngs:list[np.random.Generator], temperature:float=1.0, top_k:int=0,
            top_p:float=1.0) -> np.ndarray:
-  """Draws one token a row: logits (B,V) -> (B,). Temperature 0 takes the likeliest. top_k keeps
-  the k likeliest, top_p (after temperature and top_k) the fewest whose probabilities sum to p.
-  Raises UserError as `check_finite` does."""
+  """Draws one token a row, each by its own generator: logits (B,V) -> (B,). Temperature 0 takes the
+  likeliest. top_k keeps the k likeliest, top_p (after temperature and top_k) the fewest whose
+  probabilities sum to p. Raises UserError as `check_finite` does."""
   check_finite(logits)
   if temperature == 0: return logits.argmax(-1)
   x = logits.astype(np.float64) / temperature
@@ -142,7 +147,8 @@ def sample(logits:np.ndarray, rng:np.random.Generator, temperature:float=1.0, to
     ranked[before >= top_p] = 0                            # the likelier ones are already enough
     np.put_along_axis(p, order, ranked, -1)
   cumulative = p.cumsum(-1)
-  return (cumulative / cumulative[:, -1:] > rng.random((len(x), 1))).argmax(-1)
+  drawn = np.array([[rng.random()] for rng in rngs])
+  return (cumulative / cumulative[:, -1:] > drawn).argmax(-1)
 
 def check_finite(x:np.ndarray) -> np.ndarray:
   """Returns logits, or -log p, (…,n). Raises UserError where a row holds NaN or +inf, or nothing
@@ -158,7 +164,7 @@ def log_softmax(x:np.ndarray) -> np.ndarray:
 
 # ---- likelihood ---------------------------------------------------------------------------------
 
-TOKENS_AT_ONCE = 4096                      # that go through a model side by side
+TOKENS_AT_ONCE = 4096                      # that go through a model in one batch
 
 def surprisal(logits:Tensor, targets:Tensor) -> Tensor:
   """-log p in nats of the targets (…), given logits (…,V). For a negative target, which is no
@@ -195,13 +201,15 @@ def document_nll(nll:NLL, ids:np.ndarray, window:int, stride:int) -> tuple[np.nd
   fresh = np.diff(starts, prepend=starts[0] - window)      # each window's predictions that are new
   batch = min(len(starts), max(1, TOKENS_AT_ONCE // window))
   out = np.empty(n)
-  batches = range(0, len(starts), batch)
-  for i in tqdm(batches, desc="batches of windows", disable=len(batches) == 1):
+  bar = tqdm(total=len(starts), desc="windows", disable=batch == len(starts))
+  for i in range(0, len(starts), batch):
     which = np.minimum(np.arange(i, i + batch), len(starts) - 1)     # the last one fills a batch up
     rows = ids[starts[which][:, None] + np.arange(window + 1)]
     for k, row in zip(which, nll(rows)):
       end = starts[k] + window
       out[end - fresh[k]:end] = row[window - fresh[k]:]
+    bar.update(min(batch, len(starts) - i))
+  bar.update(0, close=True)
   return out, len(starts)
 
 def print_perplexity(model:H3LM, tokenizer:Tokenizer, path:str, window:int, stride:int,
@@ -218,10 +226,10 @@ def print_perplexity(model:H3LM, tokenizer:Tokenizer, path:str, window:int, stri
     tokens += len(ids)
     windows += n
     total += float(nats.sum())
-  several = f"{len(texts):,} texts, " if len(texts) > 1 else ""
+  several = f"{counted(len(texts), 'text')}, " if len(texts) > 1 else ""
   each = f", each {stride:,} after the one before" if windows > len(texts) else ""
-  print(f"{path}: {several}{tokens:,} tokens, {size:,} bytes; "
-        f"{windows:,} window{'s'*(windows > 1)} of {window:,} tokens{each}\n"
+  print(f"{path}: {several}{counted(tokens, 'token')}, {counted(size, 'byte')}; "
+        f"{counted(windows, 'window')} of {counted(window, 'token')}{each}\n"
         f"per token: perplexity {math.exp(total/tokens):.4g}, {total/tokens:.4f} nats\n"
         f"per byte:  perplexity {math.exp(total/size):.4g}, {total/size/math.log(2):.4f} bits",
         flush=True)
@@ -299,7 +307,7 @@ def print_score(model:H3LM, tokenizer:Tokenizer, path:str, shots:int, window:int
   scores = score_choices(model, tokenizer, questions, shown, window)
   accuracy = lambda choose: np.mean([choose(x) == q.answer for x, q in zip(scores, questions)])
   chance = np.mean([1/len(q.choices) for q in questions])
-  print(f"{path}: {len(questions):,} questions, {shots} answered before each\n"
+  print(f"{path}: {counted(len(questions), 'question')}, {shots} answered before each\n"
         f"accuracy {accuracy(lambda x: (x[:, 0]/x[:, 1]).argmax()):.4f} by log-likelihood per "
         f"token, {accuracy(lambda x: x[:, 0].argmax()):.4f} by that of the whole choice; chance "
         f"{chance:.4f}", flush=True)
@@ -392,6 +400,36 @@ def print_fill(model:BiGS, tokenizer:Tokenizer, text:str, run:int=MASK_RUN, pad:
     lines.append("   ".join(f"{word.strip()!r} {p:.3g}" for word, (_, p) in zip(words, best)))
   print(text, *lines, sep="\n  ", flush=True)
 
+# ---- the heads of masked models -----------------------------------------------------------------
+
+NEW_LINE = r"\r\n|\n|\r"
+
+def read_lines(args:argparse.Namespace, head:str, n_texts:int|None) -> list[list[str]]:
+  """The texts of each line for a head: of the command line, a .jsonl, or the lines of a file or a
+  pipe. n_texts: how many the model was trained on, if known. Raises UserError."""
+  lines = getattr(args, head) or read_prompts(args, "")
+  if getattr(args, head) or args.prompt or is_jsonl(Path(args.prompt_file or "")):
+    lines = [re.sub(NEW_LINE, " ", text) for text in lines]
+  else: lines = re.split(NEW_LINE, lines[0])
+  lines = [line.split("\t") for line in lines if line.strip()]
+  wanted, least, most = HEADS[head].line, HEADS[head].least, HEADS[head].most
+  if n_texts: wanted, least, most = counted(n_texts, "text"), n_texts, n_texts
+  if not lines: raise UserError(f"--{head} wants lines to answer: one is {wanted}")
+  for i, texts in enumerate(lines, 1):
+    if not least <= len(texts) <= most or not all(text.strip() for text in texts):
+      raise UserError(f"--{head}, line {i}: {' | '.join(texts)[:40]!r} is not {wanted}, with tabs "
+                      "between several")
+  return lines
+
+def print_answers(answers:Iterable[Iterable[list[Answer]]], n:int, end:str) -> None:
+  """Prints the n likeliest answers, one a line: the answer, a tab, its probability, a tab, the text;
+  and `end` after those to each text."""
+  for each in answers:
+    for best in each:
+      for text, p, about in best[:n]:
+        print(text, *([] if p is None else [f"{p:.4f}"]), about, sep="\t")
+    print(end=end, flush=True)
+
 # ---- printing -----------------------------------------------------------------------------------
 
 class TextStream:
@@ -459,7 +497,7 @@ def parser() -> Parser:
                  help="key of the text in each line of a .jsonl file")
   text = p.add_argument_group("continuing a prompt")
   text.add_argument("--prompt", metavar="TEXT", nargs="+",
-                    help="the text to continue, or several, side by side; default: --prompt-file, "
+                    help="the text to continue, or several at once; default: --prompt-file, "
                     'else what is piped in, else "def " for a model of Python, else nothing')
   text.add_argument("--prompt-file", metavar="FILE",
                     help="read the prompt from a file; of a .jsonl, several, one a line")
@@ -468,15 +506,17 @@ def parser() -> Parser:
   text.add_argument("--temperature", metavar="T", type=number(float, 0), default=0.8,
                     help="below 1 safer, above 1 wilder, 0 always the likeliest token")
   text.add_argument("--top-k", metavar="K", type=number(int, 0), default=0,
-                    help="sample from the K likeliest tokens; 0: from all")
+                    help="sample from the K likeliest tokens; 0: from all. Of --classify and the "
+                    "like: print the K likeliest answers; 0: the first")
   text.add_argument("--top-p", metavar="P", type=number(float, above=0, high=1), default=1.0,
                     help="sample from the likeliest tokens that together reach this probability")
   text.add_argument("--seed", metavar="N", type=number(int, 0), default=0,
                     help="the same seed gives the same text")
   text.add_argument("--batch", metavar="N", type=number(int, 1), default=1,
                     help="continuations of each prompt; several texts are printed at the end")
-  text.add_argument("--stop", metavar="TEXT",
-                    help="end before this text, which is not printed; a new line is $'\\n' in bash")
+  text.add_argument("--stop", metavar="TEXT", type=escaped,
+                    help="end before this text, which is not printed; \\n in it is a new line, \\t a "
+                    "tab, \\\\ a backslash")
   text.add_argument("--max-length", metavar="N", type=number(int, 1),
                     help="capacity of the attention layers' caches in tokens, prompt and "
                     "continuation (default: the model's, 2048 if it was given none)")
@@ -500,7 +540,15 @@ def parser() -> Parser:
                      help="write the model as the authors' code reads it, into a .safetensors file "
                      "with a config.json beside it; the README has the two lines of PyTorch that "
                      "make a .pt of it")
-  p.add_argument("--bench", nargs="?", const="", help=argparse.SUPPRESS)
+  heads = p.add_argument_group(
+    "heads of BiGS models, in place of text", "For each TEXT, or else each line of --prompt-file or "
+    "of what is piped in: the answer, its probability and the text, with tabs between. In TEXT \\t is "
+    "a tab. Only classifiers are trained here, by papers/finetune.py; the others are for released "
+    "models.")
+  for name, head in HEADS.items():
+    heads.add_argument(f"--{name}", metavar="TEXT", nargs="*", type=escaped,
+                       help=f"print {head.about}; a line is {head.line}")
+  p.moved("--bench", "support/bench.py", "generate")
   return p
 
 def read_prompts(args:argparse.Namespace, default:str) -> list[str]:
@@ -516,11 +564,23 @@ def read_prompts(args:argparse.Namespace, default:str) -> list[str]:
   text = sys.stdin.buffer.read().decode("utf-8", "replace") if piped else ""
   return [text or default]
 
+# what a model of a task is used by: options of this program, and the words of an example
+USES = {"text": (("text", "perplexity", "score", "export"), []),
+        "mlm": (("fill",), ["--fill", f"what is {MASK} here?"]),
+        "classify": (("classify",), ["--classify", "a text"])}
+
+def use_of(trained:dict[str, object], model:str|Path, program:str|None=None) -> str:
+  """Returns the command, to paste, that uses a model of the task among the options it was trained
+  with. program: of a task that is not the project's."""
+  task = trained.get("task", "text")
+  if task not in USES:
+    return command(paper_of(task) or program or "papers/NAME.py", "--show", shown(model))
+  words = USES[task][1]
+  if trained.get("n_texts") == 2: words = [*words[:1], r"a text\tanother"]
+  return command("generate.py", "--model", shown(model), *words)
+
 def run(args:argparse.Namespace) -> None:
-  if args.bench is not None:
-    raise UserError("speed is measured by another program: "
-                    f"{command('support/bench.py', 'generate')}")
-  actions = [name for name in ("fill", "perplexity", "score", "export")
+  actions = [name for name in ("fill", *HEADS, "perplexity", "score", "export")
              if getattr(args, name) is not None]
   if len(actions) > 1: raise UserError(f"give one of --{', --'.join(actions)}")
   if WEIGHTS[args.dtype] not in Device[Device.DEFAULT].renderer.supported_dtypes():
@@ -529,30 +589,36 @@ def run(args:argparse.Namespace) -> None:
   path = find(args.model)
   tensors, meta = read_weights(path)
   with refusing(path, "its metadata are damaged"):
-    trained = json.loads(meta.get("args", "{}"))
+    trained = dict(json.loads(meta.get("args", "{}")))
     task, length = trained.get("task", "text"), trained.get("length")
-  if task not in ("text", "mlm"):
-    raise UserError(f"{path} was trained on --task {task}, not to continue text or to fill masks: "
-                    "the program that trained it tells how well it does")
   action = actions[0] if actions else "text"
-  masked = action == "fill"
-  if masked != (meta.get("model", "bigs" if masked else "h3") == "bigs"):
-    raise UserError(f"{path} is no masked model: train.py --task mlm makes one" if masked else
-                    f"{path} is a masked model: ask it with --fill")
+  if trained and action not in USES.get(task, [()])[0]:
+    use = "to continue text" if action == "text" else f"for --{action}"
+    raise UserError(f"{path} was trained on --task {task}, not {use}: use it by "
+                    f"{use_of(trained, args.model)}")
+  masked = action in ("fill", *HEADS)
   default = "bytes" if meta else "bert" if masked else "gpt2"
   name = args.tokenizer or meta.get("tokenizer", default)
   if name not in TOKENIZERS:
     raise CheckpointError(f"{path}: its tokenizer, {name!r}, is none of {', '.join(TOKENIZERS)}")
   if masked:
-    if args.dtype != "float32": raise UserError("--dtype is for causal models, not for --fill")
-    if not any(k.startswith("cls.") for k in tensors):
-      raise UserError(f"{path} has no head for masked tokens: --task mlm trains one, other tasks "
-                      "do not")
+    if args.dtype != "float32": raise UserError(f"--dtype is for causal models, not for --{action}")
+    head = "mlm" if action == "fill" else action
+    require_head(tensors, str(path), head)
     tokenizer = make_tokenizer(name, path.with_name("vocab.txt"))
-    model = bigs_model(tensors, meta, str(path), "mlm")
+    model = bigs_model(tensors, meta, str(path), head)
     # the official ones have been trained, and are run, on rows of one length
-    pad = 0 if meta else model.config.max_length
-    return print_fill(model, tokenizer, args.fill, trained.get("mask_run") or MASK_RUN, pad)
+    length = length or model.config.max_length
+    if action == "fill":
+      run = trained.get("mask_run") or MASK_RUN
+      return print_fill(model, tokenizer, args.fill, run, 0 if meta else length)
+    lines = read_lines(args, action, trained.get("n_texts"))
+    labels = json.loads(meta["labels"]) if meta else stated_labels(str(path), model.config.n_labels)
+    answers = ask(model, tokenizer, action, lines, length, labels, typed=not meta)
+    return print_answers(answers, args.top_k or 1, "\n"*(action == "tag"))
+  if any(k.startswith("bigs.") for k in tensors):
+    raise UserError(f"{path} is a BiGS model, which continues no text: see --fill, --classify, "
+                    "--choose, --span and --tag")
   model = h3_model(tensors, meta, str(path), dtype=args.dtype)
   if action == "export": return export(model, args.export)
   tokenizer = make_tokenizer(name)
@@ -568,7 +634,7 @@ def run(args:argparse.Namespace) -> None:
   read, generated, speed = print_text(
     model, tokenizer, prompts, args.tokens, args.stop, seed=args.seed, max_length=args.max_length,
     temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-  print(f"[{path}: {read} tokens of prompt, {generated} generated, {speed:.0f} tokens/s, "
+  print(f"[{path}: {counted(read, 'token')} of prompt, {generated} generated, {speed:.0f} tokens/s, "
         f"{peak_memory()/1e9:.2f} GB of memory at the peak]", file=sys.stderr)
 
 def print_likelihood(args:argparse.Namespace, model:H3LM, tokenizer:Tokenizer, length:int|None

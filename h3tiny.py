@@ -521,6 +521,10 @@ def write_cache(cache:Tensor, x:Tensor, pos:Tensor) -> Tensor:
   onto = (row_of_x == Tensor.arange(x.shape[2])).float()               # (T,L)
   return (onto.sum(-1, keepdim=True) > 0).where(onto @ x, cache)
 
+def visible_rows(n:int) -> int:
+  "How many rows of a KV cache a piece of text reads to see n tokens: few sizes, as all are compiled."
+  return max(4096, 1 << (n-1).bit_length())
+
 @functools.cache
 def rotary_table(n:int, dim:int, device:str) -> Tensor:
   "cos and, beside it, sin of t * 10000^(-2j/dim), j < dim/2, for t < n: (n,dim)."
@@ -741,8 +745,7 @@ class H3LM:
     for i in range(0, L, chunk or L):
       piece = tokens[:, i:i + (chunk or L)]
       so_far = before + i + piece.shape[1]
-      visible = 1 << (so_far - 1).bit_length()                         # few sizes to compile
-      logits = self.advance(piece.contiguous(), state, visible)
+      logits = self.advance(piece.contiguous(), state, visible_rows(so_far))
     return logits, state
 
   def step(self, tokens:Tensor, state:LMState) -> tuple[Tensor, LMState]:

@@ -19,7 +19,7 @@ Not here: several machines.
 from __future__ import annotations
 import time
 START = time.perf_counter()
-import argparse, collections, contextlib, csv, dataclasses, functools, json, math, os, shutil, sys
+import argparse, collections, contextlib, csv, dataclasses, functools, json, math, os, re, shutil, sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
@@ -30,12 +30,12 @@ from tinygrad.nn.state import get_state_dict
 from bigs_tiny import BiGS, BiGSConfig
 from flashconv import FLASH, capture
 from support.cpu import setup_device
-from generate import MASK, MASK_RUN, OUT, print_fill, print_text, surprisal
+from generate import MASK, MASK_RUN, OUT, USES, print_fill, print_text, surprisal, use_of
 from h3tiny import H3Config, H3LM
 from support.checkpoints import (CHECKPOINT, CheckpointError, bigs_model, find, h3_model,
                                  read_weights)
-from support.text import (ROOT, TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, command,
-                          is_jsonl, make_tokenizer, near, number, peak_memory, read_tokens, shown,
+from support.text import (TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, command, is_jsonl,
+                          make_tokenizer, near, number, paper_of, peak_memory, read_tokens, shown,
                           split)
 from support.training import (MASKED, PRECISIONS, PREVIOUS, AdamW, Batch, CarriedState, Feed,
                               Gradients, Interrupt, LossScale, Model, Saved, Step, accumulated,
@@ -118,6 +118,10 @@ def task(name:str, about:str, causal:bool|None, options:Callable|None=None, **de
     TASKS[name] = Registered(make, about, causal, options, defaults)
     return make
   return register
+
+def always(noun:str, right:float) -> str:
+  "A phrase for a baseline that always answers the same, and the share that it gets right."
+  return f"always the most frequent {noun}: right {100*right:.1f} %"
 
 # ---- text ---------------------------------------------------------------------------------------
 
@@ -300,12 +304,19 @@ def mlm_task(args:Namespace) -> Task:
     _, hits, total = np.sum([[float(x) for x in o] for o in outputs], axis=0)
     return {"accuracy": hits / total}
   def sample(model):
-    def decoded(i, j): return tok.decode(text.held[i:j]).decode("utf-8", "replace")
-    n = min(24, (args.length - run)//2 - 1)
-    own = f"{decoded(0, n)}{MASK}{decoded(n+3, 2*n)}"
-    print_fill(model, tok, own if args.data else f"    def __init__({MASK}, name):", run)
+    if args.data:
+      # the first word in the middle of the text that is held out
+      n = min(24, (args.length - run)//2 - 1)
+      own = tok.decode(text.held[:2*n]).decode("utf-8", "replace")
+      word = re.compile(rf"\w{{1,{run if tok.name == 'bytes' else 20}}}").search(own, len(own)//2)
+      begin, end = word.span() if word else (n, n + 1)
+      before, old, after = own[:begin], own[begin:end], own[end:]
+    else: before, old, after = "    def __init__(", "self", ", name):"
+    print(f"{before}{MASK}{after}\n--- the model has, and what else it would have")
+    print_fill(model, tok, before + MASK + after, run)
+    print(f"--- there was: {old!r}")
   return Task(text.about, tok, tok.masked_size, batch, held, bits,
-              f"tokens by their frequency (the commonest is right at {right:.3f})",
+              f"tokens by their frequency ({always('token', right)})",
               unit="bits per masked byte" if tok.name == "bytes" else "bits per masked token",
               forward=forward, metrics=metrics, head="mlm",
               sample=sample if args.length >= 32 + run else None)
@@ -340,12 +351,6 @@ FIXED = ("task", "seed", *INHERITED)                    # with --resume
 # options that are other programs'
 MOVED = {"--reproduce": "papers/NAME.py --reproduce", "--seeds": "papers/NAME.py --reproduce",
          "--bench": "support/bench.py train"}
-
-class Moved(argparse.Action):
-  "An option that is another program's, which `const` names."
-  def __call__(self, parser:argparse.ArgumentParser, *_) -> None:
-    raise UserError(f"{self.option_strings[0]} is another program's: "
-                    f"{command(*self.const.split())}")
 
 def key_of(flag:str) -> str: return flag.split()[0].removeprefix("--").replace("-", "_")
 def flag_of(key:str) -> str: return "--" + key.replace("_", "-")
@@ -441,13 +446,11 @@ def parser(program:str, task:str) -> Parser:
   add("--save-every N", positive, None, "steps between checkpoints (default: as --eval-every)")
   add("--log-every N", positive, None, "steps between lines where stdout is no terminal (default: "
       "a 20th of --steps)")
-  add("--sample N", whole, 300, "tokens to generate at the end")
+  add("--sample N", whole, 300, "tokens to generate at the end; of other tasks 0 leaves the sample out")
   add("--sample-every N", positive, None, "steps between samples (default: at the end only)")
   add("--log FILE", str, None, "table of losses (default: log.csv in --out)")
   add("--plot FILE", str, None, "picture of them: .png, .svg or .pdf (default: loss.png in --out)")
-  for flag, where in MOVED.items():
-    p.add_argument(flag, nargs="?", action=Moved, const=where, default=argparse.SUPPRESS,
-                   help=argparse.SUPPRESS)
+  for flag, where in MOVED.items(): p.moved(flag, *where.split())
   model = "bigs" if TASKS[task].causal is False else "h3"
   p.set_defaults(**{"model": model} | TASKS[task].defaults)
   return p
@@ -571,8 +574,8 @@ def trained_before(args:Namespace, start:Saved|None) -> dict[str, object]:
 
 def check_task(name:str) -> None:
   if name in TASKS: return
-  elsewhere = "".join(f"; it is one of {command(f'papers/{file.name}')}"
-                      for file in (ROOT/"papers").glob("*.py") if f'@task("{name}",' in file.read_text())
+  program = paper_of(name)
+  elsewhere = f"; it is one of {command(program)}" if program else ""
   raise UserError(f"--task: invalid choice: {name!r} is none of {', '.join(TASKS)}{elsewhere}")
 
 def is_causal(args:Namespace) -> bool:
@@ -1151,10 +1154,8 @@ class Run:
       except KeyboardInterrupt: pass
     print(f"\nheld out: {self.log.held_out()}; {task.baseline_name}: {task.baseline:.3f}")
     print(f"wrote {self.path}, {files}; {duration(time.perf_counter()-START)} in all")
-    generate = ["generate.py", "--model", shown(args.out)]
-    if args.task == "text": print(f"more text: {command(*generate)}")
-    if args.task == "mlm":
-      print(f"more of it: {command(*generate, '--fill', f'what is {MASK} here?')}")
+    if task.sample or args.task in USES:
+      print(f"use it by: {use_of(vars(args), args.out, self.program)}")
 
 def train(program:str, args:Namespace, start:Saved|None=None) -> int:
   "Does one run. start: the checkpoint that --resume or --init names."

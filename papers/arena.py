@@ -21,14 +21,15 @@ import argparse, functools, random, re, warnings
 from typing import Callable
 import numpy as np
 from tinygrad import Device
-from papers.grid import (UNVERIFIED, Column, Grid, Run, drawn_from, hold_out, label_task, pad,
-                         print_table, run_program, stack, to_float, train_all)
-from support.text import UserError
+from papers.grid import (UNVERIFIED, Column, Grid, Run, drawn_from, hold_out, label_task, print_table,
+                         run_program, stack, to_float, train_all)
+from support.text import UserError, pad
 from train import Task, number, task
 
 # ---- ListOps ------------------------------------------------------------------------------------
 
 CLOSE, PAD = 14, 15                # after ten digits and the four operators, 10 to 13
+NAMES = [*"0123456789", "MIN(", "MAX(", "MED(", "SM(", ")"]
 OPERATORS = (min, max, lambda values: (values[(len(values)-1)//2] + values[len(values)//2])//2,
              lambda values: sum(values) % 10)     # MIN, MAX, MED, SM of sorted digits
 DEPTH, ARGUMENTS = 10, 10
@@ -79,7 +80,8 @@ def listops_task(args:argparse.Namespace) -> Task:
   trained = [row(0, i)[2] for i in range(2000)]
   about = (f"listops: {TRAIN:,} lists of {low+1} to {L-1} tokens to train on, "
            f"{args.held_out:,} held out")
-  return label_task(args, about, None, 16, batch, held_out, trained, [*"0123456789"])
+  return label_task(args, about, None, 16, batch, held_out, trained, [*"0123456789"],
+                    lambda row: " ".join(NAMES[token] for token in row))
 
 # ---- images -------------------------------------------------------------------------------------
 
@@ -139,7 +141,7 @@ def pixels_task(args:argparse.Namespace) -> Task:
   rows, held_out = to_rows(x, y), to_rows(*test)
   about = f"{path}: {len(x):,} images of {L} pixels to train on, {len(test[0]):,} held out"
   return label_task(args, about, None, 256, drawn_from(rows, args), held_out, rows[2],
-                    [*map(str, names)])
+                    [*map(str, names)], lambda row: f"an image of {L} pixels: {row[:12]} …")
 
 # ---- the grid, and the speed --------------------------------------------------------------------
 

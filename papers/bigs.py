@@ -25,11 +25,11 @@ from typing import NamedTuple
 import numpy as np
 from tinygrad import GlobalCounters, Tensor
 from bigs_tiny import BiGS, BiGSConfig, filters
-from papers.grid import COLORS, UNVERIFIED, Column, Grid, pad, panels, run_program
+from papers.grid import COLORS, UNVERIFIED, Column, Grid, panels, show_rows, run_program
 from support.checkpoints import CheckpointError, find
 from support.cpu import setup_device
-from support.text import UserError
-from train import Parser, Task, cross_entropy, is_causal, number, task
+from support.text import UserError, pad
+from train import Parser, Task, cross_entropy, is_causal, make_eval, number, task
 
 # ---- subject-verb agreement ---------------------------------------------------------------------
 
@@ -113,16 +113,29 @@ def agreement_task(args:argparse.Namespace) -> Task:
     one_hot = lambda word: word.unsqueeze(-1) == Tensor.arange(logits.shape[-1])          # (B,1,V)
     right, wrong = (one_hot(word).where(logits, 0).sum(-1) for word in verbs)             # (B,T)
     return loss, ((right > wrong) * (targets >= 0)).sum(1)
-  def forward_causal(model, tokens, *rest): return evaluate(model(tokens), *rest)
-  def forward_masked(model, tokens, at, *rest): return evaluate(model.mlm(tokens, at=at), *rest)
+  def forward(model, tokens, where, *rest):
+    if causal: return evaluate(model(tokens), where, *rest)             # where: the targets
+    return evaluate(model.mlm(tokens, at=where), *rest)
   def metrics(outputs):
     return {attractors(n): float(right.mean()) for n, (_, right) in enumerate(outputs)}
 
+  held = [held_out(n) for n in range(len(BETWEEN))]
+  def answers(model):
+    "Of the first sentence with each number of attractors."
+    evaluated = make_eval(model, forward)
+    for batch in held:
+      tokens, where, *_, right, wrong = (array[0] for array in batch)
+      words = [("", "", "", "", *WORDS)[token] for token in tokens]
+      words[int((where >= 0).argmax()) + 1 if causal else where[0]] = "___"
+      right, wrong = WORDS[right[0] - 4], WORDS[wrong[0] - 4]
+      yield " ".join(words), right if evaluated(batch)[1][0] else wrong, right
+  def sample(model): show_rows("which form of the verb is at ___?", answers(model))
+
   about = f"sentences of {len(WORDS)} words, up to {len(BETWEEN)-1} nouns between subject and verb"
-  return Task(about, None, len(IDS) + 4, batch, [held_out(n) for n in range(len(BETWEEN))],
-              math.log2(2*len(VERBS)), "the verbs' forms at random (0.500)",
-              unit=f"bits per {'word' if causal else 'verb'}",
-              forward=forward_causal if causal else forward_masked, metrics=metrics, head="mlm")
+  return Task(about, None, len(IDS) + 4, batch, held, math.log2(2*len(VERBS)),
+              "the verbs' forms at random (right 50.0 %)",
+              unit=f"bits per {'word' if causal else 'verb'}", forward=forward, metrics=metrics,
+              head="mlm", sample=sample)
 
 def attractors(n:int) -> str: return f"{n} attractor{'s'*(n != 1)}"
 

@@ -16,9 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import argparse, functools, math
 from typing import Callable
 import numpy as np
-from papers.grid import (drawn_from, hold_out, label_task, pad, run_program, stack,
-                         to_float)
-from support.text import Table, UserError, read_tsv
+from papers.grid import drawn_from, hold_out, label_task, run_program, stack, to_float
+from support.text import Table, UserError, listed, pad, read_tsv, text_row
 from train import Task, task, text_options, tokenizer
 
 RATE, EPOCHS = 2e-5, 3                            # with --init: GLUE's recipe
@@ -26,7 +25,8 @@ RATE, EPOCHS = 2e-5, 3                            # with --init: GLUE's recipe
 def find_classes(table:Table, path:str) -> list[str]|None:
   """The classes that labels name, in order; None where they are real values. UserError where they
   are a mixture, all the same, or look like texts."""
-  labels, values = table.labels, [*map(to_float, table.labels)]
+  labels, texts, _ = table
+  values = [*map(to_float, labels)]
   if any(value is not None and value != int(value) for value in values):
     if None not in values: return None
     if values.count(None) < len(values)/2:
@@ -37,9 +37,10 @@ def find_classes(table:Table, path:str) -> list[str]|None:
   classes = sorted(set(labels), key=by_value)
   if len(classes) < 2:
     raise UserError(f"{path}: every line has the label {classes[0]!r}: nothing to learn")
-  if len(classes) > max(10, len(labels)/2):
+  if len(classes) > max(10, len(labels)/2) or len(classes) > len({first for first, *_ in texts}):
     raise UserError(f"{path} has {len(classes):,} labels in {len(labels):,} lines, the first "
-                    f"{labels[0][:40]!r}: is that a text? --columns says which columns are which")
+                    f"{labels[0][:40]!r}: is that a text? --columns says which columns are which, "
+                    "2,1 for text, tab, label")
   return classes
 
 def options(add:Callable) -> None:
@@ -57,7 +58,7 @@ def classify_task(args:argparse.Namespace) -> Task:
   if args.lr is None and args.init: args.lr = RATE
   path, tok, L = args.data[0], tokenizer(args), args.length
   table = read_tsv(path, args.columns)
-  n_texts = len(table.texts[0])
+  n_texts = args.n_texts = len(table.texts[0])             # for those who ask the model
   classes = find_classes(table, path)
   least = 2 + 2*n_texts
   if L < least: raise UserError(f"--length {L} is too short for texts: give at least {least}")
@@ -67,16 +68,14 @@ def classify_task(args:argparse.Namespace) -> Task:
       if to_float(text) is not None: return np.float32(text)
       raise UserError(f"{where}: {text!r} is not a number, as other labels are")
     if text in classes: return np.int32(classes.index(text))
-    known = ", ".join(classes[:12]) + ", …"*(len(classes) > 12)
-    raise UserError(f"{where}: the label {text!r} does not occur in {path} (its labels: {known})")
-  def to_tokens(texts):
-    parts = [list(tok.encode(text)) for text in texts]
-    # the longer text loses its end
-    while sum(map(len, parts)) + len(parts) + 1 > L: max(parts, key=len).pop()
-    return [tok.cls, *(token for part in parts for token in (*part, tok.sep))]
+    raise UserError(f"{where}: the label {text[:40]!r} does not occur in {path} (its labels: "
+                    f"{listed(classes)})")
   def to_rows(table, path):
-    return stack([(*pad(to_tokens(texts), L, tok.pad), to_label(label, f"{path} line {line}"))
+    return stack([(*pad(text_row(tok, texts, L), L, tok.pad), to_label(label, f"{path} line {line}"))
                   for label, texts, line in zip(*table)])
+  def describe(row):
+    parts = np.split(row, np.flatnonzero(row == tok.sep))
+    return " | ".join(tok.decode(part).decode("utf-8", "replace") for part in parts[:-1])
 
   rows = to_rows(table, path)
   if args.dev: held_out = to_rows(read_tsv(args.dev, args.columns, n_texts), args.dev)
@@ -84,11 +83,11 @@ def classify_task(args:argparse.Namespace) -> Task:
   n = len(rows[0])
   if not n: raise UserError(f"{path} has 1 line: some are held out, give more, or --dev")
   if args.steps is None: args.steps = math.ceil(EPOCHS * n/args.batch)
-  kind = f"labels {', '.join(classes)}" if classes else "real values"
+  kind = f"labels {listed(classes)}" if classes else "real values"
   about = (f"{path}: {n:,} lines to train on, {len(held_out[0]):,} held out, {kind} "
            f"({args.tokenizer})")
   return label_task(args, about, tok, tok.masked_size, drawn_from(rows, args), held_out, rows[2],
-                    classes, "linear")
+                    classes, describe, "linear")
 
 main = functools.partial(run_program, "papers/finetune.py", __doc__, None, "classify")
 

@@ -3,6 +3,7 @@
 Each program is one claim of a paper, with its data and its models:
 
   python papers/NAME.py --task TASK --out DIR   trains one model; --help has its other options
+  python papers/NAME.py --show DIR              its answers to a few held-out rows, beside the right
   python papers/NAME.py --reproduce             trains the grid, prints its table beside the
                                                 paper's, draws the curves; --seeds N, --out DIR
 
@@ -17,15 +18,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import argparse, csv, dataclasses, functools, itertools, math, os, re, signal, subprocess, time
-from typing import Callable, NamedTuple
+from typing import Callable, Iterable, NamedTuple
 import numpy as np
 from tinygrad import Device
 import train
 from support.checkpoints import CHECKPOINT
 from support.cpu import setup_device
-from support.text import Tokenizer, UserError
+from support.text import Tokenizer, UserError, listed
 from support.training import PREVIOUS, Interrupt, check_writable, read_newest
-from train import Batch, Parser, Task, cross_entropy, duration, number, read_evals
+from train import Batch, Parser, Task, always, cross_entropy, duration, number, read_evals
 
 CSV_COLUMNS = "model task seed steps figure paper minutes".split()
 COLORS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2")
@@ -190,6 +191,22 @@ def plot_curves(grid:Grid, cells:Cells, path:Path) -> None:
 
 # ---- a program's command line -------------------------------------------------------------------
 
+def show(program:str, default:str, argv:list[str]) -> int:
+  """The command line of --show: a few held-out rows with the answers of the model in a run's folder.
+  Other options stand over those that it was trained with, --data where the file has moved."""
+  parser = Parser(prog=program)
+  parser.add_argument("--show", metavar="DIR", required=True)
+  known, others = parser.parse_known_args(argv)
+  folder = Path(known.show)
+  if folder.name == CHECKPOINT: folder = folder.parent
+  try:
+    args, start = train.resolve_args(["--resume", "--out", str(folder), *others], program, default)
+    task = train.TASKS[args.task].make(args)
+    if not task.sample: raise UserError(f"--task {args.task} has nothing to show")
+    task.sample(train.make_model(args, task, start))
+  except UserError as e: parser.error(str(e))
+  return 0
+
 def run_program(program:str, about:str, grid:Grid|None, default:str, argv:list[str]|None=None,
                 then:Callable|None=None) -> int:
   """With --reproduce trains the grid; else one model, by train.py's options and the tasks' own.
@@ -198,6 +215,7 @@ def run_program(program:str, about:str, grid:Grid|None, default:str, argv:list[s
   follows the table, given the grid's folder."""
   argv = sys.argv[1:] if argv is None else argv
   if {"-h", "--help"} & {*argv}: print(about)
+  if argv[:1] == ["--show"]: return show(program, default, argv)
   if "--reproduce" not in argv or grid is None: return train.main(argv, program, default)
   parser = Parser(prog=program)
   parser.add_argument("--reproduce", action="store_true")
@@ -232,12 +250,6 @@ def to_float(text:str) -> float|None:
   except ValueError: return None
   return x if math.isfinite(x) else None
 
-def pad(tokens:list[int], length:int, filler:int) -> Batch:
-  "Tokens and fillers (length,), and a mask that is 1 where the tokens are."
-  x = np.full(length, filler, np.int32)
-  x[:len(tokens)] = tokens
-  return x, (np.arange(length) < len(tokens)).astype(np.int32)
-
 def stack(rows:list[tuple]) -> Batch: return tuple(map(np.stack, zip(*rows)))
 
 def take(rows:Batch, index) -> Batch: return tuple(array[index] for array in rows)
@@ -259,15 +271,27 @@ def hold_out(rows:Batch, args:argparse.Namespace) -> tuple[Batch, Batch]:
   held = max(1, round(n*args.holdout))
   return take(rows, order[held:]), take(rows, order[:held])
 
-def classification_metrics(targets:np.ndarray, predictions:np.ndarray, K:int) -> dict[str, float]:
-  """Accuracy, F1 and Matthews' correlation (Gorodkin's for more than two) of classes 0 to K-1. F1
-  is that of class 1 of two, else the mean over the classes that occur in either."""
+def classification_metrics(targets:np.ndarray, predictions:np.ndarray, classes:list[str]
+                           ) -> dict[str, float]:
+  """Accuracy, F1 and Matthews' correlation (Gorodkin's for more than two) of numbers of classes. F1
+  is that of the second of two, else the mean over the classes that occur in either."""
+  K = len(classes)
   confusion = np.bincount(targets*K + predictions, minlength=K*K).reshape(K, K).astype(float)
   t, p, n, hits = confusion.sum(1), confusion.sum(0), confusion.sum(), np.trace(confusion)
   f1 = 2*np.diag(confusion) / np.maximum(1, t + p)
   spread = math.sqrt((n*n - p @ p) * (n*n - t @ t))
-  return {"accuracy": hits/n, "F1": float(f1[1] if K == 2 else f1[t + p > 0].mean()),
+  if K == 2: name, mean = f"F1 of {listed(classes[1:])}", f1[1]
+  else: name, mean = "mean F1", f1[t + p > 0].mean()
+  return {"accuracy": hits/n, name: float(mean),
           "MCC": (hits*n - t @ p)/spread if spread else 0.0}
+
+def show_rows(question:str, rows:Iterable[tuple[str, str, str]], n:int=5) -> None:
+  "Prints the first rows of a task with the model's answer beside the right one."
+  print(question)
+  for row, answer, right in itertools.islice(rows, n):
+    row = " ".join(row.split())
+    if len(row) > 200: row = f"{row[:120]} … {row[-79:]}"
+    print(f"{row}\n  the model: {answer}, right: {right}")
 
 def regression_metrics(targets:np.ndarray, predictions:np.ndarray) -> dict[str, float]:
   "Pearson's and Spearman's correlation; ties share the mean of their ranks."
@@ -282,9 +306,11 @@ def regression_metrics(targets:np.ndarray, predictions:np.ndarray) -> dict[str, 
 
 def label_task(args:argparse.Namespace, about:str, tokenizer:Tokenizer|None, vocab_size:int,
                batch:Callable[[int], Batch], held_out:Batch, trained:np.ndarray,
-               classes:list[str]|None, schedule:str="cosine") -> Task:
+               classes:list[str]|None, describe:Callable[[np.ndarray], str],
+               schedule:str="cosine") -> Task:
   """A label for each row, by an encoder with a head on top: the number of a class, or without
-  `classes` a real value. trained: labels of training rows, from which the baseline guesses."""
+  `classes` a real value. trained: labels of training rows, from which the baseline guesses.
+  describe: the tokens of a row as the sample shows them."""
   targets = held_out[2]
   def forward(model, tokens, mask, labels):
     logits = model.classify(tokens, mask)
@@ -293,18 +319,25 @@ def label_task(args:argparse.Namespace, about:str, tokenizer:Tokenizer|None, voc
     return ((values - labels)**2).mean(), values
   def metrics(outputs):
     predictions = np.concatenate([predicted for _, predicted in outputs])
-    if classes: return classification_metrics(targets, predictions.astype(int), len(classes))
+    if classes: return classification_metrics(targets, predictions.astype(int), classes)
     return regression_metrics(targets, predictions)
   if classes:
     counts = 1 + np.bincount(trained, minlength=len(classes))
     bits = -np.log2(counts / counts.sum())
     baseline, scale, unit = bits[targets].mean(), 1/math.log(2), "bits per label"
     share = np.mean(targets == counts.argmax())
-    guess = f"labels by their frequency (the commonest is right at {share:.3f})"
+    guess = f"labels by their frequency ({always('label', share)})"
   else:
     baseline, scale, unit = ((targets - trained.mean())**2).mean(), 1.0, "squared error"
     guess = "the mean of all"
   batches = [take(held_out, slice(i, i+args.batch)) for i in range(0, len(targets), args.batch)]
+  def sample(model):
+    tokens, mask, labels = rows = batches[0]
+    predicted = train.make_eval(model, forward)(rows)[1]
+    name = (lambda y: classes[int(y)]) if classes else "{:.4g}".format
+    show_rows("which label?" if classes else "which value?",
+                  ((describe(row[seen == 1]), name(p), name(y))
+                  for row, seen, p, y in zip(tokens, mask, predicted, labels)))
   return Task(about, tokenizer, vocab_size, batch, batches, float(baseline), guess, scale, scale,
               unit, forward, metrics, "classify", classes or [""], schedule,
-              count=lambda batch: len(batch[0]))
+              sample, count=lambda batch: len(batch[0]))

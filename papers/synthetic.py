@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import argparse, functools, math
 from typing import Callable
 import numpy as np
-from papers.grid import UNVERIFIED, Column, Grid, drawn_from, run_program
+from tinygrad import Tensor
+from papers.grid import UNVERIFIED, Column, Grid, drawn_from, show_rows, run_program
 from support.text import UserError
-from train import Batch, Task, attention_layers, cross_entropy, number, task
+from train import Batch, Task, always, attention_layers, cross_entropy, number, task
 
 TRAIN, TEST = 5000, 500                           # sequences, none of them twice
 
@@ -48,6 +49,11 @@ def recall(rng:np.random.Generator, n:int, length:int, symbols:int) -> np.ndarra
   return np.concatenate([pairs, np.full((n, 1), special), query, target], 1)
 
 MAKERS = dict(induction=induction, recall=recall)
+
+def names_of(symbols:int, keys:int) -> list[str]:
+  "How the sample shows symbols: keys as letters, the special one as *, the rest as numbers."
+  letters = [chr(97 + i) if keys <= 26 else f"k{i}" for i in range(keys)]
+  return [*letters, *(str(i) for i in range(symbols - 2 - keys)), "*", "-"]
 
 def ask_last(rows:np.ndarray) -> list[Batch]:
   "Batches in which the last symbol is the only target."
@@ -91,11 +97,11 @@ def synthetic_task(args:argparse.Namespace) -> Task:
     # who knows no key can still name the commonest value of a row
     hits = [np.bincount(row[1:L:2]).argmax() == row[-1] for row in test_rows]
     answers, schedule = (V-2)//2, "linear"
-    chance, guess = np.mean(hits), "the commonest value of a row"
+    guess = always("value of a row", np.mean(hits))
   else:
     longer = []
     answers, schedule = V-2, "cosine"
-    chance, guess = 1/answers, "any symbol"
+    guess = f"any symbol: right {100/answers:.1f} %"
 
   def forward(model, inputs, targets):
     logits = model(inputs)
@@ -108,12 +114,22 @@ def synthetic_task(args:argparse.Namespace) -> Task:
     if longer: found[f"accuracy at {2*L}"] = sum(hits[len(test):]) / TEST
     return found
 
+  def sample(model):
+    inputs, targets = (array[:5] for array in test[0])
+    answers = model(Tensor(inputs))[:, -1, :V].argmax(-1).numpy()
+    names = names_of(V, (V-2)//2 if longer else 0)
+    question = "pairs of a letter and a number, *, a letter: which number belongs to it?"
+    show_rows(question if longer else "which number followed the first *?",
+                  ((" ".join(names[s] for s in row), names[answer], names[right])
+                   for row, answer, right in zip(inputs, answers, targets[:, -1])))
+
   batch = drawn_from((train_rows[:, :-1], train_rows[:, 1:]), args)
   about = (f"{name}: {TRAIN:,} rows of {train_rows.shape[1]} symbols of {V} to train on, "
            f"{TEST} held out")
   return Task(about, None, V, batch, test + longer, math.log2(answers),
-              f"answers at random ({guess} is right at {chance:.3f})", unit="bits per symbol",
-              forward=forward, metrics=metrics, schedule=schedule, stop_at=("accuracy", 0.995),
+              f"answers at random ({guess})", unit="bits per symbol",
+              forward=forward, metrics=metrics, schedule=schedule, sample=sample,
+              stop_at=("accuracy", 0.995),
               count=lambda batch: Task.count(batch) * (batch[0].shape[1] < 2*L))
 
 RECALL = "--task recall --eval-every 785"

@@ -793,8 +793,24 @@ def save_official(path:str, model:H3LM) -> None:
 # the heads that use a part of the model, by the beginning of its tensors' names
 HEAD_PARTS = {"cls.": ("mlm",), "qa_outputs.": ("span",), "bigs.pooler.": ("classify", "choose"),
               "classifier.": ("tag", "classify", "choose")}
+HEAD_USES = {"mlm": "fill masks", "classify": "classify", "choose": "choose", "span": "find spans",
+             "tag": "tag words"}
 HEAD_CLASSES = {"SequenceClassification": "classify", "MultipleChoice": "choose",
                 "QuestionAnswering": "span", "TokenClassification": "tag"}
+
+def require_head(weights:Weights, source:str, head:str) -> None:
+  "Raises CheckpointError where a head was not trained: another one, or none."
+  parts = [part for part, heads in HEAD_PARTS.items() if head in heads]
+  trained = all(any(k.startswith(part) for k in weights) for part in parts)
+  if trained and head == "choose": trained = weights["classifier.weight"].shape[0] == 1
+  require(trained, source, f"it has no head that was trained to {HEAD_USES[head]}; train.py --task "
+          "mlm and papers/finetune.py train such to fill masks and to classify")
+
+def stated_labels(source:str, n:int) -> list[str]:
+  "The labels that the config.json beside official weights names, else their numbers."
+  file, given = config_beside(source)
+  with refusing(file, "its id2label is no object"): names = dict(given.get("id2label") or {})
+  return [str(names.get(str(i), i)) for i in range(n)]
 
 def bigs_config(weights:Weights, source:str, head:str|None, gelu:str|None
                 ) -> tuple[BiGSConfig, str|None]:

@@ -38,6 +38,15 @@ class Parser(argparse.ArgumentParser):
   def error(self, message:str):
     line = re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", " ".join(message.split()))
     self.exit(2, f"{self.prog}: error: {line}\n")
+  def moved(self, flag:str, *words:str) -> None:
+    "Refuses an option that is another program's, in the line that runs that one: see `command`."
+    self.add_argument(flag, nargs="?", action=Moved, const=words, default=argparse.SUPPRESS,
+                      help=argparse.SUPPRESS)
+
+class Moved(argparse.Action):
+  "An option that is another program's, which `const` names."
+  def __call__(self, parser:Parser, *_) -> None:
+    parser.error(f"{self.option_strings[0]} is another program's: {command(*self.const)}")
 
 def number(kind:type, low:float=-math.inf, high:float=math.inf, above:float=-math.inf) -> Callable:
   "An argparse type: a finite int or float x with low <= x <= high and x > above."
@@ -52,6 +61,18 @@ def number(kind:type, low:float=-math.inf, high:float=math.inf, above:float=-mat
       raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return x
   return parse
+
+def escaped(text:str) -> str:
+  r"An argparse type: text in which \n is a new line, \t a tab, and \\ a backslash."
+  return re.sub(r"\\([nt\\])", lambda m: {"n": "\n", "t": "\t"}.get(m[1], "\\"), text)
+
+def counted(n:int, noun:str) -> str:
+  "A number and a noun: 1 token, 1,000 tokens."
+  return f"{n:,} {noun}{'s'*(n != 1)}"
+
+def listed(names:list[str]) -> str:
+  "Names with commas; of many, or long ones, the beginning."
+  return ", ".join(name[:40] for name in names[:12]) + ", …"*(len(names) > 12)
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,6 +90,11 @@ def command(program:str, *words:str) -> str:
   first = shutil.which("python")                           # of those on the PATH
   this = first and os.path.dirname(os.path.abspath(first)) == os.path.dirname(sys.executable)
   return shlex.join(["python" if this else shown(sys.executable), shown(ROOT/program), *words])
+
+def paper_of(task:str) -> str|None:
+  "The program among papers/ that has a task."
+  return next((f"papers/{file.name}" for file in sorted((ROOT/"papers").glob("*.py"))
+               if f'@task("{task}",' in file.read_text("utf-8")), None)
 
 def peak_memory() -> float:
   "Bytes of memory that this process has held at most; nan where the system does not say."
@@ -106,6 +132,9 @@ class ByteTokenizer(Tokenizer):
   def decode(self, ids:np.ndarray) -> bytes:
     ids = np.asarray(ids)
     return ids[ids < 256].astype(np.uint8).tobytes()
+  def offsets(self, text:str) -> list[tuple[int, int]]:
+    "Where the character, or the part of a word, of each token begins and ends in the text."
+    return [(i, i+1) for i, c in enumerate(text) for _ in c.encode("utf-8", "surrogateescape")]
 
 class GPT2Tokenizer(Tokenizer):
   "GPT-2's byte pairs, from tiktoken, which downloads its vocabulary once."
@@ -146,9 +175,11 @@ class BertTokenizer(Tokenizer):
       raise UserError(f"{vocab} is not BERT's vocabulary: it lacks {', '.join(special[:3])} or "
                       f"{special[3]}") from None
     self.eot, self.pieces = self.sep, BertWordPieceTokenizer(str(vocab), lowercase=True)
-  def encode(self, text:str) -> np.ndarray:
+  def pieces_of(self, text:str):
     text = text.encode("utf-8", "replace").decode()                 # a terminal's stray bytes
-    return np.array(self.pieces.encode(text, add_special_tokens=False).ids, np.int32)
+    return self.pieces.encode(text, add_special_tokens=False)
+  def encode(self, text:str) -> np.ndarray: return np.array(self.pieces_of(text).ids, np.int32)
+  def offsets(self, text:str) -> list[tuple[int, int]]: return self.pieces_of(text).offsets
   def decode(self, ids:np.ndarray) -> bytes:
     words = (self.words[i] for i in ids if i not in (self.cls, self.sep, self.pad))
     return "".join(w[2:] if w.startswith("##") else " " + w for w in words).encode()
@@ -158,6 +189,19 @@ TOKENIZERS = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer, "bert": BertTokeniz
 def make_tokenizer(name:str, vocab:Path|None=None) -> Tokenizer:
   "vocab: the vocab.txt of \"bert\"."
   return BertTokenizer(vocab) if name == "bert" else TOKENIZERS[name]()
+
+def text_row(tok:Tokenizer, texts:list[str], length:int) -> list[int]:
+  """[CLS] a [SEP] of one text, or [CLS] a [SEP] b [SEP] of two: at most `length` tokens. The longer
+  text loses its end."""
+  parts = [tok.encode(text)[:length].tolist() for text in texts]
+  while sum(map(len, parts)) + len(parts) + 1 > length: max(parts, key=len).pop()
+  return [tok.cls, *(token for part in parts for token in (*part, tok.sep))]
+
+def pad(tokens:list[int], length:int, filler:int) -> tuple[np.ndarray, np.ndarray]:
+  "Tokens and fillers (length,), and a mask that is 1 where the tokens are."
+  x = np.full(length, filler, np.int32)
+  x[:len(tokens)] = tokens
+  return x, (np.arange(length) < len(tokens)).astype(np.int32)
 
 # ---- files to strings ---------------------------------------------------------------------------
 
@@ -479,8 +523,16 @@ def read_tsv(path:str, columns:str|None=None, n_texts:int|None=None) -> Table:
       has = f"{len(cells)} column{'s'*(len(cells) != 1)}{' and an empty text'*fits}"
       raise UserError(f"{path} line {i} has {has}: a line is {a_line}; --columns names others, "
                       "in CoLA's files 2,4")
-  return Table([cells[at[0]].strip() for _, cells in rows],
-               [[cells[j] for j in at[1:]] for _, cells in rows], [i for i, _ in rows])
+  labels = [cells[at[0]].strip() for _, cells in rows]
+  if not (header or n_texts): check_first_label(labels, [names[j] for j in at], where)
+  return Table(labels, [[cells[j] for j in at[1:]] for _, cells in rows], [i for i, _ in rows])
+
+def check_first_label(labels:list[str], names:list[str], where:str) -> None:
+  "Raises UserError where a table's first label looks like the name of its column."
+  first, *others = labels
+  if others and first not in others and len(others) >= 2*len({*others}):
+    raise UserError(f"{where}: the label {first[:40]!r} is in no other line. If that is a header, "
+                    f"name its columns, --columns {','.join(names)}; else leave the line out")
 
 def find_columns(rows:list[list[str]], columns:str|None, n_texts:int|None, where:str
                  ) -> tuple[list[int], bool]:
@@ -498,7 +550,7 @@ def find_columns(rows:list[list[str]], columns:str|None, n_texts:int|None, where
   if header: return [labels[0], *sorted(texts)[:2]], True
   again = any(cells[0] == rows[0][0] for cells in rows[1:])          # then it is no column's name
   if not again and labels + texts:
-    raise UserError(f"{where} looks like a header ({', '.join(names[:12])}) and does not name both "
+    raise UserError(f"{where} looks like a header ({listed(names)}) and does not name both "
                     "a label and a text as GLUE's do: name their columns with --columns")
   width = 1 + n_texts if n_texts else min(3, max(2, len(names)))
   return [*range(width)], False
@@ -509,4 +561,4 @@ def column_at(column:str, columns:str, names:list[str], where:str) -> int:
     if 1 <= int(column) <= len(names): return int(column) - 1
     raise UserError(f"{where} has {len(names)} columns, and --columns {columns} names others")
   if column in names: return names.index(column)
-  raise UserError(f"{where} names no column {column!r}, only {', '.join(names[:12])}")
+  raise UserError(f"{where} names no column {column!r}, only {listed(names)}")
