@@ -604,6 +604,7 @@ def run(args:argparse.Namespace) -> None:
   if masked:
     if args.dtype != "float32": raise UserError(f"--dtype is for causal models, not for --{action}")
     head = "mlm" if action == "fill" else action
+    lines = read_lines(args, action, trained.get("n_texts")) if action in HEADS else []
     require_head(tensors, str(path), head)
     tokenizer = make_tokenizer(name, path.with_name("vocab.txt"))
     model = bigs_model(tensors, meta, str(path), head)
@@ -612,7 +613,6 @@ def run(args:argparse.Namespace) -> None:
     if action == "fill":
       run = trained.get("mask_run") or MASK_RUN
       return print_fill(model, tokenizer, args.fill, run, 0 if meta else length)
-    lines = read_lines(args, action, trained.get("n_texts"))
     labels = json.loads(meta["labels"]) if meta else stated_labels(str(path), model.config.n_labels)
     answers = ask(model, tokenizer, action, lines, length, labels, typed=not meta)
     return print_answers(answers, args.top_k or 1, "\n"*(action == "tag"))

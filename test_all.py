@@ -1537,9 +1537,11 @@ def test_texts_of_different_length_side_by_side(kw):
   logits = session.read(np.stack([np.pad(p, (96 - len(p), 0)) for p in prompts]), 32)
   want = np.stack([model(toks(p[None])).numpy()[0, -1, :50] for p in prompts])
   assert_close(logits, want, 2e-5*np.abs(want).max())
-  together = np.stack([*gen.generate(model, prompts, 6, temperature=0)], 1)
-  for row, p in zip(together, prompts):
-    assert (row == np.concatenate([*gen.generate(model, p, 6, temperature=0)])).all()
+  for temperature in 0, 1:
+    drawn = lambda some: np.stack([*gen.generate(model, some, 6, temperature)], 1)
+    together = drawn([*prompts, prompts[0]])
+    for row, p in zip(together, prompts): assert (row == drawn(p)[0]).all()
+    assert (together[0] == together[2]).all() == (temperature == 0)
   if "max_positions" in kw:
     longer = toks(np.zeros((1, 78)))
     with pytest.raises(gen.UserError, match="learned positions for 77"):
@@ -1606,8 +1608,9 @@ def one_line(capsys, module:ModuleType, args:list[str]) -> str:
   "Returns what a program says, in one line, where it stops with status 2."
   capsys.readouterr()
   with pytest.raises(SystemExit) as stop: module.main(args)
-  err = capsys.readouterr().err
+  out, err = capsys.readouterr()
   assert stop.value.code == 2 and err.count("\n") == 1, (args, err)
+  if module is gen: assert not out, (args, out)
   return err
 
 def python(code:str, *words:str, cwd:Path=HERE, **env:str) -> str:
@@ -2512,16 +2515,29 @@ BAD_TRAINING = """
 """
 
 # options of generate.py, behind --model {run8}/out, and what the line must contain
-BAD_GENERATION = """
-  --fill 'x [MASK]' | no masked model
+BAD_GENERATION = r"""
+  --fill 'x [MASK]' | was trained on --task text, not for --fill: use it by
+  --classify x | not for --classify: use it by
+  --prompt def --model {tmp}/masked | not to continue text: use it by
+  --prompt def --model {tmp}/masked | --fill 'what is [MASK] here?'
+  --prompt def --model {tmp}/classes | --classify 'a text\tanother'
+  --fill x --model {tmp}/classes | --classify 'a text\tanother'
+  --classify x --model {tmp}/classes | line 1: 'x' is not 2 texts, with tabs between
+  --classify 'x\ty' 'z\t ' --model {tmp}/classes | line 2: 'z
+  --classify --model {tmp}/classes | wants lines to answer: one is 2 texts
+  --classify --prompt-file {tmp}/empty.txt --model {tmp}/classes | wants lines to answer
+  --classify x --model {golden_bigs}/model.safetensors | no head that was trained to classify
+  --choose 'x\ty\tz' --model {golden_bigs}/seqcls | no head that was trained to choose
+  --prompt x --model {golden_bigs}/seqcls | continues no text: see --fill, --classify
+  --prompt def --model {tmp}/h3 --max-length 9 | no cache and no limit
   --prompt def --model {tmp}/meta | metadata are damaged
   --prompt def --model {tmp}/nope | run train.py first
   --prompt def --model {tmp}/folder | run train.py first
   --prompt def --model {tmp}/torn | truncated
   --prompt def --model {tmp}/other.safetensors | not a checkpoint of an H3 model
   --prompt def --model {tmp}/there.pt | there.pt: not a file of torch.save's
-  --prompt def --model {tmp}/recall | was trained on --task recall, not to
-  --fill x --model {tmp}/listops | was trained on --task listops, not
+  --prompt def --model {tmp}/recall | papers/synthetic.py --show /
+  --fill x --model {tmp}/listops | papers/arena.py --show /
   --prompt def --model {golden} --tokenizer bytes | vocabulary of 101, not the 257 of bytes: give another
   --prompt-file {tmp}/nope | can't read
   --prompt def --prompt-file {tmp}/text.txt | not both
@@ -2546,7 +2562,8 @@ BAD_GENERATION = """
 def files_to_go_wrong_with(tmp:Path, checkpoint:Path) -> None:
   whole, (tensors, meta) = checkpoint.read_bytes(), read_checkpoint(str(checkpoint))
   question = b'{"context": "a", "choices": ["bcd"], "answer": 0}\n'
-  for folder in "folder torn meta losses recall listops ran".split(): (tmp/folder).mkdir()
+  for folder in "folder torn meta losses recall listops ran masked classes h3".split():
+    (tmp/folder).mkdir()
   for name, data in {
       "empty.txt": b"", "x.bin": b"\x7fELF\0\0\xff", "latin.txt": "déjà vu".encode("latin1")*99,
       "short.txt": b"too short", "text.txt": TEXT.encode(),
@@ -2558,9 +2575,14 @@ def files_to_go_wrong_with(tmp:Path, checkpoint:Path) -> None:
   saved(tmp/"other.safetensors", {"w": Tensor([1.0])}, {"model": "bert"})
   for folder, changed in {
       "meta": {"args": "[1]"}, "losses": {"losses": "[1, 2]"},
-      "recall": {"args": '{"task": "recall"}'},
+      "recall": {"args": '{"task": "recall"}'}, "masked": {"args": '{"task": "mlm"}'},
+      "classes": {"args": '{"task": "classify", "n_texts": 2}', "model": "bigs",
+                  "labels": '["a", "b"]'},
       "listops": {"args": '{"task": "listops"}'}}.items():
     saved(tmp/folder/gen.CHECKPOINT, tensors, meta | changed)
+  h3 = H3LM(config := H3Config(257, 8, 1, ()))
+  ours = {"model": "h3", "config": json.dumps(dataclasses.asdict(config)), "tokenizer": "bytes"}
+  saved(tmp/"h3"/gen.CHECKPOINT, get_state_dict(h3), ours)
 
 def test_bad_input(tmp_path, run8, monkeypatch, capsys):
   # the tasks of train.py alone
@@ -2569,7 +2591,7 @@ def test_bad_input(tmp_path, run8, monkeypatch, capsys):
   before = weights(checkpoint)
   files_to_go_wrong_with(tmp_path, checkpoint)
   places = dict(tmp=tmp_path, run8=run8[0], long="x"*300,
-                golden=f"{GOLDEN}/tiny_h3/model.safetensors")
+                golden=f"{GOLDEN}/tiny_h3/model.safetensors", golden_bigs=BIGS)
   training = [*TINY, "--data", str(tmp_path/"text.txt"), "--out", str(out)]
   generation = ["--model", str(run8[0]/"out")]
   for module, first, table in ((train, training, BAD_TRAINING), (gen, generation, BAD_GENERATION)):
@@ -3578,26 +3600,39 @@ def test_generation(done, monkeypatch, printed):
   monkeypatch.setattr(sys, "stdin", os.fdopen(r))
   said = printed(gen, f"{command} --seed 3", err="5 tokens of prompt, 12 generated")
   assert said == text(one) + "\n"
+  assert gen.parser().parse_args(["--stop", r"a\n\t\\n"]).stop == "a\n\t\\n"
   stop = predicted[9:11]
   ended = predicted[:predicted.index(stop, 5)]
   command += f" --temperature 0 --prompt 'def f' --stop {shlex.quote(stop)}"
   assert printed(gen, command) == ended + "\n"
 
 class CountingSession(gen.Session):
-  "In place of a model: what follows is a letter by the sum of the text so far, but its padding."
+  """In place of a model: what follows is most likely a letter, by the sum of the text so far without
+  its padding."""
   def __init__(self, model, batch:int, max_length:int, start:list[int]|None=None):
     self.texts, self.start = np.zeros((batch, 0), int), start or [0]*batch
   def __call__(self, tokens:np.ndarray) -> np.ndarray:
     self.texts = np.column_stack([self.texts, tokens])
     sums = [text[n:].sum() for text, n in zip(self.texts, self.start)]
-    return np.eye(257)[[97 + n % 26 for n in sums]]
+    return np.eye(257)[[97 + n % 26 for n in sums]]*3
 
 def test_generation_of_several(done, monkeypatch, printed):
-  "Prompts side by side, each --batch times: each goes on as it does alone; read in pieces"
+  "Several prompts, each --batch times: each goes on as it does alone; read in pieces"
   monkeypatch.setattr(gen, "Session", CountingSession)
   def alone(text:str) -> str:
     for _ in range(5): text += chr(97 + sum(text.encode()) % 26)
     return text
+  speaks = f"--model {done} --tokens 5"
+  for prompt, tokens in ("", "0 tokens"), ("d", "1 token"), ("de", "2 tokens"):
+    printed(gen, f"{speaks} --prompt '{prompt}'", err=f": {tokens} of prompt, 5 generated")
+  # drawn, each goes on by the seed as it does alone: the second of two equal ones in another way
+  def texts_of(*words:str) -> list[str]:
+    said = printed(gen, f"{speaks} --seed 3 --prompt {shlex.join(words)}")
+    return re.split(r"--- \d of \d ---\n", said)[len(words) > 1:]
+  a, b, c = "def f", "another length", "x"*150
+  together = texts_of(a, b, a, c)
+  assert together[0] != together[2]
+  assert together == [*texts_of(a), *texts_of(b), texts_of(a, a)[1], *texts_of(c)]
   prompts = ["def f", "another length", "x"*150]
   first, long = prompts[:1], prompts[2:]
   for some, batch in (prompts, 2), (prompts, 1), (long, 1), (first, 3):
@@ -3613,14 +3648,22 @@ def stub_nll(rows:np.ndarray) -> np.ndarray:
   rows = np.asarray(rows, np.int64)
   return (rows.cumsum(-1)*7 % 101)[:, 1:] / 16
 
-def test_windows():
-  "A document's token has what is in its window, no more, no less."
+def test_windows(monkeypatch):
+  "A document's token has what is in its window, no more, no less; the bar counts windows."
+  class Bar:
+    def __init__(self, total:int, **_): self.left = total
+    def update(self, n:int, close:bool=False): self.left -= n
+    def __del__(self): left.append(self.left)
+  left = []
+  monkeypatch.setattr(gen, "tqdm", Bar)
+  monkeypatch.setattr(gen, "TOKENS_AT_ONCE", 130)
   ids = np.array([256, *TEXT[:128].encode()])
   def check(window:int, stride:int, parts:dict[int, int]) -> None:
     "parts: where each window begins, and how many tokens it adds"
     want = [stub_nll(ids[None, i:i+window+1])[0, -new:] for i, new in parts.items()]
     nats, windows = gen.document_nll(stub_nll, ids, window, stride)
     assert windows == len(parts)
+    assert not any(left)
     assert (nats == np.concatenate(want)).all()
   check(256, 128, {0: 128})
   check(128, 1, {0: 128})
@@ -3844,7 +3887,7 @@ def test_rows_of_texts(tmp_path):
   _, task = paper_task(f"--task classify --length 12 --batch 99 --data {data}")
   cls, sep, pad = task.tokenizer.cls, task.tokenizer.sep, task.tokenizer.pad
   short, long = [cls, *b"e", sep, *b"f", sep], [cls, *b"abc", sep, *b"dddddd", sep]
-  assert task.labels == ["9", "10"]
+  assert task.labels == ["9", "10"] and "labels 9, 10 (bytes)" in task.about
   for row, mask, label in zip(*task.batch(0)):
     want = long if label else short
     assert row.tolist() == want + [pad]*(12 - len(want))
@@ -3867,6 +3910,11 @@ TABLES = [
   ("line 3 has 3 columns: a line is 2 columns", "label\ttext\n1\tx\n0\ty\t2", TRAINED),
   ("every line has the label 'a'", "a\tx\na\ty", TRAINED),
   ("1 line: some are held out", "1.5\tx", TRAINED),
+  ("label 'mood' is in no other line. If that is a header, name its columns, --columns mood,note",
+   "mood\tnote\n" + GOOD, TRAINED),
+  ("label 'mood' is in no other line", "note\tmood\n" + "x y\t1\nz\t0\n"*9, TRAINED + " --columns 2,1"),
+  ("2,1 for text, tab, label", "note\tmood\n" + "".join(f"text {i}\t{i % 2}\n" for i in range(7)),
+   TRAINED),
   ("the first 'text 0': is that a text? --columns", "text 0\t0\ntext 1\t1\n"
    + "".join(f"text {i}\t{i % 2}\n" for i in range(2, 12)), TRAINED),
   ("train line 1 names 2 texts, where the file to train on has 1",
@@ -3903,6 +3951,112 @@ def test_bad_input_of_the_papers_programs(tmp_path, monkeypatch, rejected):
     before = {*tmp_path.rglob("*")}
     err = rejected(importlib.import_module(f"papers.{program}"), options, words)
     assert err.startswith(f"papers/{program}.py: error: ") and {*tmp_path.rglob("*")} == before, err
+
+def test_classifier_is_asked(tmp_path, instant, monkeypatch, printed, rejected):
+  """By the line that its training ends with; with the row that it is trained on, be the text in the
+  line, a file, or a pipe. Many labels are cut in what is shown."""
+  monkeypatch.setattr(train, "evaluation", lambda *a: lambda batch: [np.float32(1), 0*batch[2]])
+  rows = [(f"label {i}", f"text {i}", "d"*99) for i in range(30)]*2
+  data, out = tsv(tmp_path/"a.tsv", rows), tmp_path/"a model"
+  said = printed(finetune, f"{SMALL} --length 24 --batch 30 --steps 1 --sample 0 --data {data} "
+                           f"--out {shlex.quote(str(out))}")
+  assert "label 19, …" in said and "label 2" not in said
+  *_, program, _, model, flag, text = shlex.split(said.splitlines()[-1])
+  assert program == str(HERE/"generate.py") and [model, flag] == [str(out), "--classify"]
+  ask = f"--model '{out}' --classify"
+  labels = r"label \d+\t0\.\d{4}\t"
+  assert re.fullmatch(labels + "a text\tanother\n", printed(gen, f"{ask} '{text}'"))
+  _, task = paper_task(f"--task classify --length 24 --batch 30 --data {data}")
+  tokens, mask, _ = (x[:1] for x in task.batch(0))
+  logits = BiGS.from_pretrained(str(out)).classify(toks(tokens), toks(mask)).numpy()[0]
+  p = np.exp(gen.log_softmax(logits.astype(np.float64)))
+  shown = re.match(rb"text (\d+)d", bytes(t for t in tokens[0].tolist() if t < 256))
+  pair = "\t".join(rows[int(shown[1])][1:])
+  want = "".join(f"{task.labels[i]}\t{p[i]:.4f}\t{pair}\n" for i in np.argsort(-p)[:3])
+  assert printed(gen, f"{ask} '{pair}' --top-k 3") == want
+  (file := tmp_path/"some texts").write_text(f"\n{pair}\r\n{pair}")
+  once = want.splitlines(keepends=True)[0]
+  assert printed(gen, f"{ask} --prompt-file '{file}'") == 2*once
+  with open(file) as f:
+    monkeypatch.setattr(sys, "stdin", f)
+    assert printed(gen, ask) == 2*once
+
+# options for a model of the authors' with a head, and what is printed: see test_heads_are_asked
+P = lambda *logits: f"{np.exp(logits[0]) / np.exp(logits).sum():.4f}"
+HEADS_ASKED = [
+  ("seqcls --classify 'x y y' 'z\\tx'",
+   f"LABEL_1\t{P(2, 1, 0)}\tx y y\nLABEL_0\t{P(2, 0, 1)}\tz\tx\n"),
+  ("mc --choose 'x?\\tx y\\tx x\\tz' --top-k 2",
+   f"x x\t{P(5, 3, 1)}\tx?\nx y\t{P(3, 5, 1)}\tx?\n"),
+  ("qa --span 'who > is <?\\tSir <Ann B.> is.'",
+   f"<Ann B.>\t{(np.exp(9) / (np.exp(9) + 15))**2:.4f}\twho > is <?\n"),
+  ("tokcls --tag 'x zoo  x yes' x", "".join(f"LABEL_{i}\t{P(9, 0, 0)}\t{word}\n{end}" for i, word, end in (
+    (0, "x", ""), (2, "zoo", ""), (0, "x", ""), (1, "yes", "\n"), (0, "x", "\n"))))]
+
+@pytest.mark.parametrize("command,want", HEADS_ASKED, ids=[c.split()[0] for c, _ in HEADS_ASKED])
+def test_heads_are_asked(command, want, monkeypatch, printed):
+  """Labels, choices, spans and tags in words, with their probabilities. The logits count letters,
+  twice in a second text, or are 9 where the first token of a word or span is."""
+  is_letter = lambda tokens, letters: Tensor.stack(*[tokens == ord(c) for c in letters], dim=-1)
+  def classify(self, tokens, mask, types):
+    found = is_letter(tokens, "xyz"[:self.classifier.weight.shape[0]])
+    return (found * (mask + types).unsqueeze(-1)).sum(1).float()
+  def span(self, tokens, types): return [9.0*(tokens == ord(c)) for c in "<>"]
+  def tag(self, tokens, types): return 9.0*is_letter(tokens, "xyz")
+  for f in classify, span, tag: monkeypatch.setattr(BiGS, f.__name__, f)
+  monkeypatch.setattr(gen, "make_tokenizer", lambda *_: BYTES)
+  assert printed(gen, f"--model {BIGS}/{command}") == want
+
+# tasks, and whether what a row is shown with is right
+VERB_PAIRS = [{*forms} for forms in bigs.VERBS]
+def right_verb(row:list[str], answer:str, right:str) -> bool:
+  return row.count("___") == 1 and any({answer, right} <= pair for pair in VERB_PAIRS)
+SAMPLED = {
+  "recall": lambda row, _, right: dict(zip(row[:20:2], row[1:20:2]))[row[-1]] == right,
+  "induction": lambda row, _, right: row[row.index("*") + 1] == right,
+  "listops --length 60 --held-out 40": lambda row, answer, right: answer == "0" <= right <= "9",
+  "agreement": right_verb, "agreement --model h3": right_verb}
+
+class Guessing:
+  "In place of a model: random logits of tokens, and the first label."
+  def __init__(self, vocab_size:int):
+    self.weight, self.V = Tensor.zeros(1), vocab_size
+    self.config = SimpleNamespace(max_length=64)
+  def __call__(self, tokens:Tensor, at:Tensor|None=None) -> Tensor:
+    return Tensor(normal(*(tokens if at is None else at).shape, self.V))
+  mlm = __call__
+  def classify(self, tokens:Tensor, mask:Tensor) -> Tensor: return -1.0*Tensor.arange(10)*mask[:, :1]
+
+def test_samples_show_what_is_right(tmp_path, instant, monkeypatch, capsys, printed):
+  """Rows with the model's answer and the right one; of masked text the text, and what stood there.
+  --show prints them of a checkpoint, by the line that the training ended with."""
+  for command, is_right in SAMPLED.items():
+    _, task = paper_task(f"--task {command}")
+    capsys.readouterr()
+    task.sample(Guessing(task.vocab_size))
+    question, *lines = capsys.readouterr().out.splitlines()
+    assert question and len(lines) == 10
+    for row, line in zip(lines[::2], lines[1::2]):
+      answers = re.fullmatch(r"  the model: (\S+), right: (\S+)", line).groups()
+      assert is_right(row.split(), *answers), (command, row, line)
+  (file := tmp_path/"tale.txt").write_text(TALE)
+  _, task = paper_task(f"--task mlm --mask-run 4 --length 48 --data {file}")
+  task.sample(Guessing(task.vocab_size))
+  shown, old = re.fullmatch(r"(.*?)
+--- .*
+--- there was: '(\w+)'
+", capsys.readouterr().out,
+                            re.S).groups()
+  assert shown.count("[MASK]") == 1 and shown.replace("[MASK]", old) in TALE
+  monkeypatch.setattr(train, "evaluation", lambda *a: lambda batch: [np.float32(1), np.float32(1)])
+  monkeypatch.setattr(train, "make_model", lambda args, task, start:
+                      Guessing(task.vocab_size) if start else H3LM(H3Config(12, 8, 1, ())))
+  said = printed(synthetic, f"{SMALL} --symbols 12 --steps 1 --sample 0 --out {tmp_path/'a b'}")
+  *_, program, flag, folder = shlex.split(said.splitlines()[-1])
+  assert [program, flag, folder] == [str(HERE/"papers/synthetic.py"), "--show", str(tmp_path/"a b")]
+  monkeypatch.chdir("/")
+  first = printed(synthetic, f"--show {shlex.quote(folder)}").splitlines()[1].split()
+  assert {*first[:20:2]} <= {*"abcde"} and first[20] == "*"
 
 def test_metrics():
   "Against the covariance of one-hot labels (Gorodkin's coefficient as published), and known ranks"

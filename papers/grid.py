@@ -209,7 +209,8 @@ def show(program:str, default:str, argv:list[str]) -> int:
 
 def run_program(program:str, about:str, grid:Grid|None, default:str, argv:list[str]|None=None,
                 then:Callable|None=None) -> int:
-  """With --reproduce trains the grid; else one model, by train.py's options and the tasks' own.
+  """With --reproduce trains the grid, with --show shows what a model does; else trains one model, by
+  train.py's options and the tasks' own.
 
   about: what --help begins with. default: the task where the command line names none. then: what
   follows the table, given the grid's folder."""
