@@ -3129,7 +3129,8 @@ def test_init_goes_on_with_the_same_data(done, tmp_path, monkeypatch, unplotted,
   os.remove(elsewhere/"text.txt")
   for command in (f"--init {elsewhere}/run {options}", f"--resume --steps 4 --out {elsewhere}/new"):
     rejected(train, command, "text.txt, which is not there any more", "with --data")
-  rejected(train, f"--task mlm --init {BIGS/'flax'}", "was not trained on --task mlm: name")
+  rejected(train, f"--task mlm --init {BIGS/'flax'}", "does not say what it was trained on: name with --data")
+  rejected(train, f"--task mlm --init {elsewhere}/run", "was trained on --task text: name that, or")
 
 # options of train.py, or of finetune.py, and what --estimate says
 ESTIMATES = [

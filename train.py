@@ -3,6 +3,8 @@
   python train.py                          a small hybrid on Python's own source, in minutes
   python train.py --data book.txt notes/ --steps 3000 --out book
   python train.py --resume --out book      goes on where a run stopped, as if it never had
+  python train.py --init book --length 512 --out longer        goes on with its weights and its data
+  python train.py --size medium --estimate what that takes in memory and time, before it starts
   python train.py --task mlm --out masked  BiGS: fill in what is masked, see generate.py --fill
   python train.py --help                   every option; with --task, that task's defaults
 
@@ -496,8 +498,9 @@ def resolve_args(argv:list[str]|None, program:str="train.py", default:str="text"
       own = {key for key, tasks in p.owners.items() if args.task in tasks}
       if saved.get("task") == args.task: kept = own - {"vocab"} | {*INHERITED}
       elif "data" in own:
-        raise UserError(f"{start.path} was not trained on --task {args.task}: name what to train "
-                        "on with --data")
+        known = "does not say what it was trained on: name"
+        if "task" in saved: known = f"was trained on --task {saved['task']}: name that, or"
+        raise UserError(f"{start.path} {known} with --data what to train --task {args.task} on")
     p.set_defaults(**{k: v for k, v in saved.items() if k in kept})
     args = p.parse_args(argv)
     if args.data and args.data == p.get_default("data"):
