@@ -573,15 +573,12 @@ def test_kernel_embedding(flash):
 
 def test_rounding_to_bfloat16():
   "to the nearest; of two as near to the one that ends in 0; zeros, infinities, tiny numbers stay"
-  special = [0, -0.0, np.inf, -np.inf, 1e-45, 1 + 2**-8, 1 + 3*2**-8]
-  x = np.concatenate([normal(1 << 20), np.float32(special)])
-  bits = checkpoints.narrowed(x, "bfloat16").astype(np.uint32)
-  up, down = ((x.view(np.uint32) >> 16) + i << 16 for i in (1, 0))
-  with np.errstate(invalid="ignore"):
-    far = [np.abs(b.view(np.float32).astype(np.float64) - x) for b in (up, down)]
-    took = np.abs((bits << 16).view(np.float32).astype(np.float64) - x)
-    assert (took[:-5] == np.minimum(*far)[:-5]).all()
-  assert bits[-7:].tolist() == [0, 0x8000, 0x7f80, 0xff80, 0, 0x3f80, 0x3f82]
+  x, special = normal(1 << 20), [0, -0.0, np.inf, -np.inf, 1e-45, 1 + 2**-8, 1 + 3*2**-8]
+  bits = checkpoints.narrowed(x, "bfloat16").astype(np.uint32) << 16
+  half_a_step = np.spacing(np.abs(x))*2**15
+  assert (np.abs(bits.view(np.float32).astype(np.float64) - x) <= half_a_step).all()
+  bits = checkpoints.narrowed(np.float32(special), "bfloat16")
+  assert bits.tolist() == [0, 0x8000, 0x7f80, 0xff80, 0, 0x3f80, 0x3f82]
 
 # ---------------------------------------------------------------- replay, and programs kept on disk
 
@@ -1906,14 +1903,12 @@ def test_damaged_official_files(official, tmp_path, monkeypatch):
   assert sum(map(len, made)) == 1000
 
 # the names in the pickles of two released files, as their pages list them
-RELEASED_NAMES = {"like_2.7B": {
-  "torch LongStorage", "torch FloatStorage", "torch._utils _rebuild_tensor_v2",
-  "collections OrderedDict", "collections defaultdict", "typing Any", "__builtin__ dict",
-  "__builtin__ list", "__builtin__ long", "omegaconf.base Metadata",
-  "omegaconf.base ContainerMetadata", "omegaconf.dictconfig DictConfig",
-  "omegaconf.listconfig ListConfig", "omegaconf.nodes AnyNode"}}
-RELEASED_NAMES["like_355M"] = {*RELEASED_NAMES["like_2.7B"], "torch Tensor",
-                               "torch._tensor _rebuild_from_type_v2"}
+RELEASED_NAMES = """
+  torch LongStorage, torch FloatStorage, torch._utils _rebuild_tensor_v2, collections OrderedDict,
+  collections defaultdict, typing Any, __builtin__ dict, __builtin__ list, __builtin__ long,
+  omegaconf.base Metadata, omegaconf.base ContainerMetadata, omegaconf.dictconfig DictConfig,
+  omegaconf.listconfig ListConfig, omegaconf.nodes AnyNode"""
+ALSO_OF_355M = ", torch Tensor, torch._tensor _rebuild_from_type_v2"
 
 @pytest.mark.parametrize("name", ["like_355M", "like_2.7B", "lightning_namespace",
                                   "lightning_numpy", "before_torch_1.6"])
@@ -1923,10 +1918,11 @@ def test_files_in_the_released_forms(official, name):
   got = loaded(path)
   assert got.keys() == official.keys()
   assert_same(got, official)
-  if name not in RELEASED_NAMES: return
+  if "like" not in name: return
   with zipfile.ZipFile(path) as z: instructions = pickletools.genops(z.read(f"{name}/data.pkl"))
   names = {arg for op, arg, _ in instructions if op.name == "GLOBAL"}
-  assert names == RELEASED_NAMES[name]
+  want = RELEASED_NAMES + ALSO_OF_355M*(name == "like_355M")
+  assert names == {*re.split(r",\s+", want.strip())}
 
 DEEP = 10_000_000 if os.environ.get("SLOW") else 1_000_000
 TOUCH = "__import__('os').system('touch ran')"
@@ -2749,38 +2745,35 @@ def test_what_runs_leave_is_no_text(tmp_path, unplotted, capsys):
   assert ": 1 file, " in metadata(at(tmp_path/"out"))["data"]
 
 # the first lines of SST-2, MRPC, RTE, QNLI, QQP, MNLI, STS-B, CoLA as GLUE has them, and of others;
-# --columns; label and texts of each row
-GLUE = [
-  ("sentence\tlabel\nhide new secretions \t0\n", None, ["0", "hide new secretions "]),
-  ("\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t7028\t7029\tHe said .\tNo .\r\n",
-   None, ["1", "He said .", "No ."]),
-  ("index\tsentence1\tsentence2\tlabel\n0\tNo weapons.\tWeapons.\tnot_entailment\n",
-   None, ["not_entailment", "No weapons.", "Weapons."]),
-  ("index\tquestion\tsentence\tlabel\n0\tWhen?\tIn 1803.\tentailment\n",
-   None, ["entailment", "When?", "In 1803."]),
-  ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tHow?\tWhy?\t0\n",
-   None, ["0", "How?", "Why?"]),
-  ("index\tsentence1_parse\tsentence1\tsentence2\tlabel1\tgold_label\n"
-   "0\t(a)\ta b\tc d\tneutral\tentailment\n", None, ["entailment", "a b", "c d"]),
-  ("index\tgenre\tsentence1\tsentence2\tscore\n0\tnews\tA plane.\tA jet.\t4.6\n",
-   None, ["4.6", "A plane.", "A jet."]),
-  ("gj04\t1\t\tOur friends won't buy this.\ngj04\t0\t*\tThey drank the pub.\n",
-   "2,4", ["1", "Our friends won't buy this."], ["0", "They drank the pub."]),
-  ("mood\tnote\nglad\thello\n", "mood, note", ["glad", "hello"]),
-  ("label\tid\tsentence\n1\t7\thello\n", "1,3", ["1", "hello"]),
-  ('"sentence"\t"label"\n"hello"\t1\n', None, ["1", '"hello"']),
-  ("a\tone\nb\ttwo\n", None, ["a", "one"], ["b", "two"]),
-  ("a\tone\ttwo\n", None, ["a", "one", "two"]),
-  ("a\ttext\na\tone\n", None, ["a", "text"], ["a", "one"])]
+# --columns; label and texts of each row. → is a tab, ↵ the end of a line, ← a carriage return
+GLUE = """
+  sentence→label↵hide new→0↵ | - | 0→hide new
+  Quality→#1 ID→#2 ID→#1 String→#2 String←↵1→7028→7029→He said .→No .←↵ | - | 1→He said .→No .
+  index→sentence1→sentence2→label↵0→None.→Some.→not_entailment↵ | - | not_entailment→None.→Some.
+  index→question→sentence→label↵0→When?→In 1803.→entailment↵ | - | entailment→When?→In 1803.
+  id→qid1→qid2→question1→question2→is_duplicate↵1→2→3→How?→Why?→0↵ | - | 0→How?→Why?
+  sentence1_parse→sentence1→sentence2→label1→gold_label↵(a)→a b→c d→neutral→yes↵ | - | yes→a b→c d
+  index→genre→sentence1→sentence2→score↵0→news→A plane.→A jet.→4.6↵ | - | 4.6→A plane.→A jet.
+  gj04→1→→Our friends won't.↵gj04→0→*→They drank.↵ | 2,4 | 1→Our friends won't.↵0→They drank.
+  mood→note↵glad→hello↵ | mood, note | glad→hello
+  label→id→sentence↵1→7→hello↵ | 1,3 | 1→hello
+  "sentence"→"label"↵"hello"→1↵ | - | 1→"hello"
+  a→one↵b→two↵ | - | a→one↵b→two
+  a→one→two↵ | - | a→one→two
+  a→text↵a→one↵ | - | a→text↵a→one
+"""
+def typed(text:str) -> str: return text.translate(dict(zip(map(ord, "→↵←"), "\t\n\r")))
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_tables_of_glue(encoding, tmp_path):
   "Label and texts by the header's names, by --columns, or as they come; in UTF-8 and UTF-16."
-  for text, columns, *want in GLUE:
-    if encoding == "utf-16": text = text.removeprefix("\ufeff")        # its encoder sets the mark
+  for line in GLUE.strip().splitlines():
+    text, columns, want = map(typed, line.strip().split(" | "))
     (tmp_path/"train.tsv").write_bytes(text.encode(encoding))
+    columns = None if columns == "-" else columns
     labels, some, lines = texts.read_tsv(str(tmp_path/"train.tsv"), columns)
-    assert [[label, *row] for label, row in zip(labels, some)] == want, text
+    assert [[label, *row] for label, row in zip(labels, some)] == [
+      row.split("\t") for row in want.split("\n")], text
     assert lines[0] == 1 + (text[:2] not in ("gj", "a\t")), text        # after the header
 
 def test_gpt2_without_network(tmp_path, monkeypatch, rejected):
@@ -2856,11 +2849,12 @@ def same_runs(a:Path, b:Path) -> None:
   for k in ("losses", "held_out"): assert metadata(at(a))[k] == metadata(at(b))[k]
 
 def test_resume_is_exact(run8, tmp_path, monkeypatch, capsys):
-  """Interrupted at a step, or during an evaluation, which waits for the next step, and resumed: the same bits as the
-  run that was not. With dropout, too."""
+  """Interrupted at a step, or during an evaluation, which waits for the next step, and resumed: the
+  same bits as the run that was not. With dropout, too."""
   dropout = ["--embed-dropout", "0.2", "--n-layer", "1"]
-  for extra, owner, method, call, signum, stop in (([], train.Log, "step", 4, signal.SIGINT, 4),
-                                                   (dropout, train.Run, "evaluate", 1, signal.SIGTERM, 5)):
+  for extra, owner, method, call, signum, stop in (
+      ([], train.Log, "step", 4, signal.SIGINT, 4),
+      (dropout, train.Run, "evaluate", 1, signal.SIGTERM, 5)):
     whole, parts = tmp_path/"whole" if extra else run8[0]/"out", tmp_path/f"its {method}"
     if extra: assert train.main([*run8[1], *extra, "--out", str(whole)]) == 0
     calls, real = itertools.count(1), getattr(owner, method)
@@ -3004,22 +2998,25 @@ null, "embed_dropout": 0.0, "resid_dropout": 0.0, "steps": 8, "batch": 2, "lengt
 "sample": 0, "sample_every": null, "log": null, "plot": null}"""
 
 def test_checkpoints_of_other_versions(run8, tmp_path, instant):
-  """go on, with the options that they have: one that is newer has its default, a column of the log that they lack is
-  empty, one too many is left out."""
+  """go on, with the options that they have: one that is newer has its default, a column of the log
+  that they lack is empty, one too many is left out."""
   tensors, meta = read_checkpoint(str(run8[0]/"out"/gen.CHECKPOINT))
-  args, rows = json.loads(OLD_ARGS.replace("DATA", str(run8[0]/"text.txt"))), json.loads(meta["losses"])
+  args = json.loads(OLD_ARGS.replace("DATA", str(run8[0]/"text.txt")))
+  rows = json.loads(meta["losses"])
   older = {k: v for k, v in args.items() if k not in ("truncate", "dtype")} | {"accumulate": 2}
   for i, (saved, columns) in enumerate(((args, 3), (older, 2), (args | {"new": 1}, 5))):
     (out := tmp_path/str(i)).mkdir()
     losses = [[*row, 0.5][:columns] for row in rows]
-    save_checkpoint(str(out/gen.CHECKPOINT), tensors, meta | {"args": json.dumps(saved), "losses": json.dumps(losses)})
+    changed = {"args": json.dumps(saved), "losses": json.dumps(losses)}
+    save_checkpoint(str(out/gen.CHECKPOINT), tensors, meta | changed)
     assert train.main(["--resume", "--steps", "9", "--out", str(out)]) == 0
     now = metadata(out/gen.CHECKPOINT)
     kept, table = json.loads(now["losses"]), list(csv.DictReader(open(out/"log.csv")))
     assert len(kept) == 9 and kept[0] == losses[0][:4] and len(kept[8]) == 4
     assert [row["gradient_norm"] != "" for row in table] == [columns > 3]*8 + [True]
     resumed = json.loads(now["args"])
-    for k in saved.keys() & resumed.keys() - {"steps", "out", "resume", *train.SHAPE}: assert resumed[k] == saved[k], k
+    for k in saved.keys() & resumed.keys() - {"steps", "out", "resume", *train.SHAPE}:
+      assert resumed[k] == saved[k], k
     assert resumed["dtype"] == "float32" and len((out/"log.csv").read_text().splitlines()) == 10
 
 def test_commands_can_be_pasted(tmp_path, monkeypatch):
@@ -3120,7 +3117,7 @@ def test_init_goes_on_with_the_same_data(done, tmp_path, monkeypatch, unplotted,
     args = json.loads(metadata(at(Path("new")))["args"])
     assert args["lr"] == pytest.approx(rate)
     assert all(Path(p).is_absolute() for p in (args["out"], *(args["data"] or [])))
-  monkeypatch.chdir(tmp_path/"run")                       # the data lie beside the folder, as before
+  monkeypatch.chdir(tmp_path/"run")                  # the data lie beside the folder, as before
   assert "text.txt, as" in printed(train, f"--init . {options} --out ../new")
   monkeypatch.chdir("/")
   printed(train, f"--resume --steps 2 --out {tmp_path}/new")
@@ -3455,7 +3452,8 @@ PARAMETER_GROUPS = {  # some of each
 def test_parameter_groups():
   names = get_state_dict(H3LM(RUN8))
   groups = {group: {k.split("layers.")[-1] for k in names
-                    if training.group_of(k) == getattr(training, group)} for group in PARAMETER_GROUPS}
+                    if training.group_of(k) == getattr(training, group)}
+            for group in PARAMETER_GROUPS}
   for group, some in PARAMETER_GROUPS.items(): assert {*some.split()} <= groups[group]
   assert len(groups["DYNAMICS"]) == 5
   assert all(k.endswith((".weight", ".C", ".D", "ssm_k_D")) for k in groups["DECAYED"])
@@ -3468,7 +3466,7 @@ def test_schedule():
   assert rates[10:] == sorted(rates[10:], reverse=True)
   assert train.learning_rate(0, 1, 1.0, 0) == 1.0
   assert train.learning_rate(99, 100, 1.0, 10, "linear") == pytest.approx(1/90)
-  for schedule in ("cosine", "linear"):                   # past the end, and cut short in the warm-up
+  for schedule in ("cosine", "linear"):              # past the end, and cut short in the warm-up
     for steps in (100, 5): assert train.learning_rate(100, steps, 1.0, 10, schedule) == 0.1
 
 def test_split_and_batches(again, tmp_path):
@@ -3828,8 +3826,8 @@ def test_bert_tokens(tmp_path, monkeypatch, printed):
   assert tok.encode("Hello worlds").tolist() == [5, 6, 7]
   assert tok.decode([2, 5, 6, 7, 3, 0]) == b" hello worlds"
   (data := tmp_path/"text.txt").write_text("hello the world . a b c d e f g h\n" * 99)
-  out, tiny = tmp_path/"out", "--d-model 16 --n-layer 1 --d-state 8 --batch 2 --length 12 --sample 0"
-  printed(train, f"{tiny} --task mlm --tokenizer bert --vocab {vocab} --data {data} "
+  out, shape = tmp_path/"out", "--d-model 16 --n-layer 1 --d-state 8 --batch 2 --length 12"
+  printed(train, f"{shape} --sample 0 --task mlm --tokenizer bert --vocab {vocab} --data {data} "
                  f"--steps 1 --out {out}")
   moments = {k: x for k, x in weights(at(out)).items() if k.startswith("optim.m.")}
   assert len(moments) > 20 and all(x.any() for x in moments.values())
@@ -3895,61 +3893,66 @@ def test_rows_of_texts(tmp_path):
     assert row.tolist() == want + [pad]*(12 - len(want))
     assert mask.sum() == len(want)
 
-GOOD = "a\ttext one\nb\ttext two\na\tthree\n" * 5
-TRAINED, HELD, COLUMNS = "--data train", "--data good --dev train", "--data train --columns "
-# what the line must contain, the file, the options
-TABLES = [
-  ("line 2 has 1 column", "a\tx\nb", TRAINED), ("line 2 has 3 columns", "a\tx\nb\ty\tz", TRAINED),
-  ("line 3 has 4 columns", "a\tx\nb\ty\na\tx\ty\tz", TRAINED),
-  ("is empty", "", TRAINED), ("no lines", "\n", TRAINED),
-  ("line 2 has 2 columns and an empty text", "a\tx\nb\t ", TRAINED),
-  ("line 3: 'neg' is not a number", "1.5\tx\n2\ty\nneg\tz", TRAINED),
-  ("4 columns: a line is label, tab, text, tab, text; --columns names others",
-   "x\t1\t*\ty\nx\t0\t\tz", TRAINED),
-  ("line 1 looks like a header (label, review)", "label\treview\na\tx\nb\ty", TRAINED),
-  ("line 1 looks like a header (index, sentence)", "index\tsentence\n0\tx\n1\ty", TRAINED),
-  ("has no lines but its header", "label\tsentence", TRAINED),
-  ("line 3 has 3 columns: a line is 2 columns", "label\ttext\n1\tx\n0\ty\t2", TRAINED),
-  ("every line has the label 'a'", "a\tx\na\ty", TRAINED),
-  ("1 line: some are held out", "1.5\tx", TRAINED),
-  ("label 'mood' is in no other line. If that is a header, name its columns, --columns mood,note",
-   "mood\tnote\n" + GOOD, TRAINED),
-  ("label 'mood' is in no other line", "note\tmood\n" + "x y\t1\nz\t0\n"*9, TRAINED + " --columns 2,1"),
-  ("2,1 for text, tab, label", "note\tmood\n" + "".join(f"text {i}\t{i % 2}\n" for i in range(7)),
-   TRAINED),
-  ("the first 'text 0': is that a text? --columns", "text 0\t0\ntext 1\t1\n"
-   + "".join(f"text {i}\t{i % 2}\n" for i in range(2, 12)), TRAINED),
-  ("train line 1 names 2 texts, where the file to train on has 1",
-   "label\tsentence1\tsentence2\na\tx\ty", HELD),
-  ("train line 2: the label 'c' does not occur", "a\tx\nc\ty", HELD),
-  ("train line 1 has 3 columns", "a\tx\ty", HELD),
-  ("train line 1: 'high' is not a number", "high\tx", "--data values --dev train"),
-  ("train line 1 names no column 'mood', only label, text", "label\ttext\n", COLUMNS + "mood,text"),
-  ("of one or two texts", "label\ttext\n", COLUMNS + "2"),
-  ("1 has 2 columns, and --columns 1,7 names others", "label\ttext\n", COLUMNS + "1,7")]
-OPTIONS = [
-  ("finetune", "one TSV file", ""), ("finetune", "can't read nope: No such file", "--data nope"),
-  ("finetune", "give at least 4", "--data good --length 3"),
-  ("finetune", "--reproduce", "--reproduce"),
-  ("bigs", "at least 31", "--length 16"), ("bigs", "--data is for --task text or", "--data x"),
-  ("bigs", "no model at", "--plot nope"), ("bigs", "whole number", "--plot nope --offsets 0"),
-  ("arena", "from 48 to 2000", "--length 16"),
-  ("arena", "d_state must be", "--length 50 --d-state 3"),
-  ("arena", "one file of images", "--task pixels"), ("arena", "--symbols", "--symbols 3"),
-  ("synthetic", "at least 4", "--length 3"), ("synthetic", "--held-out", "--held-out 3"),
-  ("synthetic", "not 5000 different rows", "--length 4 --symbols 4"),
-  ("language", "--columns", "--columns 1,2"), ("language", "--seeds", "--seeds 3"),
-  ("language", "arguments: --steps 3", "--reproduce --steps 3"),
-  ("language", "at least 1", "--reproduce --seeds 0")]
+# a program and its options, what its line must contain, and what stands in the file `train`: → is a
+# tab, ↵ the end of a line
+BAD_PAPERS = """
+  finetune | one TSV file
+  finetune --data nope | can't read nope: No such file
+  finetune --data good --length 3 | give at least 4
+  finetune --reproduce | --reproduce
+  bigs --length 16 | at least 31
+  bigs --data x | --data is for --task text or
+  bigs --plot nope | no model at
+  bigs --plot nope --offsets 0 | whole number
+  arena --length 16 | from 48 to 2000
+  arena --length 50 --d-state 3 | d_state must be
+  arena --task pixels | one file of images
+  arena --symbols 3 | --symbols
+  synthetic --length 3 | at least 4
+  synthetic --held-out 3 | --held-out
+  synthetic --length 4 --symbols 4 | not 5000 different rows
+  language --columns 1,2 | --columns
+  language --seeds 3 | --seeds
+  language --reproduce --steps 3 | arguments: --steps 3
+  language --reproduce --seeds 0 | at least 1
+  finetune --data train | line 2 has 1 column | a→x↵b
+  finetune --data train | line 2 has 3 columns | a→x↵b→y→z
+  finetune --data train | line 3 has 4 columns | a→x↵b→y↵a→x→y→z
+  finetune --data empty | is empty
+  finetune --data train | no lines | ↵
+  finetune --data train | line 2 has 2 columns and an empty text | a→x↵b→ ↵
+  finetune --data train | line 3: 'neg' is not a number | 1.5→x↵2→y↵neg→z
+  finetune --data train | 4 columns: a line is label, tab, text, tab, text; | x→1→*→y↵x→0→→z
+  finetune --data train | line 1 looks like a header (label, review) | label→review↵a→x↵b→y
+  finetune --data train | line 1 looks like a header (index, sentence) | index→sentence↵0→x↵1→y
+  finetune --data train | has no lines but its header | label→sentence
+  finetune --data train | line 3 has 3 columns: a line is 2 columns | label→text↵1→x↵0→y→2
+  finetune --data train | every line has the label 'a' | a→x↵a→y
+  finetune --data train | 1 line: some are held out | 1.5→x
+  finetune --data train | name its columns, --columns mood,note | mood→note↵a→x↵b→y↵a→z↵b→x
+  finetune --data train --columns 2,1 | label 'mood' is in no other | note→mood↵x y→1↵z→0↵x→1↵y→0
+  finetune --data train | 2,1 for text, tab, label | note→mood↵t 0→0↵t 1→1↵t 2→0↵t 3→1↵t 4→0↵t 5→1
+  finetune --data many | the first 'text 0': is that a text? --columns
+  finetune --data good --dev train | the file to train on has 1 | label→sentence1→sentence2↵a→x→y
+  finetune --data good --dev train | train line 2: the label 'c' does not occur | a→x↵c→y
+  finetune --data good --dev train | train line 1 has 3 columns | a→x→y
+  finetune --data values --dev train | train line 1: 'high' is not a number | high→x
+  finetune --data train --columns mood,text | no column 'mood', only | label→text↵a→x↵b→y
+  finetune --data train --columns 2 | of one or two texts | label→text↵a→x↵b→y
+  finetune --data train --columns 1,7 | and --columns 1,7 names others | label→text↵a→x↵b→y
+"""
 
 def test_bad_input_of_the_papers_programs(tmp_path, monkeypatch, rejected):
   "One line that names the program, status 2, nothing written."
   monkeypatch.chdir(tmp_path)
-  Path("good").write_text(GOOD)
   Path("values").write_text("1.5\tx\n2\ty")
-  tables = [("finetune", words, options, text) for words, text, options in TABLES]
-  for program, words, options, *text in [*OPTIONS, *tables]:
-    for t in text: Path("train").write_text(t + GOOD*(t == "label\ttext\n"))
+  Path("empty").touch()
+  tsv(Path("good"), [("ab"[i % 2], f"text {i}") for i in range(15)])
+  tsv(Path("many"), [(f"text {i}", i % 2) for i in range(12)])
+  for line in BAD_PAPERS.strip().splitlines():
+    command, words, *text = line.split(" | ")
+    for t in text: Path("train").write_text(typed(t))
+    program, _, options = command.strip().partition(" ")
     before = {*tmp_path.rglob("*")}
     err = rejected(importlib.import_module(f"papers.{program}"), options, words)
     assert err.startswith(f"papers/{program}.py: error: ") and {*tmp_path.rglob("*")} == before, err
@@ -4398,8 +4401,8 @@ def test_all_benchmarks_in_turn(monkeypatch, rejected):
 # Each file's place; it may import what has a smaller one. support/cpu.py is called by the programs'
 # first lines, and from_pretrained hands over to support/checkpoints.py inside the function.
 ROOMS = {"flashconv": 0, "support.text": 0, "support.cpu": 1, "h3tiny": 1, "bigs_tiny": 2,
-         "support.checkpoints": 3, "support.heads": 4, "generate": 5, "support.training": 6, "train": 7,
-         "papers.grid": 8, "support.bench": 8, "papers": 9, "test_all": 10}
+         "support.checkpoints": 3, "support.heads": 4, "generate": 5, "support.training": 6,
+         "train": 7, "papers.grid": 8, "support.bench": 8, "papers": 9, "test_all": 10}
 DOORS = {("flashconv", "support.cpu"), ("h3tiny", "support.checkpoints"),
          ("bigs_tiny", "support.checkpoints")}
 
