@@ -508,7 +508,6 @@ def resolve_args(argv:list[str]|None, program:str="train.py", default:str="text"
       if gone:
         raise UserError(f"{start.path} was trained on {gone[0]}, which is not there any more: name "
                         "what to train on with --data")
-    if args.resume: end_with_run(args, saved)
     for key in fixed:
       value, old = getattr(args, key), p.get_default(key)
       if value != old:
@@ -562,13 +561,6 @@ def located(path:str, out:str, folder:Path) -> str:
   try: beside = folder/os.path.relpath(path, out)
   except ValueError: return path                        # on another drive of Windows
   return near(beside if beside.exists() else path)
-
-def end_with_run(args:Namespace, saved:dict[str, object]) -> None:
-  """Shortens the schedule of a run that goes on for fewer steps than it was to have, so that the
-  learning rate falls to its end all the same. More steps leave the schedule as it was."""
-  steps, schedule = (saved[key] for key in ("steps", "schedule_steps"))
-  if args.steps < steps and schedule <= steps and args.schedule_steps == schedule:
-    args.schedule_steps = min(args.steps, schedule)
 
 def trained_before(args:Namespace, start:Saved|None) -> dict[str, object]:
   "Returns the options of the run that --init's checkpoint is from; none if its task was another."
@@ -991,7 +983,7 @@ class Run:
                           self.task.schedule)
       text = (f"learning rate: {was:.1e} until now, {self.rate(self.first):.1e} from here, "
               f"{self.rate(args.steps-1):.1e} at the end")
-      if args.schedule_steps < args.steps:
+      if args.schedule_steps != args.steps:
         text += (f"; it falls until step {args.schedule_steps}, with --schedule-steps {args.steps} "
                  "until the end")
       notes.append(text)
