@@ -22,7 +22,7 @@ line. How a head's answers are made is in support/heads.py, speed against a Tran
 support/bench.py. Not here: beam search, repetition penalties.
 """
 from __future__ import annotations
-import argparse, codecs, collections, functools, json, math, os, re, stat, sys, time
+import argparse, codecs, collections, itertools, json, math, os, re, stat, sys, time
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
 import numpy as np
@@ -36,9 +36,9 @@ from support.checkpoints import (CHECKPOINT, RELEASED, CheckpointError, bigs_mod
                                  read_weights, refusing, require_head, save_official, stated_labels)
 from support.cpu import setup_device
 from support.heads import HEADS, Answer, ask
-from support.text import (TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, command, counted,
-                          escaped, is_jsonl, make_tokenizer, number, paper_of, peak_memory,
-                          read_text, read_texts, shown)
+from support.text import (TEXT_KEY, TOKENIZERS, Interrupt, Parser, Tokenizer, UserError, command,
+                          counted, escaped, is_jsonl, make_tokenizer, number, paper_of,
+                          peak_memory, read_text, read_texts, shown, waiting)
 
 OUT = "out"                                # train.py's default folder
 
@@ -176,13 +176,14 @@ NLL = Callable[[np.ndarray], np.ndarray]
 
 def likelihood_of(model:H3LM) -> NLL:
   "A function of rows of tokens (B,L+1) to -log p in nats of each but the first, (B,L)."
-  @functools.cache
-  def graph(shape:tuple[int, int]) -> Callable:
-    return capture(lambda inputs, targets: surprisal(model(inputs), targets).realize())
+  graphs = {}                                              # by the rows' shape
   def nll(rows:np.ndarray) -> np.ndarray:
     inputs, targets = (Tensor(np.ascontiguousarray(x, np.int32)).realize()
                        for x in (rows[:, :-1], rows[:, 1:]))
-    return check_finite(graph(inputs.shape)(inputs, targets).numpy())
+    new = inputs.shape not in graphs
+    if new: graphs[inputs.shape] = capture(lambda x, y: surprisal(model(x), y).realize())
+    with waiting("the first window", new): nats = graphs[inputs.shape](inputs, targets).numpy()
+    return check_finite(nats)
   return nll
 
 def document_nll(nll:NLL, ids:np.ndarray, window:int, stride:int) -> tuple[np.ndarray, int]:
@@ -394,7 +395,8 @@ def masked_row(tokenizer:Tokenizer, parts:list[list[int]], run:int, length:int) 
 def print_fill(model:BiGS, tokenizer:Tokenizer, text:str, run:int=MASK_RUN, pad:int=0) -> None:
   "Prints the text filled in, and for each [MASK] the other candidates."
   lines = []
-  for best in fill(model, tokenizer, text, run, pad):
+  with waiting("the first word"): found = fill(model, tokenizer, text, run, pad)
+  for best in found:
     words = [tokenizer.decode(ids).decode("utf-8", "replace") for ids, _ in best]
     text = text.replace(MASK, words[0].strip() if tokenizer.name == "bert" else words[0], 1)
     lines.append("   ".join(f"{word.strip()!r} {p:.3g}" for word, (_, p) in zip(words, best)))
@@ -457,14 +459,20 @@ def print_text(model:H3LM, tokenizer:Tokenizer, prompts:list[str], n:int, stop:s
   # an empty prompt is the beginning of a text
   ids = [tokenizer.encode(p) if p else np.array([tokenizer.eot]) for p in prompts]
   if most := model.config.max_positions: n = max(1, min(n, most + 1 - max(map(len, ids))))
-  steps = generate(model, ids, n, **options)
+  times = []
+  def timed(steps:Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    for tokens in steps:
+      times.append(time.perf_counter())
+      yield tokens
+  steps = timed(generate(model, ids, n, **options))
   alone = len(prompts) == 1
   def show(text:str) -> None:
     if alone: print(text, end="", flush=True)
+  # while these are computed kernels are compiled: the line that says so would wipe text away
+  with waiting("the first tokens"): begin = [*itertools.islice(steps, 3)]
   show(prompts[0])
-  streams, texts, times = [TextStream(stop) for _ in prompts], list(prompts), []
-  for tokens in steps:
-    times.append(time.perf_counter())
+  streams, texts = [TextStream(stop) for _ in prompts], list(prompts)
+  for tokens in itertools.chain(begin, steps):
     for b, (stream, token) in enumerate(zip(streams, tokens)):
       if stream.done: continue
       ends = bool(token == tokenizer.eot)
@@ -477,8 +485,8 @@ def print_text(model:H3LM, tokenizer:Tokenizer, prompts:list[str], n:int, stop:s
     tail = stream.feed(b"", final=True)
     print(tail if alone else f"--- {b+1} of {len(prompts)} ---\n{texts[b]}{tail}", flush=True)
   # the first two steps compile and capture: no measure of the others
-  timed = times[2:] if len(times) > 3 else times
-  speed = len(prompts) * (len(timed)-1) / max(1e-9, timed[-1]-timed[0])
+  some = times[2:] if len(times) > 3 else times
+  speed = len(prompts) * (len(some)-1) / max(1e-9, some[-1]-some[0])
   return sum(len(x) for x, p in zip(ids, prompts) if p), len(times), speed
 
 # ---- command line -------------------------------------------------------------------------------
@@ -672,19 +680,19 @@ def main(argv:list[str]|None=None) -> int:
   p = parser()
   args = p.parse_args(argv)
   if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")
-  setup_device()
-  try: run(args)
-  except UserError as e: p.error(str(e))
-  except KeyboardInterrupt:
-    print(file=sys.stderr)
-    return 130
-  except BrokenPipeError:                  # the reader of our pipe, `head` say, has had enough
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 141
-  except MemoryError: p.error("not enough memory: take a smaller --batch or --max-length")
-  except OSError as e:
-    if e.filename is None: raise
-    p.error(f"{e.filename}: {e.strerror}")
-  return 0
+  with Interrupt(last_words=lambda: "") as interrupt:
+    try:
+      setup_device()
+      run(args)
+      return 0
+    except UserError as e: p.error(str(e))
+    except BrokenPipeError:                # the reader of our pipe, `head` say, has had enough
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      return 141
+    except MemoryError: p.error("not enough memory: take a smaller --batch or --max-length")
+    except OSError as e:
+      if e.filename is None: raise
+      p.error(f"{e.filename}: {e.strerror}")
+  return interrupt.status
 
 if __name__ == "__main__": sys.exit(main())

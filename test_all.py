@@ -2850,12 +2850,12 @@ def same_runs(a:Path, b:Path) -> None:
   for k in ("losses", "held_out"): assert metadata(at(a))[k] == metadata(at(b))[k]
 
 def test_resume_is_exact(run8, tmp_path, monkeypatch, capsys):
-  """Interrupted at a step, or during an evaluation, which waits for the next step, and resumed: the
-  same bits as the run that was not. With dropout, too."""
+  """Interrupted at a step, or during an evaluation, and resumed: the same bits as the run that
+  was not. With dropout, too."""
   dropout = ["--embed-dropout", "0.2", "--n-layer", "1"]
   for extra, owner, method, call, signum, stop in (
       ([], train.Log, "step", 4, signal.SIGINT, 4),
-      (dropout, train.Run, "evaluate", 1, signal.SIGTERM, 5)):
+      (dropout, train.Run, "evaluate", 1, signal.SIGTERM, 4)):
     whole, parts = tmp_path/"whole" if extra else run8[0]/"out", tmp_path/f"its {method}"
     if extra: assert train.main([*run8[1], *extra, "--out", str(whole)]) == 0
     calls, real = itertools.count(1), getattr(owner, method)
@@ -2891,6 +2891,99 @@ def test_from_outside(again, tmp_path, rejected):
   assert int(metadata(at(tmp_path))["step"]) >= 1
   assert {f.name for f in tmp_path.iterdir()} - {"loss.png"} == {gen.CHECKPOINT, "log.csv"}
   with training.lock_run_directory(tmp_path): pass
+
+# -- before there is anything to show
+
+def busy(program:str, args:list[str], tmp_path:Path) -> tuple[subprocess.Popen, str]:
+  """Starts a program on an empty cache, in a session of its own, and waits until it compiles its
+  kernels; returns it and what it said of that."""
+  env = os.environ | {"DEV": Device.DEFAULT, "CACHEDB": str(tmp_path/"cache.db"), "FLASH": "0"}
+  if IN_PARALLEL: env.pop("PARALLEL", None)
+  p = subprocess.Popen([sys.executable, HERE/program, *args], env=env, start_new_session=True,
+                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  for line in p.stderr:
+    if line.startswith("compiling"): return p, line
+  raise AssertionError(p.communicate())
+
+@pytest.mark.parametrize("program,args,signum,what,last", and_slow(
+  [("train.py", "--resume --steps 16 --out {resumed}", signal.SIGTERM, "the first step",
+    "before a step was done, the checkpoint is that of step 8\ngo on with: {go_on} --out {resumed}\n"),
+   ("generate.py", "--model {resumed}", signal.SIGINT, "the first tokens", "\n")],
+  [("train.py", "{again} --out {new}", signal.SIGINT, "the first step", "before a step was done, nothing saved\n")]))
+def test_ctrl_c_while_compiling(program, args, signum, what, last, again, done, tmp_path):
+  """Before the first step is done there is nothing to save, and before the first token nothing to
+  say: it ends at once, without a step, a token, a traceback or a checkpoint that has changed."""
+  shutil.copytree(done, resumed := tmp_path/"resumed")
+  new, go_on = tmp_path/"new", texts.command("train.py", "--resume")
+  before = at(resumed).read_bytes()
+  p, line = busy(program, args.format(**locals()).split(), tmp_path)
+  os.killpg(p.pid, signum)                              # as a terminal does
+  stdout, stderr = p.communicate(timeout=60)
+  assert p.returncode == 128 + signum and stderr.endswith(last.format(**locals())), stderr
+  assert "Traceback" not in stderr and "KeyboardInterrupt" not in stderr
+  assert re.fullmatch(rf"compiling \d+ kernels for {what}; later starts are quicker\n", line)
+  assert "first step after" not in stdout and (program == "train.py" or not stdout)
+  assert at(resumed).read_bytes() == before and not at(new).exists()
+
+NATIVE = """
+import sys, time
+from hashlib import pbkdf2_hmac
+from support.text import Interrupt
+with Interrupt(lambda: "last words") as interrupt:
+  interrupt.waits = sys.argv[1] == "waits"
+  print("begun", flush=True)
+  pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+
+def test_ctrl_c_in_native_code():
+  "It is heard in another thread: the process ends, or where it waits says so, and a second ends it."
+  for how in ("at once", "waits"):
+    p = subprocess.Popen([sys.executable, "-c", NATIVE, how], cwd=HERE, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert p.stdout.readline() == "begun\n"
+    p.send_signal(signal.SIGINT)
+    if how == "waits":
+      said = p.stderr.readline() + p.stderr.readline()
+      assert said == "\nfinishing the step, then saving; again to stop at once\n" and p.poll() is None
+      p.send_signal(signal.SIGTERM)
+    assert p.communicate(timeout=60)[1] == "last words\n" and p.returncode in (130, 143)
+
+@pytest.mark.parametrize("value,saved", ((1, True), (math.nan, False)))
+def test_stop_compiles_no_evaluation(value, saved, again, tmp_path, monkeypatch):
+  "Ctrl-C before the first evaluation: it looks at the weights, not at a loss; what blew up stays out."
+  def interrupted(self, step):
+    trained(self, step)
+    if step == 1:
+      training.fill(self.params["backbone.ln_f.bias"], np.full(16, value, np.float32))
+      os.kill(os.getpid(), signal.SIGINT)
+  trained = train.Run.train
+  monkeypatch.setattr(train.Run, "train", interrupted)
+  monkeypatch.setattr(train, "make_eval", lambda *_: None)
+  assert train.main([*again.split(), "--eval-every", "9", "--out", str(tmp_path)]) == 130
+  assert at(tmp_path).exists() == saved
+
+class Terminal(io.StringIO):
+  def isatty(self) -> bool: return True
+
+def test_waiting_tells_how_far(monkeypatch):
+  """On a terminal a line that is written over and wiped at the end; else one that stays, if there
+  are many kernels, the first time. Nothing if it is not new, or if nothing is compiled."""
+  def said(stream:io.StringIO, kernels:int, new:bool=True) -> str:
+    monkeypatch.setattr(sys, "stderr", stream)
+    # never seen before: each holds a number of its own
+    with texts.waiting("the test", new), Context(DEBUG=0):
+      xs = [Tensor(np.ones(3, np.float32)).realize() * float(normal(1)[0]) for _ in range(kernels)]
+      if xs: Tensor.realize(*xs)
+    return stream.getvalue()
+  monkeypatch.setattr(texts.Kernels, "told", False)
+  monkeypatch.setattr(texts, "MANY", 2)
+  lines = said(Terminal(), 2).split("\r\x1b[K")
+  assert lines[:3] == ["", "preparing the test", "compiling kernel 1 of 2 for the test"]
+  assert lines[-2:] == ["loading kernel 2 for the test", ""]
+  assert said(Terminal(), 0) == "\r\x1b[Kpreparing the test\r\x1b[K"
+  assert said(Terminal(), 2, new=False) == said(io.StringIO(), 1) == ""
+  assert said(io.StringIO(), 2) == "compiling 2 kernels for the test; later starts are quicker\n"
+  assert said(io.StringIO(), 2) == ""
 
 KILLS = int(os.environ.get("KILLS", 3))
 

@@ -36,11 +36,11 @@ from generate import MASK, MASK_RUN, OUT, USES, print_fill, print_text, surprisa
 from h3tiny import H3Config, H3LM
 from support.checkpoints import (CHECKPOINT, CheckpointError, bigs_model, find, h3_model,
                                  read_weights)
-from support.text import (TEXT_KEY, TOKENIZERS, Parser, Tokenizer, UserError, command, is_jsonl,
-                          make_tokenizer, near, number, paper_of, peak_memory, read_tokens, shown,
-                          split)
+from support.text import (TEXT_KEY, TOKENIZERS, Interrupt, Parser, Tokenizer, UserError, command,
+                          is_jsonl, make_tokenizer, near, number, paper_of, peak_memory,
+                          read_tokens, shown, split, waiting)
 from support.training import (MASKED, PRECISIONS, PREVIOUS, AdamW, Batch, CarriedState, Feed,
-                              Gradients, Interrupt, LossScale, Model, Saved, Step, accumulated,
+                              Gradients, LossScale, Model, Saved, Step, accumulated,
                               check_memory, check_precision, check_writable, duration, estimate,
                               fill, gradient_checkpointing, half_precision, lock_run_directory,
                               on_devices, open_devices, pieces, read_newest, restore,
@@ -938,6 +938,7 @@ class Run:
     self.first = 0                                      # steps done before this process
     self.notes: list[str] = []                          # lines on what is not as it was
     self.saved: int|None = None                         # steps done at the newest checkpoint
+    self.evaluated = False                              # whether the evaluation is compiled
     self.failures = self.failed_at = 0                  # failures in a row; the last one's step
     if args.resume: self.resume(start)
     elif args.init: self.go_on_from(start)
@@ -1024,7 +1025,7 @@ class Run:
     start = time.perf_counter()
     lr, hyper = self.rate(step), self.hyper(step)
     batch = self.task.batch(step)
-    loss, norm = self.step(batch, hyper)
+    with waiting("the first step", step == self.first): loss, norm = self.step(batch, hyper)
     if step == self.first: self.log.line(f"first step after {time.perf_counter()-START:.1f} s")
     if math.isfinite(loss) and self.scale.accepts(math.isfinite(norm)):
       self.log.step(batch[0].size, time.perf_counter() - start, step=step+1, loss_nats=loss,
@@ -1050,7 +1051,10 @@ class Run:
 
   def evaluate(self, step:int) -> bool:
     "Evaluates on the held-out data; shows the loss if it is finite, and returns whether it is."
-    task, outputs = self.task, [self.outputs(b) for b in self.task.held_out]
+    task = self.task
+    with waiting("the evaluation", not self.evaluated):
+      outputs = [self.outputs(b) for b in task.held_out]
+    self.evaluated = True
     counts = [task.count(b) for b in task.held_out]     # weights of the batches, as in training
     loss = float(np.average([o[0] for o in outputs], weights=counts))
     if math.isfinite(loss):
@@ -1058,6 +1062,12 @@ class Run:
       self.log.evals.append([step, round(loss*task.held_out_per_nat, 5), metrics])
       self.log.line(f"step {step}: held out {self.log.held_out()}")
     return math.isfinite(loss)
+
+  def is_sound(self, hurry:bool) -> bool:
+    "Whether the loss is finite. In a hurry the weights, if the evaluation is to be compiled still."
+    if self.evaluated or not hurry:
+      return math.isfinite(self.outputs(self.task.held_out[0])[0])
+    return all(np.isfinite(p.numpy()).all() for p in self.params.values())
 
   def good_enough(self) -> bool:
     if not self.task.stop_at or len(self.log.evals) < 3: return False
@@ -1108,34 +1118,41 @@ class Run:
     if args.init and not args.resume: self.evaluate(0)  # where it starts from
     for step in range(self.first, args.steps):
       self.train(step)
-      done, stop = step + 1, interrupt.seen             # a later signal waits for the next step
+      interrupt.waits = True                            # before, there was nothing to save
+      done = step + 1
       last = done == args.steps
-      save = stop or last or due(args.save_every)
-      sound = True
+      sound = None
       if last or due(args.eval_every):
         sound = self.evaluate(done)
-        if not last and self.good_enough(): save = last = True
-      elif save: sound = math.isfinite(float(self.outputs(self.task.held_out[0])[0]))
+        last = last or self.good_enough()
+      stop = interrupt.seen                             # a later signal waits for the next step
+      save = stop or last or due(args.save_every)
+      if sound is None: sound = not save or self.is_sound(stop)
       if not sound:                                     # weights that blew up are never saved
         self.recover(done)
         if last: self.evaluate(done)
       if save and (sound or last): self.write(done, last or bool(stop), last)
       if last: break
-      if due(args.sample_every) and self.task.sample and not self.devices: self.sample()
       if stop:
         self.stopped(done)
         return 128 + stop
+      if due(args.sample_every) and self.task.sample and not self.devices: self.sample()
     return 0
 
   def stopped(self, done:int) -> None:
-    args = self.args
     self.log.write(self.title)
+    self.log.line(f"stopped after step {done} of {self.args.steps}, {self.what_is_saved(done)}")
+
+  def what_is_saved(self, done:int|None=None) -> str:
+    "Says it, and how to go on, once `done` steps are done."
+    if self.saved is None: return "nothing saved"
     saved = f"the checkpoint is that of step {self.saved}"
     if self.saved == done: saved = f"saved {self.path}"
-    if self.saved is None: saved = "nothing saved"
-    self.log.line(f"stopped after step {done} of {args.steps}, {saved}")
-    if self.saved is not None:
-      self.log.line(f"go on with: {command(self.program, '--resume', '--out', shown(args.out))}")
+    return f"{saved}\ngo on with: {command(self.program, '--resume', '--out', shown(self.args.out))}"
+
+  def stopped_at_once(self) -> str:
+    nothing_lost = " before a step was done"*(len(self.log.rows) == self.log.resumed)
+    return f"\nstopped at once{nothing_lost}, {self.what_is_saved()}"
 
   def finish(self) -> None:
     "Writes and shows what a finished run leaves."
@@ -1152,7 +1169,7 @@ class Run:
     if task.sample or args.task in USES:
       print(f"use it by: {use_of(vars(args), args.out, self.program)}")
 
-def train(program:str, args:Namespace, start:Saved|None=None) -> int:
+def train(program:str, interrupt:Interrupt, args:Namespace, start:Saved|None=None) -> int:
   "Does one run. start: the checkpoint that --resume or --init names."
   Tensor.manual_seed(args.seed)                         # dropout's; weights and batches are numpy's
   if args.embed_dropout or args.resid_dropout:
@@ -1167,9 +1184,11 @@ def train(program:str, args:Namespace, start:Saved|None=None) -> int:
   run.announce()
   # a run that goes on holds the lock already
   lock = contextlib.nullcontext() if args.resume else lock_run_directory(run.out)
-  with lock, Interrupt() as interrupt:
+  interrupt.last_words = run.stopped_at_once
+  with lock:
     for left in run.out.glob("checkpoint*.tmp"): left.unlink()      # by one that was killed
     status = run.loop(interrupt)
+  interrupt.waits = False
   if status == 0: run.finish()
   return status
 
@@ -1178,19 +1197,18 @@ def main(argv:list[str]|None=None, program:str="train.py", default:str="text") -
   task where the command line names none."""
   if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")
   p = Parser(prog=program)
-  try:
-    args = parser(program, chosen_task(argv, program, default)).parse_args(argv)
-    # a run that goes on keeps others out before its checkpoint is read
-    held = args.resume and not args.estimate and Path(args.out).is_dir()
-    with lock_run_directory(Path(args.out)) if held else contextlib.nullcontext():
-      return train(program, *resolve_args(argv, program, default))
-  except UserError as e: p.error(str(e))
-  except MemoryError: p.error("not enough memory: take a smaller --batch, --length or model")
-  except OSError as e:
-    if e.filename is None: raise
-    p.error(f"{e.filename}: {e.strerror}")
-  except KeyboardInterrupt:
-    print("\nstopped at once: nothing was saved that was not before", file=sys.stderr)
-    return 130
+  with Interrupt() as interrupt:
+    try:
+      args = parser(program, chosen_task(argv, program, default)).parse_args(argv)
+      # a run that goes on keeps others out before its checkpoint is read
+      held = args.resume and not args.estimate and Path(args.out).is_dir()
+      with lock_run_directory(Path(args.out)) if held else contextlib.nullcontext():
+        return train(program, interrupt, *resolve_args(argv, program, default))
+    except UserError as e: p.error(str(e))
+    except MemoryError: p.error("not enough memory: take a smaller --batch, --length or model")
+    except OSError as e:
+      if e.filename is None: raise
+      p.error(f"{e.filename}: {e.strerror}")
+  return interrupt.status
 
 if __name__ == "__main__": sys.exit(main())

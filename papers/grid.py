@@ -17,15 +17,15 @@ import sys
 from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import argparse, csv, dataclasses, functools, itertools, math, os, re, signal, subprocess, time
+import argparse, csv, dataclasses, functools, itertools, math, os, re, subprocess, time
 from typing import Callable, Iterable, NamedTuple
 import numpy as np
 from tinygrad import Device
 import train
 from support.checkpoints import CHECKPOINT
 from support.cpu import setup_device
-from support.text import Tokenizer, UserError, listed
-from support.training import PREVIOUS, Interrupt, check_writable, read_newest
+from support.text import Interrupt, Tokenizer, UserError, listed
+from support.training import PREVIOUS, check_writable, read_newest
 from train import Batch, Parser, Task, always, cross_entropy, duration, number, read_evals
 
 CSV_COLUMNS = "model task seed steps figure paper minutes".split()
@@ -71,6 +71,9 @@ class Run:
 
   def minutes(self) -> float: return float(self.meta["seconds"]) / 60
 
+  def took(self) -> str:
+    return f"{int(self.meta['step']):,} steps in {duration(60*self.minutes())}"
+
 Cells = dict[tuple[str, str], list[Run]]          # (row, column): a run for each seed
 
 @dataclasses.dataclass
@@ -103,29 +106,29 @@ class Grid:
             for step, loss, metrics in read_evals(run.meta)]
 
 def train_all(program:str, runs:list[Run], at_once:int) -> None:
-  """Trains the runs that are not finished, some at once. A signal stops them all: they save, and
-  KeyboardInterrupt is raised. UserError if one fails."""
-  waiting = [run for run in runs if not run.finished()]
-  training = {}                                   # the process of each run
-  with Interrupt(signal.default_int_handler):
-    try:
-      while waiting or training:
-        while waiting and len(training) < at_once:
-          run = waiting.pop(0)
-          training[run] = run.start(program)
-        for run, process in [*training.items()]:
-          code = process.poll()
-          if code is None: continue
-          del training[run]
-          if run.finished():
-            took = duration(60*run.minutes())
-            print(f"{run.title}: {int(run.meta['step']):,} steps in {took}", flush=True)
-          elif code > 128: raise KeyboardInterrupt          # somebody has stopped it
-          else: raise UserError(f"a run failed, see the end of {run.folder/'output.txt'}")
-        time.sleep(0.2)
-    finally:
-      for process in training.values(): process.terminate()
-      for process in training.values(): process.wait()
+  """Trains the runs that are not finished, some at once, and tells of each. Where it is
+  interrupted, all of them save. UserError if one fails."""
+  missing, training = [], {}                      # the process of each run
+  for run in runs:
+    if run.finished(): print(f"{run.title}: {run.took()}, before", flush=True)
+    else: missing.append(run)
+  try:
+    while missing or training:
+      while missing and len(training) < at_once:
+        run = missing.pop(0)
+        print(f"{run.title}: {'goes on' if run.has_begun() else 'begins'}", flush=True)
+        training[run] = run.start(program)
+      for run, process in [*training.items()]:
+        code = process.poll()
+        if code is None: continue
+        del training[run]
+        if run.finished(): print(f"{run.title}: {run.took()}", flush=True)
+        elif code > 128: raise KeyboardInterrupt          # somebody has stopped it
+        else: raise UserError(f"a run failed, see the end of {run.folder/'output.txt'}")
+      time.sleep(0.2)
+  finally:
+    for process in training.values(): process.terminate()
+    for process in training.values(): process.wait()
 
 # ---- its table and curves -----------------------------------------------------------------------
 
@@ -223,24 +226,24 @@ def run_program(program:str, about:str, grid:Grid|None, default:str, argv:list[s
   parser.add_argument("--seeds", type=number(int, 1), default=grid.seeds)
   parser.add_argument("--out", default="reproduced")
   args = parser.parse_args(argv)
-  setup_device()
-  at_once = Device["CPU"].renderer.global_max[0] if Device.DEFAULT == "CPU" else 1
-  out = Path(args.out) / grid.name
-  print(f"{grid.title}\n{grid.about}\n"
-        f"{len(grid.rows)} models, {args.seeds} seed{'s'*(args.seeds > 1)}, {at_once} at a time, "
-        f"into {out}; stopped, it goes on with the same command", flush=True)
-  try:
-    check_writable(out)
-    cells = grid.plan(out, args.seeds)
-    by_seed = dict.fromkeys(run for seed in zip(*cells.values()) for run in seed)
-    train_all(program, [*by_seed], at_once)
-    report(grid, cells, out)
-    if then: then(out)
-  except KeyboardInterrupt:
-    print("\nstopped; the same command goes on", file=sys.stderr)
-    return 130
-  except UserError as e: parser.error(str(e))
-  return 0
+  # its own processes may take longer to save than a second
+  with Interrupt(lambda: "\nstopped; the same command goes on", patience=None):
+    setup_device()
+    at_once = Device["CPU"].renderer.global_max[0] if Device.DEFAULT == "CPU" else 1
+    out = Path(args.out) / grid.name
+    print(f"{grid.title}\n{grid.about}\n"
+          f"{len(grid.rows)} models, {args.seeds} seed{'s'*(args.seeds > 1)}, {at_once} at a time, "
+          f"into {out}; stopped, it goes on with the same command", flush=True)
+    try:
+      check_writable(out)
+      cells = grid.plan(out, args.seeds)
+      by_seed = dict.fromkeys(run for seed in zip(*cells.values()) for run in seed)
+      train_all(program, [*by_seed], at_once)
+      report(grid, cells, out)
+      if then: then(out)
+      return 0
+    except UserError as e: parser.error(str(e))
+  return 130
 
 # ---- tasks with a label a row -------------------------------------------------------------------
 # Their rows are arrays, which batches are parts of: tokens (n,L), masks (n,L) and labels (n,).

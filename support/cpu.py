@@ -35,6 +35,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Callable, Sequence
 import numpy as np
@@ -55,6 +56,7 @@ from flashconv import (CHECKS, FAST, FLASH, LOCK, ONE_CORE, VECTORS, WEIGHTS, Ma
                        _cores as core_loop, bound, cmul, constant, launch, machine,
                        no_second_gradient, on_one_device, selfcheck, stored, stored_backward, whole,
                        widened)
+from support.text import waiting
 
 # ================================================================ what the kernels share
 
@@ -1122,6 +1124,17 @@ def run_whole(linear:UOp, var_vals:dict[str, int]|None=None, input_uops:Sequence
     PLAIN_RUN(linear, var_vals, input_uops, update_stats, True, wait)
     if Realisation.going_on: Realisation.going_on[-1].graphs = []
 
+PLAIN_POOL = worker.get_worker_pool
+
+def pool_without_interrupts():
+  """tinygrad's compile workers, who never see Ctrl-C: they ignore it themselves, but a terminal may
+  send it while they begin, and each of them would write a traceback."""
+  if worker.worker_pool or not hasattr(signal, "pthread_sigmask"): return PLAIN_POOL()
+  resource_tracker.ensure_running()                   # it lets signals through once it has begun
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])    # which they inherit
+  try: return PLAIN_POOL()
+  finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
 def begin_child():
   "Forgets, in a process that was forked, the threads, processes and connections that it has not."
   CORES.__init__()
@@ -1143,6 +1156,7 @@ def guard_tinygrad():
     setattr(owner, name, one_at_a_time(getattr(owner, name)))
   tensor._apply_map_to_tensors = replace_and_note
   realize.run_linear = tensor.run_linear = tinyjit.run_linear = run_whole
+  realize.get_worker_pool = pool_without_interrupts
   if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release,
                         after_in_child=begin_child)
@@ -1268,7 +1282,8 @@ def check_kernels():
   target, version = Device[Device.DEFAULT].renderer.target, importlib.metadata.version("tinygrad")
   key = f"{target} {os.environ.get('CC')} {version} {sha256(code)}"
   if diskcache_get("h3tiny_selfcheck", key): return
-  try: selfcheck()
+  try:
+    with waiting("the check of the kernels"): selfcheck()
   except RuntimeError as e:
     FLASH.value = 0
     if "NOOPT" not in os.environ: NOOPT.value = 0

@@ -10,12 +10,16 @@ the first wrong byte.
 Not here: guessing an encoding from the bytes, PDF and HTML.
 """
 from __future__ import annotations
-import argparse, bz2, codecs, collections, contextlib, functools, gzip, hashlib, importlib, io, json
-import lzma, math, os, re, shlex, shutil, sys, sysconfig, textwrap, zlib
+import argparse, bz2, codecs, collections, contextlib, functools, gzip, hashlib, importlib, io
+import itertools, json, lzma, math, multiprocessing.util, os, re, shlex, shutil, signal, sys
+import sysconfig, textwrap, threading, time, zlib
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, Callable, Iterator, NamedTuple, Sequence
 import numpy as np
+from tinygrad import helpers
+from tinygrad.device import Compiled, Program, TinyELF
+from tinygrad.engine import realize
 from tinygrad.helpers import cache_dir, tqdm
 
 class UserError(Exception):
@@ -115,6 +119,115 @@ def free_memory() -> float:
   except (OSError, KeyError, ValueError): pass
   try: return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   except (AttributeError, OSError, ValueError): return math.nan
+
+# ---- waiting, and being interrupted -------------------------------------------------------------
+
+MANY = 16                                  # kernels from which on their compilation takes seconds
+
+class Kernels:
+  "Takes the place of tinygrad's progress bar of the kernels that are compiled, see `waiting`."
+  told = False                             # in a line that stays, of which there is one
+  def __init__(self, what:str, show:Callable, total:int, **_):
+    self.what, self.show, self.total, self.done = what, show, total, 0
+    self.update(0)
+    if not terminal() and total >= MANY and not Kernels.told:
+      Kernels.told = True
+      print(f"compiling {total} kernels for {what}; later starts are quicker", file=sys.stderr,
+            flush=True)
+  def __enter__(self) -> Kernels: return self
+  def __exit__(self, *_) -> None: pass
+  def set_description(self, _) -> None: pass
+  def update(self, n:int) -> None:
+    self.done += n
+    now = min(self.done + 1, self.total)
+    self.show(f"compiling kernel {now} of {self.total} for {self.what}")
+
+def terminal() -> bool: return bool(sys.stderr and sys.stderr.isatty())
+
+@contextlib.contextmanager
+def waiting(what:str, new:bool=True) -> Iterator[None]:
+  """Tells, on stderr, that a program is busy with what may compile kernels, unless it isn't new.
+
+  On a terminal a line says so, and how many of them are done; it is wiped at the end. Elsewhere a
+  line stays, if there are many, the first time. tinygrad compiles for all devices in one place,
+  `lower_and_compile`, and only what is not on disk; OpenCL does it when a program is loaded."""
+  def show(text:str) -> None:
+    if not terminal(): return
+    width = shutil.get_terminal_size().columns - 1
+    print(f"\r\x1b[K{text[:width]}", end="", file=sys.stderr, flush=True)
+  loaded = itertools.count(1)
+  def runtime(device:Compiled, obj:TinyELF) -> Program:
+    show(f"loading kernel {next(loaded)} for {what}")
+    return load(device, obj)
+  if not new or helpers.DEBUG:
+    yield
+    return
+  bar, load = realize.tqdm, Compiled.runtime
+  realize.tqdm, Compiled.runtime = functools.partial(Kernels, what, show), runtime
+  show(f"preparing {what}")
+  try: yield
+  finally:
+    realize.tqdm, Compiled.runtime = bar, load
+    show("")
+
+PATIENCE = 1.0                             # seconds from a signal, or from its end, to a program's
+
+class Interrupt:
+  """While active, Ctrl-C, SIGTERM and SIGHUP end the block, whatever it does, within two seconds.
+
+  They raise KeyboardInterrupt, which ends here, in the main thread. While that is in native code,
+  or a library keeps it, it does not come to this: then the process ends, but not if `patience` is
+  None. While `waits`, the first signal is only noted in `seen`, and a line says so at once.
+  last_words: makes a line for the user. SIGHUP is left alone where nohup ignores it."""
+  def __init__(self, last_words:Callable[[], str]=lambda: "\nstopped, nothing saved",
+               patience:float|None=PATIENCE):
+    self.last_words, self.patience = last_words, patience
+    self.seen, self.waits, self.left = 0, False, threading.Event()
+
+  def __enter__(self) -> Interrupt:
+    signals = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)     # Windows has none
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN: signals.append(hangup)
+    self.old = {s: signal.signal(s, self.note) for s in signals}
+    reading, self.pipe = os.pipe()               # signals are written into it at once
+    os.set_blocking(self.pipe, False)
+    self.old_pipe = signal.set_wakeup_fd(self.pipe)
+    threading.Thread(target=self.watch, args=(reading,), daemon=True).start()
+    return self
+
+  def __exit__(self, error:type|None, *_) -> bool:
+    self.left.set()
+    signal.set_wakeup_fd(self.old_pipe)
+    os.close(self.pipe)
+    for s, old in self.old.items(): signal.signal(s, old)
+    if error is KeyboardInterrupt: print(self.last_words(), file=sys.stderr, flush=True)
+    return error is KeyboardInterrupt
+
+  @property
+  def status(self) -> int: return 128 + (self.seen or signal.SIGINT)
+
+  def note(self, signum:int, frame) -> None:
+    noted, self.seen = self.seen, signum
+    if (noted or not self.waits) and not self.left.is_set(): raise KeyboardInterrupt
+
+  def watch(self, reading:int) -> None:
+    "Runs in a thread of its own until the block has ended, and after a signal the process."
+    noted = 0
+    with open(reading, "rb", 0) as pipe:
+      while signum := pipe.read(1):
+        if self.waits and not noted:
+          print("\nfinishing the step, then saving; again to stop at once", file=sys.stderr,
+                flush=True)
+        elif self.patience is not None and not self.left.wait(self.patience):
+          print(self.last_words(), file=sys.stderr, flush=True)
+          # ends compile workers; in a thread, as it may wait for one that the signal has ended
+          threading.Thread(target=multiprocessing.util._exit_function, daemon=True).start()
+          time.sleep(0.3)
+          os._exit(128 + signum[0])
+        noted = signum[0]
+    if noted:
+      time.sleep(PATIENCE)
+      if not threading.main_thread().is_alive(): os._exit(128 + noted)     # waits for such a worker
 
 # ---- tokenizers: encode(str) -> ids, decode(ids) -> bytes, vocab_size, eot -----------------------
 

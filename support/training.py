@@ -5,7 +5,7 @@ of one of its stages (half precision, several devices, parts, truncation, gradie
 run will take in memory and time; and what keeps a run alone in its folder and its checkpoints whole.
 """
 from __future__ import annotations
-import contextlib, functools, itertools, json, math, os, re, signal, sys, time
+import contextlib, functools, itertools, json, math, os, re, sys, time
 from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
@@ -525,24 +525,3 @@ def restore(start:Saved, state:dict[str, Tensor]) -> None:
                             "weights alone")
   for k, t in state.items():
     if k in tensors: fill(t, tensors[k].numpy().astype(t.numpy().dtype, copy=False))
-
-class Interrupt:
-  """While training, the first Ctrl-C, SIGTERM or SIGHUP waits for the step to end; a second one
-  does not. SIGHUP is left alone where nohup ignores it."""
-  def __init__(self, handler:Callable|None=None):
-    self.handler, self.seen = handler or self.note, 0
-
-  def __enter__(self) -> Interrupt:
-    signals = [signal.SIGINT, signal.SIGTERM]
-    hangup = getattr(signal, "SIGHUP", None)     # Windows has none
-    if hangup and signal.getsignal(hangup) != signal.SIG_IGN: signals.append(hangup)
-    self.old = {s: signal.signal(s, self.handler) for s in signals}
-    return self
-
-  def __exit__(self, *_) -> None:
-    for s, old in self.old.items(): signal.signal(s, old)
-
-  def note(self, signum:int, frame) -> None:
-    if self.seen: raise KeyboardInterrupt
-    self.seen = signum
-    print("\nfinishing the step, then saving; again to stop at once", file=sys.stderr, flush=True)
