@@ -6,6 +6,7 @@
   echo "import os" | python generate.py --model out/checkpoint.safetensors
   python generate.py --model 1.3B --dtype bfloat16    a released model, downloaded once, in bfloat16
   python generate.py --perplexity book.txt            how well a model predicts a text
+  python generate.py --compare out long 355M --perplexity book.txt       how well each of several does
   python generate.py --score questions.jsonl          multiple choice by likelihood
   python generate.py --export h3/model.safetensors    the model as the authors' code reads it
   python generate.py --fill "for i in [MASK](10):"    what a masked model puts there
@@ -29,16 +30,19 @@ import numpy as np
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.device import Buffer
 from tinygrad.helpers import round_up, tqdm
+from tinygrad.nn.state import get_state_dict
 from bigs_tiny import BiGS
 from flashconv import WEIGHTS, capture
 from h3tiny import H3LM, visible_rows
-from support.checkpoints import (CHECKPOINT, RELEASED, CheckpointError, bigs_model, find, h3_model,
-                                 read_weights, refusing, require_head, save_official, stated_labels)
+from support.checkpoints import (CHECKPOINT, RELEASED, CheckpointError, Weights, bigs_model, find,
+                                 h3_model, read_weights, refusing, require_head, save_official,
+                                 stated_labels)
 from support.cpu import setup_device
 from support.heads import HEADS, Answer, ask
 from support.text import (TEXT_KEY, TOKENIZERS, Interrupt, Parser, Tokenizer, UserError, command,
                           counted, escaped, is_jsonl, make_tokenizer, number, paper_of,
-                          peak_memory, read_text, read_texts, shown, waiting)
+                          peak_memory, print_table, read_text, read_texts, read_tokens, shown,
+                          split, waiting)
 
 OUT = "out"                                # train.py's default folder
 
@@ -213,20 +217,36 @@ def document_nll(nll:NLL, ids:np.ndarray, window:int, stride:int) -> tuple[np.nd
   bar.update(0, close=True)
   return out, len(starts)
 
-def print_perplexity(model:H3LM, tokenizer:Tokenizer, path:str, window:int, stride:int,
-                     key:str=TEXT_KEY) -> None:
-  """Prints the perplexity of a file, per token and per byte. Each text in it (in a .jsonl, the
-  value of `key` in each line) is a document of its own, and begins after an <|endoftext|>."""
-  texts = [text for text in read_texts(path, key) if text]
-  if not texts: raise UserError(f"{path} is empty: there is nothing to predict")
-  size, nll = sum(len(text.encode()) for text in texts), likelihood_of(model)
-  tokens, windows, total = 0, 0, 0.0
+class Likelihood(NamedTuple):
+  "-log p in nats of texts in all, and their tokens, bytes and windows."
+  nats: float
+  tokens: int
+  bytes: int
+  windows: int
+
+def likelihood(model:H3LM, tokenizer:Tokenizer, texts:list[str], window:int, stride:int
+               ) -> Likelihood:
+  "Of documents that begin after an <|endoftext|> each, see `document_nll`."
+  nll, tokens, windows, nats = likelihood_of(model), 0, 0, 0.0
   for text in tqdm(texts, desc="texts", disable=len(texts) < 20):
     ids = tokenizer.encode(text)
-    nats, n = document_nll(nll, np.concatenate([[tokenizer.eot], ids]), window, stride)
+    each, n = document_nll(nll, np.concatenate([[tokenizer.eot], ids]), window, stride)
     tokens += len(ids)
     windows += n
-    total += float(nats.sum())
+    nats += float(each.sum())
+  return Likelihood(nats, tokens, sum(len(text.encode()) for text in texts), windows)
+
+def texts_of(path:str, key:str) -> list[str]:
+  "The texts of a file: in a .jsonl, the value of `key` in each line. UserError if there are none."
+  texts = [text for text in read_texts(path, key) if text]
+  if not texts: raise UserError(f"{path} is empty: there is nothing to predict")
+  return texts
+
+def print_perplexity(model:H3LM, tokenizer:Tokenizer, path:str, window:int, stride:int,
+                     key:str=TEXT_KEY) -> None:
+  "Prints the perplexity of a file, per token and per byte."
+  texts = texts_of(path, key)
+  total, tokens, size, windows = likelihood(model, tokenizer, texts, window, stride)
   several = f"{counted(len(texts), 'text')}, " if len(texts) > 1 else ""
   each = f", each {stride:,} after the one before" if windows > len(texts) else ""
   print(f"{path}: {several}{counted(tokens, 'token')}, {counted(size, 'byte')}; "
@@ -531,6 +551,9 @@ def parser() -> Parser:
   scores = p.add_argument_group("likelihood, in place of text")
   scores.add_argument("--perplexity", metavar="FILE",
                       help="print the perplexity of a text, per token and per byte")
+  scores.add_argument("--compare", metavar="PATH", nargs="+",
+                      help="print a table of how well several models, as in --model, predict the "
+                      "same text: that of --perplexity, else what the first one's training held out")
   scores.add_argument("--score", metavar="FILE",
                       help="print how often the right choice is the likeliest one; a line of the "
                       f"file is {QUESTION}")
@@ -587,18 +610,38 @@ def use_of(trained:dict[str, object], model:str|Path, program:str|None=None) -> 
   if trained.get("n_texts") == 2: words = [*words[:1], r"a text\tanother"]
   return command("generate.py", "--model", shown(model), *words)
 
+class SavedModel(NamedTuple):
+  path: Path
+  tensors: Weights
+  meta: dict[str, str]
+  trained: dict[str, object]               # the options of train.py; of official weights none
+
+def read_model(name:str) -> SavedModel:
+  path = find(name)
+  tensors, meta = read_weights(path)
+  with refusing(path, "its metadata are damaged"):
+    return SavedModel(path, tensors, meta, dict(json.loads(meta.get("args", "{}"))))
+
+def fitting_tokenizer(saved:SavedModel, model:H3LM, name:str) -> Tokenizer:
+  "Makes a model's tokenizer. UserError if its vocabulary is another."
+  tokenizer = make_tokenizer(name)
+  if model.config.vocab_size != tokenizer.vocab_size:
+    cure = "" if saved.meta else ": give another --tokenizer"
+    raise UserError(f"{saved.path} has a vocabulary of {model.config.vocab_size}, not the "
+                    f"{tokenizer.vocab_size} of {name}{cure}")
+  return tokenizer
+
 def run(args:argparse.Namespace) -> None:
-  actions = [name for name in ("fill", *HEADS, "perplexity", "score", "export")
+  actions = [name for name in ("fill", *HEADS, "compare", "perplexity", "score", "export")
              if getattr(args, name) is not None]
+  if actions == ["compare", "perplexity"]: actions.pop()   # which names the text
   if len(actions) > 1: raise UserError(f"give one of --{', --'.join(actions)}")
   if WEIGHTS[args.dtype] not in Device[Device.DEFAULT].renderer.supported_dtypes():
     raise UserError(f"--dtype {args.dtype}: the device {Device.DEFAULT} knows no such numbers: "
                     "take bfloat16")
-  path = find(args.model)
-  tensors, meta = read_weights(path)
-  with refusing(path, "its metadata are damaged"):
-    trained = dict(json.loads(meta.get("args", "{}")))
-    task, length = trained.get("task", "text"), trained.get("length")
+  if actions == ["compare"]: return print_comparison(args)
+  path, tensors, meta, trained = saved = read_model(args.model)
+  task, length = trained.get("task", "text"), trained.get("length")
   action = actions[0] if actions else "text"
   if trained and action not in USES.get(task, [()])[0]:
     use = "to continue text" if action == "text" else f"for --{action}"
@@ -629,11 +672,7 @@ def run(args:argparse.Namespace) -> None:
                     "--choose, --span and --tag")
   model = h3_model(tensors, meta, str(path), dtype=args.dtype)
   if action == "export": return export(model, args.export)
-  tokenizer = make_tokenizer(name)
-  if model.config.vocab_size != tokenizer.vocab_size:
-    cure = "" if meta else ": give another --tokenizer"
-    raise UserError(f"{path} has a vocabulary of {model.config.vocab_size}, not the "
-                    f"{tokenizer.vocab_size} of {name}{cure}")
+  tokenizer = fitting_tokenizer(saved, model, name)
   if action in ("perplexity", "score"): return print_likelihood(args, model, tokenizer, length)
   if args.max_length and not model.config.attn_layers:
     raise UserError(f"--max-length is for models with attention: {path} has no cache and no limit")
@@ -647,17 +686,67 @@ def run(args:argparse.Namespace) -> None:
 
 def print_likelihood(args:argparse.Namespace, model:H3LM, tokenizer:Tokenizer, length:int|None
                      ) -> None:
-  "--score or --perplexity, in windows of the length that the model was trained on."
+  "--score or --perplexity."
+  window, stride = windows(args, model, length)
+  if args.score is not None: return print_score(model, tokenizer, args.score, args.shots, window)
+  print_perplexity(model, tokenizer, args.perplexity, window, stride, args.text_key)
+
+def windows(args:argparse.Namespace, model:H3LM, length:int|None) -> tuple[int, int]:
+  "Size of the windows, by default the length that the model was trained on, and how far apart."
   most = model.config.max_positions or math.inf
   window = args.window or min(most, length or model.config.max_length)
   if window > most:
     raise UserError(f"--window {window}: the model has learned positions for {most} tokens")
-  if args.score is not None: return print_score(model, tokenizer, args.score, args.shots, window)
   stride = args.stride or -(-window//2)
   if stride > window:
     raise UserError(f"--stride {stride} is longer than a window of {window}: tokens would be left "
                     "out")
-  print_perplexity(model, tokenizer, args.perplexity, window, stride, args.text_key)
+  return window, stride
+
+def print_comparison(args:argparse.Namespace) -> None:
+  "Prints how well several models predict the same text, each in windows of its own."
+  models = [read_model(name) for name in args.compare]
+  for path, tensors, meta, trained in models:
+    if meta.get("model") == "bigs" or any(k.startswith("bigs.") for k in tensors):
+      raise UserError(f"--compare: {path} is a masked model, which predicts no next token: leave it "
+                      "out")
+    if trained.get("task", "text") != "text":
+      raise UserError(f"--compare: {path} was trained on --task {trained['task']}: leave it out")
+  if args.perplexity is None: about, texts = held_out_texts(models[0])
+  else: about, texts = args.perplexity, texts_of(args.perplexity, args.text_key)
+  rows = []
+  for name, saved in zip(args.compare, models):
+    path, tensors, meta, trained = saved
+    model = h3_model(tensors, meta, str(path), dtype=args.dtype)
+    tokenizer = fitting_tokenizer(saved, model, meta.get("tokenizer") or args.tokenizer or "gpt2")
+    window, stride = windows(args, model, trained.get("length"))
+    nats, tokens, size, _ = likelihood(model, tokenizer, texts, window, stride)
+    millions = sum(p.numel() for p in get_state_dict(model).values()) / 1e6
+    rows.append([name, trained.get("model", "official"), f"{millions:.2f} M", meta.get("step", "-"),
+                 tokenizer.name, f"{window:,}", f"{nats/size/math.log(2):.4f}",
+                 f"{math.exp(nats/tokens):.4g}"])
+  print(f"{about}: {size:,} bytes")
+  print_table(["", "model", "parameters", "steps", "tokens", "window", "bits per byte",
+               "perplexity per token"], rows)
+
+HELD_OUT = 1 << 18                         # tokens of held-out text that --compare reads at most
+
+def held_out_texts(saved:SavedModel) -> tuple[str, list[str]]:
+  "The texts, or as much of them, that were held out when a model was trained, and a name for them."
+  path, _, meta, trained = saved
+  if "holdout" not in trained:
+    raise UserError(f"{path} does not say what text was held out: name a text with --perplexity")
+  data, tokenizer = trained.get("data"), make_tokenizer(meta["tokenizer"])
+  missing = [p for p in data or [] if not Path(p).exists()]
+  if missing: raise UserError(f"{missing[0]}, which {path} was trained on, is not there any more: "
+                              "name a text with --perplexity")
+  own = [path.with_name(name) for name in ("log.csv", "vocab.txt")]
+  tokens, ends = read_tokens(data, tokenizer, trained.get("text_key", TEXT_KEY), own)
+  begin = split(ends, trained["holdout"])
+  cuts = ends[ends > begin] - begin
+  held = np.split(tokens[begin:begin+HELD_OUT], cuts[cuts < HELD_OUT])
+  texts = [tokenizer.decode(ids).decode("utf-8", "ignore") for ids in held]
+  return f"what {path} held out", [text for text in texts if text]
 
 # a .safetensors file as the .pt that the authors' scripts load
 TO_PT = """import torch, safetensors.torch

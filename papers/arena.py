@@ -21,9 +21,9 @@ import argparse, functools, random, re, warnings
 from typing import Callable
 import numpy as np
 from tinygrad import Device
-from papers.grid import (UNVERIFIED, Column, Grid, Run, drawn_from, hold_out, label_task, print_table,
+from papers.grid import (UNVERIFIED, Column, Grid, Run, drawn_from, hold_out, label_task,
                          run_program, stack, to_float, train_all)
-from support.text import UserError, pad
+from support.text import UserError, pad, print_table
 from train import Task, number, task
 
 # ---- ListOps ------------------------------------------------------------------------------------

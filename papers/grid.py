@@ -24,7 +24,7 @@ from tinygrad import Device
 import train
 from support.checkpoints import CHECKPOINT
 from support.cpu import setup_device
-from support.text import Interrupt, Tokenizer, UserError, listed
+from support.text import Interrupt, Tokenizer, UserError, listed, print_table
 from support.training import PREVIOUS, check_writable, read_newest
 from train import Batch, Parser, Task, always, cross_entropy, duration, number, read_evals
 
@@ -131,11 +131,6 @@ def train_all(program:str, runs:list[Run], at_once:int) -> None:
     for process in training.values(): process.wait()
 
 # ---- its table and curves -----------------------------------------------------------------------
-
-def print_table(head:list[str], rows:list[list[str]]) -> None:
-  widths = [max(map(len, column)) for column in zip(head, *rows)]
-  for name, *cells in (head, *rows):
-    print(name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), sep="   ")
 
 def report(grid:Grid, cells:Cells, out:Path) -> None:
   "Prints the table with the paper's figures; writes table.csv, and with matplotlib curves.png."

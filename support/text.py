@@ -100,6 +100,12 @@ def paper_of(task:str) -> str|None:
   return next((f"papers/{file.name}" for file in sorted((ROOT/"papers").glob("*.py"))
                if f'@task("{task}",' in file.read_text("utf-8")), None)
 
+def print_table(head:list[str], rows:list[list[str]]) -> None:
+  "Prints columns as wide as they must be, the first to the left and the others to the right."
+  widths = [max(map(len, column)) for column in zip(head, *rows)]
+  for name, *cells in (head, *rows):
+    print(name.ljust(widths[0]), *map(str.rjust, cells, widths[1:]), sep="   ")
+
 def peak_memory() -> float:
   "Bytes of memory that this process has held at most; nan where the system does not say."
   try: import resource
