@@ -2345,19 +2345,23 @@ def hub(monkeypatch):
 def test_download_through_the_hub(hub, official, tmp_path):
   """By huggingface_hub in another process. Resumed where it broke off; refused, in one line which
   says what to do, where size or sha256 are not the released ones, or nothing is to be had. What is
-  there is taken from the cache, without a network; a folder of the cache serves as a model's."""
+  there is taken from the cache, without a network; a folder of the cache serves as a model's. Before
+  the hub is asked a line says so: without a network it is silent for long."""
   data = Hub.files["model.pt"]
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     closed = f"http://127.0.0.1:{s.getsockname()[1]}"
   cases = [(hub, "0", ("breaks", "whole", "short", "other", "none")),
-           (hub, "1", ("whole", "absent")), (closed, "0", ("absent",))]
+           (hub, "1", ("whole", "absent")), (closed, "0", ("whole", "absent",))]
   words = [str(len(data)), hashlib.sha256(data).hexdigest(), json.dumps(cases)]
   said = python(HUB_CASES, *words, HF_HUB_DISABLE_PROGRESS_BARS="1", XDG_CACHE_HOME=str(tmp_path),
                 HF_HOME=str(tmp_path/"hub"), HF_HUB_CACHE=str(tmp_path/"hub"/"hub"))
-  broken, whole, short, other, none, again, offline, no_server = said.splitlines()
+  repos = re.findall(r"^looking for danfu09/(\w+)/model.pt at http://127", said, re.M)
+  broken, whole, short, other, none, again, offline, kept, no_server = (
+    line for line in said.splitlines() if not line.startswith("looking for "))
+  assert repos == ["breaks", "whole", "short", "other", *["none"]*2, *["absent"]*4]
   path = Path(whole)
-  assert path.read_bytes() == Path(broken).read_bytes() == data and again == whole
+  assert path.read_bytes() == Path(broken).read_bytes() == data and again == kept == whole
   assert Hub.asked == [
     ("breaks", 0), ("breaks", 196_608), ("whole", 0), ("short", 0), ("other", 0)]
   assert "1,000 bytes where 334,301 are expected" in short and "has sha256" in other
@@ -3781,6 +3785,28 @@ def test_perplexity(done, tmp_path, printed):
   mean = whole.mean()
   perplexity = math.exp(mean)
   assert numbers == pytest.approx([perplexity, mean, perplexity, mean/math.log(2)], rel=1e-3)
+
+def test_compare(done, tmp_path, printed, rejected, monkeypatch):
+  "A row says of its model what --perplexity does, of a file or of what the first one held out."
+  short = another(done, tmp_path/"short", {"length": 8})
+  (tmp_path/"text.txt").write_text(TEXT[:90])
+  tokens = [*TEXT.encode(), BYTES.eot]
+  held = tokens[texts.split(np.array([len(tokens)]), 0.05):-1]
+  (tmp_path/"held.txt").write_bytes(bytes(held))
+  for command, text in ("--perplexity {tmp_path}/text.txt", "text"), ("", "held"):
+    _, head, *rows = printed(gen, f"--compare {done} {short} {command.format(tmp_path=tmp_path)}").splitlines()
+    assert head.split() == "model parameters steps tokens window bits per byte perplexity per token".split()
+    for model, window, row in zip((done, short), ("16", "8"), rows, strict=True):
+      alone = printed(gen, f"--model {model} --perplexity {tmp_path}/{text}.txt")
+      perplexity, bits = (re.search(rf"per {what} ([\d.]+)", alone)[1]
+                          for what in ("token: perplexity", r"byte:.*,"))
+      assert row.split() == [str(model), "hybrid", "0.01", "M", "8", "bytes", window, bits, perplexity]
+  monkeypatch.setattr(gen, "likelihood", None)            # refused before anything is computed
+  rejected(gen, f"--compare {done} {BIGS}/flax", "is a masked model")
+  save_official(str(tmp_path/"official.safetensors"), H3LM.from_pretrained(str(at(done))))
+  rejected(gen, f"--compare {tmp_path}/official.safetensors {done}", "name a text with --perplexity")
+  os.remove(json.loads(metadata(at(another(done, tmp_path/"gone", {"data": [str(tmp_path/"text.txt")]})))["args"])["data"][0])
+  rejected(gen, f"--compare {tmp_path}/gone", "text.txt", "is not there any more")
 
 def test_score(done, tmp_path, monkeypatch, printed):
   "Each choice's log p given the context; batched, cut from the left, with examples before."

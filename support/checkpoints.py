@@ -170,20 +170,26 @@ def download(name:str) -> Path:
   by_hand = f"or put {files} into a folder by hand, and name that in place of {name}"
   try:
     import huggingface_hub
-    get = huggingface_hub.hf_hub_download  # a lazy module: this sets the level of its log
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
   except ImportError:
     raise CheckpointError(f"to download {name} takes a package: pip install huggingface_hub; "
                           f"{by_hand}.") from None
+  def get(file:str) -> str:
+    "Its place in the cache: what was released does not change, the hub need not be asked."
+    kept = try_to_load_from_cache(release.repo, file)
+    if isinstance(kept, str): return kept
+    print(f"looking for {release.repo}/{file} at {endpoint}", file=sys.stderr, flush=True)
+    return hf_hub_download(release.repo, file)
   log = logging.getLogger("huggingface_hub")
   level = log.level
   log.setLevel(logging.ERROR)              # not a line for each of its attempts
   try:
-    path = Path(get(release.repo, release.file))
+    path = Path(get(release.file))
     if bigs:
-      get(release.repo, "config.json")
+      get("config.json")
       # only text needs the vocabulary
       with contextlib.suppress(OSError, huggingface_hub.errors.EntryNotFoundError):
-        get(release.repo, "vocab.txt")
+        get("vocab.txt")
   except Exception as e:           # the hub's own and its network layer's differ between releases
     why = str(e).strip().partition("\n")[0].rstrip(".:")
     raise CheckpointError(f"can't download {name} ({type(e).__name__}: {why}): try again, "
