@@ -2937,6 +2937,7 @@ with Interrupt(lambda: "last words") as interrupt:
   interrupt.waits = sys.argv[1] == "waits"
   print("begun", flush=True)
   pbkdf2_hmac("sha256", b"", b"", 10**9)
+sys.exit(interrupt.status)
 """
 
 def test_ctrl_c_in_native_code():
@@ -2945,6 +2946,7 @@ def test_ctrl_c_in_native_code():
     p = subprocess.Popen([sys.executable, "-c", NATIVE, how], cwd=HERE, text=True,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert p.stdout.readline() == "begun\n"
+    time.sleep(0.5)                                       # into the native code
     p.send_signal(signal.SIGINT)
     if how == "waits":
       said = p.stderr.readline() + p.stderr.readline()
@@ -2972,11 +2974,12 @@ class Terminal(io.StringIO):
 def test_waiting_tells_how_far(monkeypatch):
   """On a terminal a line that is written over and wiped at the end; else one that stays, if there
   are many kernels, the first time. Nothing if it is not new, or if nothing is compiled."""
+  fresh = np.random.default_rng()
   def said(stream:io.StringIO, kernels:int, new:bool=True) -> str:
     monkeypatch.setattr(sys, "stderr", stream)
     # never seen before: each holds a number of its own
     with texts.waiting("the test", new), Context(DEBUG=0):
-      xs = [Tensor(np.ones(3, np.float32)).realize() * float(normal(1)[0]) for _ in range(kernels)]
+      xs = [Tensor(np.ones(3, np.float32)).realize() * fresh.random() for _ in range(kernels)]
       if xs: Tensor.realize(*xs)
     return stream.getvalue()
   monkeypatch.setattr(texts.Kernels, "told", False)

@@ -22,7 +22,7 @@ from flashconv import capture, machine, overwrite
 from h3tiny import H3LM
 from support.checkpoints import (CHECKPOINT, CheckpointError, Weights, read_weights,
                                  save_checkpoint)
-from support.text import UserError, free_memory, peak_memory
+from support.text import UserError, free_memory, peak_memory, waiting
 
 Model = H3LM | BiGS
 Batch = tuple[np.ndarray, ...]
@@ -398,7 +398,8 @@ def estimate(run, before:float) -> int:
   def step(i): run.step(task.batch(i), run.hyper(i))
   run.announce()
   # the first two compile and capture
-  *compiling, one, two = (timed(step, i) for i in range(run.first, run.first + 4))
+  with waiting("the first step"):
+    *compiling, one, two = (timed(step, i) for i in range(run.first, run.first + 4))
   first_evaluation, evaluation = (timed(run.outputs, task.held_out[0]) for _ in range(2))
   a_step, steps = (one + two)/2, args.steps - run.first
   evaluations = -(-steps // args.eval_every)
