@@ -444,8 +444,8 @@ def read_lines(args:argparse.Namespace, head:str, n_texts:int|None) -> list[list
   return lines
 
 def print_answers(answers:Iterable[Iterable[list[Answer]]], n:int, end:str) -> None:
-  """Prints the n likeliest answers, one a line: the answer, a tab, its probability, a tab, the text;
-  and `end` after those to each text."""
+  """Prints the n likeliest answers, one a line: answer, tab, probability, tab, text. After those to
+  each text comes `end`."""
   for each in answers:
     for best in each:
       for text, p, about in best[:n]:
@@ -543,8 +543,8 @@ def parser() -> Parser:
   text.add_argument("--batch", metavar="N", type=number(int, 1), default=1,
                     help="continuations of each prompt; several texts are printed at the end")
   text.add_argument("--stop", metavar="TEXT", type=escaped,
-                    help="end before this text, which is not printed; \\n in it is a new line, \\t a "
-                    "tab, \\\\ a backslash")
+                    help="end before this text, which is not printed; \\n in it is a new line, \\t "
+                    "a tab, \\\\ a backslash")
   text.add_argument("--max-length", metavar="N", type=number(int, 1),
                     help="capacity of the attention layers' caches in tokens, prompt and "
                     "continuation (default: the model's, 2048 if it was given none)")
@@ -572,10 +572,11 @@ def parser() -> Parser:
                      "with a config.json beside it; the README has the two lines of PyTorch that "
                      "make a .pt of it")
   heads = p.add_argument_group(
-    "heads of BiGS models, in place of text", "For each TEXT, or else each line of --prompt-file or "
-    "of what is piped in: the answer, its probability and the text, with tabs between. In TEXT \\t is "
-    "a tab. Only classifiers are trained here, by papers/finetune.py; the others are for released "
-    "models.")
+    "heads of BiGS models, in place of text",
+    "For each TEXT, or else each line of --prompt-file or of what is piped in: the answer, its "
+    "probability and the text, with tabs between. A tab, in TEXT \\t, parts the texts of a line. Only "
+    "classifiers are trained here, by papers/finetune.py; the others are for models of the authors' "
+    "code.")
   for name, head in HEADS.items():
     heads.add_argument(f"--{name}", metavar="TEXT", nargs="*", type=escaped,
                        help=f"print {head.about}; a line is {head.line}")
@@ -681,8 +682,8 @@ def run(args:argparse.Namespace) -> None:
   read, generated, speed = print_text(
     model, tokenizer, prompts, args.tokens, args.stop, seed=args.seed, max_length=args.max_length,
     temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-  print(f"[{path}: {counted(read, 'token')} of prompt, {generated} generated, {speed:.0f} tokens/s, "
-        f"{peak_memory()/1e9:.2f} GB of memory at the peak]", file=sys.stderr)
+  print(f"[{path}: {counted(read, 'token')} of prompt, {generated} generated, "
+        f"{speed:.0f} tokens/s, {peak_memory()/1e9:.2f} GB of memory at the peak]", file=sys.stderr)
 
 def print_likelihood(args:argparse.Namespace, model:H3LM, tokenizer:Tokenizer, length:int|None
                      ) -> None:

@@ -21,7 +21,8 @@ Not here: several machines.
 from __future__ import annotations
 import time
 START = time.perf_counter()
-import argparse, collections, contextlib, csv, dataclasses, functools, json, math, os, re, shutil, sys
+import argparse, collections, contextlib, csv, dataclasses, functools, json, math, os, re, shutil
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
@@ -37,7 +38,7 @@ from h3tiny import H3Config, H3LM
 from support.checkpoints import (CHECKPOINT, CheckpointError, bigs_model, find, h3_model,
                                  read_weights)
 from support.text import (TEXT_KEY, TOKENIZERS, Interrupt, Parser, Tokenizer, UserError, command,
-                          is_jsonl, make_tokenizer, near, number, paper_of, peak_memory,
+                          counted, is_jsonl, make_tokenizer, near, number, paper_of, peak_memory,
                           read_tokens, shown, split, waiting)
 from support.training import (MASKED, PRECISIONS, PREVIOUS, AdamW, Batch, CarriedState, Feed,
                               Gradients, LossScale, Model, Saved, Step, accumulated,
@@ -162,7 +163,7 @@ class Windows:
                       f"{' or '.join(cures)}")
     name = ", ".join(args.data) if args.data else "Python's standard library"
     kind = "text" if any(is_jsonl(Path(p)) for p in args.data or ()) else "file"
-    self.about = f"{name}: {len(ends):,} {kind}{'s'*(len(ends) != 1)}, {parts} ({args.tokenizer})"
+    self.about = f"{name}: {counted(len(ends), kind)}, {parts} ({args.tokenizer})"
 
   def enough(self, ends:np.ndarray, args:Namespace) -> Iterator[str]:
     "Yields the options with which a window would fit into both parts."
@@ -448,7 +449,7 @@ def parser(program:str, task:str) -> Parser:
   add("--save-every N", positive, None, "steps between checkpoints (default: as --eval-every)")
   add("--log-every N", positive, None, "steps between lines where stdout is no terminal (default: "
       "a 20th of --steps)")
-  add("--sample N", whole, 300, "tokens to generate at the end; of other tasks 0 leaves the sample out")
+  add("--sample N", whole, 300, "tokens to generate at the end; 0: no sample, of any task")
   add("--sample-every N", positive, None, "steps between samples (default: at the end only)")
   add("--log FILE", str, None, "table of losses (default: log.csv in --out)")
   add("--plot FILE", str, None, "picture of them: .png, .svg or .pdf (default: loss.png in --out)")
@@ -1013,7 +1014,7 @@ class Run:
     print(f"{self.title}, on {where}{'' if FLASH else ' without custom kernels (FLASH=0)'}")
     print(self.task.about)
     rows, length = self.task.batch(self.first)[0].shape
-    text = f"{args.steps} step{'s'*(args.steps != 1)} of {rows} x {length} = {rows*length:,} tokens"
+    text = f"{counted(args.steps, 'step')} of {rows} x {length} = {rows*length:,} tokens"
     if args.accumulate > 1: text += f" in {args.accumulate} parts"
     if args.truncate: text += f", the gradient within {args.truncate}"
     if args.dtype != "float32": text += f", in {args.dtype}"

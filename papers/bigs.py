@@ -28,7 +28,7 @@ from bigs_tiny import BiGS, BiGSConfig, filters
 from papers.grid import COLORS, UNVERIFIED, Column, Grid, panels, show_rows, run_program
 from support.checkpoints import CheckpointError, find
 from support.cpu import setup_device
-from support.text import Interrupt, UserError, pad
+from support.text import Interrupt, UserError, counted, pad
 from train import Parser, Task, cross_entropy, is_causal, make_eval, number, task
 
 # ---- subject-verb agreement ---------------------------------------------------------------------
@@ -137,7 +137,7 @@ def agreement_task(args:argparse.Namespace) -> Task:
               unit=f"bits per {'word' if causal else 'verb'}", forward=forward, metrics=metrics,
               head="mlm", sample=sample)
 
-def attractors(n:int) -> str: return f"{n} attractor{'s'*(n != 1)}"
+def attractors(n:int) -> str: return counted(n, "attractor")
 
 # ---- the ablation -------------------------------------------------------------------------------
 

@@ -25,9 +25,9 @@ from support.text import Table, UserError, listed, pad, read_tsv, text_row
 from train import SIZES, Task, task, text_options, tokenizer
 
 RATE, EPOCHS = 2e-5, 3                            # with --init: GLUE's recipe
-# A narrower model learns too little at that rate: it takes this share of --size's. Right of 400 lines,
-# code or prose, after 3 epochs of 1,000, masked models of bytes of width 64: 63 % at 2e-5, 91 at 3e-4,
-# 95 at 1e-3 and 3e-3; of width 128: 84 at 2e-5, 90 at 2e-4, 94 at 7e-4
+# A narrower model learns too little at that rate: it takes this share of --size's. Of 400 lines, code
+# or prose, after 3 epochs of 1,000, masked models of bytes of width 64 got 63 % right at 2e-5, 91 at
+# 3e-4, 95 at 1e-3 and 3e-3; of width 128 84 at 2e-5, 90 at 2e-4, 94 at 7e-4, 95 at 2e-3
 NARROW, SHARE = 512, 1/3
 
 def find_classes(table:Table, path:str) -> list[str]|None:
@@ -82,8 +82,8 @@ def classify_task(args:argparse.Namespace) -> Task:
     raise UserError(f"{where}: the label {text[:40]!r} does not occur in {path} (its labels: "
                     f"{listed(classes)})")
   def to_rows(table, path):
-    return stack([(*pad(text_row(tok, texts, L), L, tok.pad), to_label(label, f"{path} line {line}"))
-                  for label, texts, line in zip(*table)])
+    return stack([(*pad(text_row(tok, texts, L), L, tok.pad),
+                   to_label(label, f"{path} line {line}")) for label, texts, line in zip(*table)])
   def describe(row):
     parts = np.split(row, np.flatnonzero(row == tok.sep))
     return " | ".join(tok.decode(part).decode("utf-8", "replace") for part in parts[:-1])

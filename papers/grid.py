@@ -24,7 +24,7 @@ from tinygrad import Device
 import train
 from support.checkpoints import CHECKPOINT
 from support.cpu import setup_device
-from support.text import Interrupt, Tokenizer, UserError, listed, print_table
+from support.text import Interrupt, Tokenizer, UserError, counted, listed, print_table
 from support.training import PREVIOUS, check_writable, read_newest
 from train import Batch, Parser, Task, always, cross_entropy, duration, number, read_evals
 
@@ -154,7 +154,7 @@ def report(grid:Grid, cells:Cells, out:Path) -> None:
   print()
   print_table(["", *grid.rows], [*table, ["minutes a seed", *minutes]])
   one_core = "; a run has one core"*(Device.DEFAULT == "CPU")
-  print(f"the mean of {seeds} seed{'s'*(seeds > 1)} (least-most) [the paper's]{one_core}",
+  print(f"the mean of {counted(seeds, 'seed')} (least-most) [the paper's]{one_core}",
         flush=True)
   with open(out/"table.csv", "w", newline="") as f:
     csv.writer(f).writerows([CSV_COLUMNS, *lines])
@@ -190,7 +190,7 @@ def plot_curves(grid:Grid, cells:Cells, path:Path) -> None:
 # ---- a program's command line -------------------------------------------------------------------
 
 def show(program:str, default:str, argv:list[str]) -> int:
-  """The command line of --show: a few held-out rows with the answers of the model in a run's folder.
+  """The command line of --show: held-out rows with the answers of the model in a run's folder.
   Other options stand over those that it was trained with, --data where the file has moved."""
   parser = Parser(prog=program)
   parser.add_argument("--show", metavar="DIR", required=True)
@@ -207,13 +207,14 @@ def show(program:str, default:str, argv:list[str]) -> int:
 
 def run_program(program:str, about:str, grid:Grid|None, default:str, argv:list[str]|None=None,
                 then:Callable|None=None) -> int:
-  """With --reproduce trains the grid, with --show shows what a model does; else trains one model, by
+  """With --reproduce trains the grid, with --show shows what a model does, else trains one model by
   train.py's options and the tasks' own.
 
   about: what --help begins with. default: the task where the command line names none. then: what
   follows the table, given the grid's folder."""
   argv = sys.argv[1:] if argv is None else argv
-  if {"-h", "--help"} & {*argv}: print(about)
+  if {"-h", "--help"} & {*argv}:
+    print(f"{about}\nAlso: --show DIR, held-out rows with the answers of the model in a folder\n")
   if argv[:1] == ["--show"]: return show(program, default, argv)
   if "--reproduce" not in argv or grid is None: return train.main(argv, program, default)
   parser = Parser(prog=program)
@@ -227,7 +228,7 @@ def run_program(program:str, about:str, grid:Grid|None, default:str, argv:list[s
     at_once = Device["CPU"].renderer.global_max[0] if Device.DEFAULT == "CPU" else 1
     out = Path(args.out) / grid.name
     print(f"{grid.title}\n{grid.about}\n"
-          f"{len(grid.rows)} models, {args.seeds} seed{'s'*(args.seeds > 1)}, {at_once} at a time, "
+          f"{len(grid.rows)} models, {counted(args.seeds, 'seed')}, {at_once} at a time, "
           f"into {out}; stopped, it goes on with the same command", flush=True)
     try:
       check_writable(out)

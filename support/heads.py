@@ -95,7 +95,7 @@ def ask(model:BiGS, tok:Tokenizer, name:str, lines:list[list[str]], length:int, 
   answer first.
 
   length: of the rows, as in training; longer texts lose their end. typed: whether the second text
-  of a row is of token type 1, as in the authors' code. Raises UserError if logits are not finite."""
+  of a row is of token type 1, as in the authors' code. UserError if logits are not finite."""
   head, asked = HEADS[name], []
   for texts in lines:
     parts = [[texts[0], choice] for choice in texts[1:]] if name == "choose" else [texts]

@@ -639,7 +639,7 @@ def read_tsv(path:str, columns:str|None=None, n_texts:int|None=None) -> Table:
   for i, cells in rows:
     fits = len(cells) == width
     if not fits or not all(cells[j].strip() for j in at[1:]):
-      has = f"{len(cells)} column{'s'*(len(cells) != 1)}{' and an empty text'*fits}"
+      has = f"{counted(len(cells), 'column')}{' and an empty text'*fits}"
       raise UserError(f"{path} line {i} has {has}: a line is {a_line}; --columns names others, "
                       "in CoLA's files 2,4")
   labels = [cells[at[0]].strip() for _, cells in rows]
