@@ -3896,7 +3896,7 @@ def test_mlm_learns_goes_on_longer_and_fills(tmp_path, printed, rejected):
   printed(gen, f"{ask} мир[MASK][MASK]é")                 # bytes that are no characters
   rejected(gen, f"{ask} 'no mask'", "wants a text with [MASK]")
   rejected(gen, f"{ask} [MASK]{'x'*99}", "positions for 48")
-  rejected(gen, f"--model {model} --prompt x", "ask it with --fill")
+  rejected(gen, f"--model {model} --prompt x", "use it by", "--fill")
 
 def test_figures_count_what_a_batch_holds(tmp_path, instant, monkeypatch, printed):
   """Tokens a second are the batch's, not --length times --batch; the loss held out is the mean over

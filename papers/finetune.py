@@ -45,7 +45,8 @@ def find_classes(table:Table, path:str) -> list[str]|None:
   classes = sorted(set(labels), key=by_value)
   if len(classes) < 2:
     raise UserError(f"{path}: every line has the label {classes[0]!r}: nothing to learn")
-  if len(classes) > max(10, len(labels)/2) or len(classes) > len({first for first, *_ in texts}):
+  different = len({first for first, *_ in texts})
+  if len(classes) > max(10, len(labels)/2) or len(classes) > max(2, different):
     raise UserError(f"{path} has {len(classes):,} labels in {len(labels):,} lines, the first "
                     f"{labels[0][:40]!r}: is that a text? --columns says which columns are which, "
                     "2,1 for text, tab, label")
