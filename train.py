@@ -96,8 +96,9 @@ def task(name:str, about:str, causal:bool|None, options:Callable|None=None, **de
   """Registers a task; decorates the function that makes it from the options, `args -> Task`.
 
   about: one phrase for --help. causal: whether its models are causal (True), bidirectional (False)
-  or, as --model says, either (None). defaults: of any option, over the parser's. options: adds options of its own with
-  the function it is given, see `option_adder`; with fixed=True --resume can't change them.
+  or, as --model says, either (None). defaults: of any option, over the parser's. options: adds
+  options of its own with the function it is given, see `option_adder`; with fixed=True --resume
+  can't change them.
 
   The function may set args' steps, warmup, lr, init_std and length, where they are None still.
 

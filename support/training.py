@@ -1,8 +1,9 @@
 """Surrounds the plain training step of train.py, so that it can stay plain.
 
 From top to bottom: the optimizer and its two kernels; what wraps the plain step or takes the place
-of one of its stages (half precision, several devices, parts, truncation, gradient checkpointing); what a
-run will take in memory and time; and what keeps a run alone in its folder and its checkpoints whole.
+of one of its stages (half precision, several devices, parts, truncation, gradient checkpointing);
+what a run will take in memory and time; and what keeps a run alone in its folder and its
+checkpoints whole.
 """
 from __future__ import annotations
 import contextlib, functools, itertools, json, math, os, re, sys, time
@@ -363,7 +364,7 @@ def gradient_checkpointing(model:H3LM, params:list[Tensor], loss_of:Callable) ->
 # ---- what a run will take -----------------------------------------------------------------------
 
 STATE = 16            # bytes a parameter: itself, its gradient, two moments, in float32
-KEPT = 16             # float32 that a step keeps a token, layer and channel, at least: 23 to 55 seen
+KEPT = 16             # float32 that a step keeps a token, layer and channel, at least; seen: 23-55
 
 def duration(seconds:float) -> str: return str(timedelta(seconds=round(seconds)))
 
@@ -384,8 +385,8 @@ def check_memory(args:Namespace, shape:tuple[int, int], vocab_size:int, start:Sa
   smaller = "--size, --d-model or --n-layer"
   if state < free: smaller = "--batch, --length or --size, or a larger --accumulate"
   raise UserError(f"a step takes more than {size(state + kept)}, {size(state)} of it for about "
-                  f"{n/1e6:,.0f} M parameters with their gradients and moments, and {size(free)} of "
-                  f"memory are free: take a smaller {smaller}")
+                  f"{n/1e6:,.0f} M parameters with their gradients and moments, and {size(free)} "
+                  f"of memory are free: take a smaller {smaller}")
 
 def estimate(run, before:float) -> int:
   """Tries four steps and an evaluation of train.py's Run; prints what the whole of it will take.
