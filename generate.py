@@ -6,7 +6,7 @@
   echo "import os" | python generate.py --model out/checkpoint.safetensors
   python generate.py --model 1.3B --dtype bfloat16    a released model, downloaded once, in bfloat16
   python generate.py --perplexity book.txt            how well a model predicts a text
-  python generate.py --compare out long 355M --perplexity book.txt       how well each of several does
+  python generate.py --compare out book --perplexity book.txt          several models, in a table
   python generate.py --score questions.jsonl          multiple choice by likelihood
   python generate.py --export h3/model.safetensors    the model as the authors' code reads it
   python generate.py --fill "for i in [MASK](10):"    what a masked model puts there
@@ -552,8 +552,9 @@ def parser() -> Parser:
   scores.add_argument("--perplexity", metavar="FILE",
                       help="print the perplexity of a text, per token and per byte")
   scores.add_argument("--compare", metavar="PATH", nargs="+",
-                      help="print a table of how well several models, as in --model, predict the "
-                      "same text: that of --perplexity, else what the first one's training held out")
+                      help="print a table of how well several models, named as in --model, predict "
+                      "the same text: that of --perplexity, else what the first one's training held "
+                      "out")
   scores.add_argument("--score", metavar="FILE",
                       help="print how often the right choice is the likeliest one; a line of the "
                       f"file is {QUESTION}")
@@ -709,8 +710,8 @@ def print_comparison(args:argparse.Namespace) -> None:
   models = [read_model(name) for name in args.compare]
   for path, tensors, meta, trained in models:
     if meta.get("model") == "bigs" or any(k.startswith("bigs.") for k in tensors):
-      raise UserError(f"--compare: {path} is a masked model, which predicts no next token: leave it "
-                      "out")
+      raise UserError(f"--compare: {path} is a masked model, which predicts no next token: leave "
+                      "it out")
     if trained.get("task", "text") != "text":
       raise UserError(f"--compare: {path} was trained on --task {trained['task']}: leave it out")
   if args.perplexity is None: about, texts = held_out_texts(models[0])

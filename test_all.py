@@ -2941,7 +2941,7 @@ sys.exit(interrupt.status)
 """
 
 def test_ctrl_c_in_native_code():
-  "It is heard in another thread: the process ends, or where it waits says so, and a second ends it."
+  "It is heard in another thread: the process ends, or, where it waits, says so; a second ends it."
   for how in ("at once", "waits"):
     p = subprocess.Popen([sys.executable, "-c", NATIVE, how], cwd=HERE, text=True,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -2956,7 +2956,7 @@ def test_ctrl_c_in_native_code():
 
 @pytest.mark.parametrize("value,saved", ((1, True), (math.nan, False)))
 def test_stop_compiles_no_evaluation(value, saved, again, tmp_path, monkeypatch):
-  "Ctrl-C before the first evaluation: it looks at the weights, not at a loss; what blew up stays out."
+  "Ctrl-C before the first evaluation: the weights are looked at, no loss; what blew up stays out."
   def interrupted(self, step):
     trained(self, step)
     if step == 1:
@@ -3797,8 +3797,9 @@ def test_compare(done, tmp_path, printed, rejected, monkeypatch):
   held = tokens[texts.split(np.array([len(tokens)]), 0.05):-1]
   (tmp_path/"held.txt").write_bytes(bytes(held))
   for command, text in ("--perplexity {tmp_path}/text.txt", "text"), ("", "held"):
-    _, head, *rows = printed(gen, f"--compare {done} {short} {command.format(tmp_path=tmp_path)}").splitlines()
-    assert head.split() == "model parameters steps tokens window bits per byte perplexity per token".split()
+    command = f"--compare {done} {short} {command.format(tmp_path=tmp_path)}"
+    _, head, *rows = printed(gen, command).splitlines()
+    assert re.split("  +", head)[-2:] == ["bits per byte", "perplexity per token"]
     for model, window, row in zip((done, short), ("16", "8"), rows, strict=True):
       alone = printed(gen, f"--model {model} --perplexity {tmp_path}/{text}.txt")
       perplexity, bits = (re.search(rf"per {what} ([\d.]+)", alone)[1]
@@ -3808,8 +3809,8 @@ def test_compare(done, tmp_path, printed, rejected, monkeypatch):
   rejected(gen, f"--compare {done} {BIGS}/flax", "is a masked model")
   save_official(str(tmp_path/"official.safetensors"), H3LM.from_pretrained(str(at(done))))
   rejected(gen, f"--compare {tmp_path}/official.safetensors {done}", "name a text with --perplexity")
-  os.remove(json.loads(metadata(at(another(done, tmp_path/"gone", {"data": [str(tmp_path/"text.txt")]})))["args"])["data"][0])
-  rejected(gen, f"--compare {tmp_path}/gone", "text.txt", "is not there any more")
+  another(done, tmp_path/"gone", {"data": [f"{tmp_path}/no.txt"]})
+  rejected(gen, f"--compare {tmp_path}/gone", "no.txt", "is not there any more")
 
 def test_score(done, tmp_path, monkeypatch, printed):
   "Each choice's log p given the context; batched, cut from the left, with examples before."
@@ -4369,9 +4370,11 @@ def test_reproduce(tmp_path, untrained, capsys):
   small = grid.Grid("small", "title", "about", rows, columns, seeds=2)
   argv = ["--reproduce", "--out", str(tmp_path)]
   reproduce = lambda: grid.run_program("papers/x.py", "", small, "", argv)
-  for _ in range(2):
+  for told in ("A, x, seed 1: begins", "A, x, seed 1: 1 step in 0:00:06"), (
+      "A, x, seed 1: 1 step in 0:00:06, before",):
     assert reproduce() == 0
     out = capsys.readouterr().out
+    assert {*told} <= {*out.splitlines()} and out.count(", seed 1: ") == 2*len(told)
     for line in (r"^ +A +B$", r"^x +37\.5 \(25\.0-50\.0\) \[99\] +37\.5 \(",
                  r"^minutes a seed +0\.1 +0\.1$"):
       assert re.search(line, out, re.M), out

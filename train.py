@@ -1150,7 +1150,8 @@ class Run:
     if self.saved is None: return "nothing saved"
     saved = f"the checkpoint is that of step {self.saved}"
     if self.saved == done: saved = f"saved {self.path}"
-    return f"{saved}\ngo on with: {command(self.program, '--resume', '--out', shown(self.args.out))}"
+    again = command(self.program, "--resume", "--out", shown(self.args.out))
+    return f"{saved}\ngo on with: {again}"
 
   def stopped_at_once(self) -> str:
     nothing_lost = " before a step was done"*(len(self.log.rows) == self.log.resumed)

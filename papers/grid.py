@@ -72,7 +72,7 @@ class Run:
   def minutes(self) -> float: return float(self.meta["seconds"]) / 60
 
   def took(self) -> str:
-    return f"{int(self.meta['step']):,} steps in {duration(60*self.minutes())}"
+    return f"{counted(int(self.meta['step']), 'step')} in {duration(60*self.minutes())}"
 
 Cells = dict[tuple[str, str], list[Run]]          # (row, column): a run for each seed
 

@@ -14,7 +14,7 @@ import numpy as np
 from tinygrad import Tensor
 from bigs_tiny import BiGS
 from flashconv import capture
-from support.text import Tokenizer, UserError, pad, text_row
+from support.text import Tokenizer, UserError, pad, text_row, waiting
 
 AT_ONCE = 16             # rows that go through a model together
 LONGEST = 30             # tokens of a span, as in the usual evaluation of SQuAD
@@ -110,7 +110,8 @@ def ask(model:BiGS, tok:Tokenizer, name:str, lines:list[list[str]], length:int, 
   for i in range(0, len(rows), batch):
     which = np.minimum(np.arange(i, i + batch), len(rows) - 1)       # the last one fills a batch up
     some = (Tensor(x[which].astype(np.int32)).realize() for x in (tokens, mask, types))
-    logits.append([x.numpy().copy() for x in graph(*some)])
+    with waiting("the first answer", i == 0): made = graph(*some)
+    logits.append([x.numpy().copy() for x in made])
   outputs = [np.concatenate(parts) for parts in zip(*logits)]
   if not all(np.isfinite(x).all() for x in outputs):
     raise UserError("the model's logits are not finite: its weights are damaged, or its training "

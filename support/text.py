@@ -1,4 +1,5 @@
-"""Text: files of it to strings and tokens, the tokenizers, and what command lines share.
+"""Text: files of it to strings and tokens, the tokenizers, and what command lines share: options,
+what is told while there is nothing to show, and Ctrl-C.
 
   for document in documents("book.txt.gz"): ...      each text of a file, piece by piece
   tokens, ends = read_tokens(["book.txt", "notes/"], ByteTokenizer())
