@@ -398,12 +398,15 @@ def parser(program:str, task:str) -> Parser:
   add("--model NAME", str, None,
       f"causal; transformer and s4d also bidirectional, as the task wants:\n{lines(CAUSAL)}"
       f"bidirectional:\n{lines(BIDIRECTIONAL)}", choices=[*CAUSAL, *BIDIRECTIONAL])
-  add("--size", str, "small", "sets --d-model, --n-layer, --n-heads and --lr", choices=SIZES)
+  def size(s): return f"width {s.d_model}, layers {s.n_layer}, heads {s.n_heads}, rate {s.lr:g}"
+  sizes = lines({name: size(s) for name, s in SIZES.items()})
+  add("--size NAME", str, "small", f"sets --d-model, --n-layer, --n-heads and --lr:\n{sizes}",
+      choices=SIZES)
   add("--d-model N", positive, None, "width (default: by --size)")
   add("--n-layer N", positive, None, "layers (default: by --size)")
   add("--n-heads N", positive, None, "attention heads (default: by --size)")
-  add("--attn-layers I,J", layer_list, None, "layers that are attention, from 0 (default: by "
-      "--model)")
+  add("--attn-layers I,J", layer_list, None, "layers that are attention, from 0, or none (default: "
+      "of a hybrid the middle one, of 8 layers or more two)")
   add("--rotary-dim N", whole, None, "rotated dimensions of an attention head; 0: no positions "
       "(default: all in a transformer, else 0)")
   add("--max-positions N", whole, 0, "learned positions, the longest text then; 0: none")
