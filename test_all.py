@@ -4108,6 +4108,10 @@ def test_classifier_is_asked(tmp_path, instant, monkeypatch, printed, rejected):
   with open(file) as f:
     monkeypatch.setattr(sys, "stdin", f)
     assert printed(gen, ask) == 2*once
+  # a narrow model goes on at a rate that it learns at, not at GLUE's
+  args, _ = train.resolve_args(["--task", "classify", "--init", str(out), "--data", data])
+  finetune.classify_task(args)
+  assert args.lr == pytest.approx(1e-3)
 
 # options for a model of the authors' with a head, and what is printed: see test_heads_are_asked
 P = lambda *logits: f"{np.exp(logits[0]) / np.exp(logits).sum():.4f}"
