@@ -996,6 +996,18 @@ opencl.clGetDeviceInfo(opened.cl_dev, opencl.CL_DEVICE_TYPE, 8, ctypes.byref(kin
 assert kind.value & opencl.CL_DEVICE_TYPE_CPU
 """
 
+FILLS = """
+import numpy as np
+from support.checkpoints import filled
+from tinygrad import dtypes
+print(filled(np.frombuffer(bytes(range(8)), np.uint8), dtypes.uchar).numpy().tolist())
+"""
+
+def test_read_only_weights_on_opencl():
+  "A checkpoint is mapped: its bytes can't be written, and OpenCL is sent a copy."
+  if own_process("-c", IS_CPU, DEV="").returncode: pytest.skip("there is no OpenCL for this CPU")
+  assert own_process("-c", FILLS, DEV="CL").stdout == "[0, 1, 2, 3, 4, 5, 6, 7]\n"
+
 @on_cpu
 def test_cpu_is_not_used_through_opencl(tmp_path):
   "DEV says which of the two; else it is the CPU device, if there is a compiler. As where PoCL is."

@@ -853,7 +853,10 @@ def narrowed(x:np.ndarray, dtype:str) -> np.ndarray:
 def filled(x:np.ndarray, dtype:DType=dtypes.float, device:str|None=None) -> Tensor:
   "A Tensor of an array of this type, in one copy: Tensor(x) would hold two for a while."
   new = Tensor.empty(*x.shape, dtype=dtype, device=device)
-  source = Buffer("NPY", x.size, dtype, opaque=np.ascontiguousarray(x))
+  x = np.ascontiguousarray(x)
+  # a mapped file; tinygrad sends a GPU only what might be written
+  if not x.flags.writeable and not new.device.startswith("CPU"): x = x.copy()
+  source = Buffer("NPY", x.size, dtype, opaque=x)
   new._buffer().ensure_allocated().copy_from(source)
   return new
 
