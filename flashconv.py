@@ -36,8 +36,9 @@ from tinygrad import Device, Tensor, TinyJit, UOp, dtypes, tensor
 from tinygrad.codegen import to_program
 from tinygrad.dtype import AddrSpace, strong_dtype
 from tinygrad.engine.realize import capturing
-from tinygrad.helpers import Context, ContextVar, Target, prod
-from tinygrad.renderer import cstyle
+from tinygrad.helpers import MAX_KERNEL_BUFFERS, Context, ContextVar, Target, prod
+from tinygrad.renderer import Renderer, cstyle
+from tinygrad.schedule.rangeify import DEVICE_MAX_BUFS
 from tinygrad.uop.ops import (AxisType, KernelInfo, Ops, ParamArg, PatternMatcher, UPat,
                               graph_rewrite, shape_to_shape_arg)
 
@@ -228,6 +229,10 @@ class ConvSpec(NamedTuple):
   def buffer_shape(self, shape:Shape, M:int) -> Shape:
     "The shape of a buffer to store to. A CPU's columns end where the rows end: `Group.borders`."
     return self.layout.buffer_shape(shape, M if self.machine.gpu else 1)
+  @property
+  def buffers(self) -> int:
+    "The number of buffers of the backward kernel, which has the most."
+    return len(self.gradients) + 2 + len(self.names)
 
 def named(names:Sequence[str], buffers:Sequence[Tensor|UOp]) -> ConvArgs:
   return ConvArgs(**dict(zip(names, buffers)))
@@ -239,6 +244,10 @@ def conv_one_launch(args:ConvArgs, N:int, finish:Finish=Finish(False), layout:ty
   shape, m = args.u.shape, machine(args.k.device)
   if shape[0]*shape[1]*N < ONE_CORE: m = m._replace(cores=1)
   spec = ConvSpec(names, m, finish, layout or RowPairs)
+  gates = args.v, args.q
+  if any(x is not None for x in gates) and spec.buffers > m.buffers:       # with plain products
+    w = args.u if args.v is None else args.u*args.v
+    return finish.y(conv_one_launch(ConvArgs(args.k, w, args.D), N), args.q)
   roots = roots_of_unity(RADIX, N//RADIX, args.k.device)
   y, = launch(bound(conv_kernel, spec=spec), [spec.buffer_shape(shape, N//RADIX)],
               [roots, *(x for x in args if x is not None)], bound(conv_backward, spec=spec))
@@ -268,7 +277,8 @@ def conv_backward(dy:Tensor, y:Tensor, roots:Tensor, *args:Tensor, spec:ConvSpec
 #   stores.end(i)            the loop ends behind these stores: after(stores.end(i)) is outside
 #   UOp.group(*stores)       all of these stores
 #   group.barrier()          an explicit barrier, needed where threads write what others may still
-#                            be *reading*: tinygrad puts one only where they read what was written
+#                            be *reading*: tinygrad puts one only where they read what was written,
+#                            and at the end of a loop
 #   UOp.special(n, "lidx0")  the number of a GPU's thread; "gidx0" that of its work group
 # So each stage below uses `mem.after(*done)`, and leaves in `done` what the next has to wait for.
 # A loop that holds stages is an AxisType.REDUCE: of a LOOP that ends in stores to global memory
@@ -702,12 +712,15 @@ def roots_of_unity(R:int, S:int, device:str) -> Tensor:
 # cache. Then `Real` took a third off the arithmetic: 8 ms at L=1024.
 RADIX = 8
 
+NO_LIMIT = sys.maxsize
+
 class Machine(NamedTuple):
   "Properties of a device's renderer that the kernels depend on; its name is never asked."
   gpu: bool                          # threads, shared memory and barriers; else loops
   cores: int                         # threads of a CPU that share the outermost loop
   shared: int                        # bytes of shared memory
   has_sub: bool                      # renders a - b
+  buffers: int = NO_LIMIT            # that a kernel may have; WebGPU's few are why this is here
   lanes: int = 4                     # floats in a CPU's vector register,
   registers: int = 16                # and how many of those it has
 
@@ -715,9 +728,13 @@ VECTORS: dict[str, int] = {}         # lanes and registers, where support/cpu.py
 
 @functools.cache
 def machine(device:str|tuple[str, ...]) -> Machine:
-  r = Device[device if isinstance(device, str) else device[0]].renderer
+  return machine_of(Device[device if isinstance(device, str) else device[0]].renderer)
+
+def machine_of(r:Renderer) -> Machine:
   cores = r.global_max[0] if r.has_threads else 1
-  return Machine(r.has_local, cores, r.shared_max, Ops.SUB in r.code_for_op, **VECTORS)
+  # tinygrad keeps this limit in a table; the device itself is not asked
+  buffers = MAX_KERNEL_BUFFERS.value or DEVICE_MAX_BUFS.get(r.target.device, NO_LIMIT)
+  return Machine(r.has_local, cores, r.shared_max, Ops.SUB in r.code_for_op, buffers, **VECTORS)
 
 def _cores(n:int, axis:int) -> tuple[UOp, UOp]:
   """A range that the cores of a CPU share, and its index; axis: the range's number.
@@ -850,7 +867,8 @@ def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None
   state = states[0] if states else None
   rows = {name: x for name, x in zip("uvq", (u, v, q)) if x is not None}
   M = A[0].shape[1]
-  spec = walk_spec(tuple(rows), u, 2*M, chunk) if kernels_serve(*tensors) else None
+  spec = None
+  if kernels_serve(*tensors): spec = walk_spec(tuple(rows), machine(u.device), u.shape, 2*M, chunk)
   if spec is None: return ssm_conv_ref(u, A, B, C, D, v, q, state, chunk)
 
   shape = spec.B, spec.H, spec.S
@@ -905,10 +923,10 @@ class WalkSpec(NamedTuple):
     "Where the final states stand in the output, behind y: at a multiple of 64, for vector loads."
     return -(-self.B*self.H*self.L//64)*64
 
-def walk_spec(names:tuple[str, ...], u:Tensor, S:int, chunk:int|None) -> WalkSpec|None:
+def walk_spec(names:tuple[str, ...], m:Machine, shape:Shape, S:int, chunk:int|None
+              ) -> WalkSpec|None:
   "Chunks as large as shared memory allows; None where no kernel serves."
-  B, H, L = u.shape
-  m = machine(u.device)
+  B, H, L = shape
   c = min(chunk or CHUNK, 128, L)
   R = 8 if m.gpu else 32
   def fits(c:int) -> bool:
@@ -917,6 +935,7 @@ def walk_spec(names:tuple[str, ...], u:Tensor, S:int, chunk:int|None) -> WalkSpe
     return not m.gpu or 4*(2*rows + sums) <= m.shared
   while c > 1 and not fits(c): c //= 2
   if not fits(c) or (m.gpu and S > WALK_THREADS): return None     # a thread has a single column
+  if 12 + 2*len(names) > m.buffers: return None                   # those of the backward kernel
   if B*H*L*4 < ONE_CORE: m = m._replace(cores=1)
   return WalkSpec(names, m, B, H, L, S, c, min(R, -(-L//c)))
 
@@ -1171,8 +1190,11 @@ class Walk(Workers):
     uneven = WALK_THREADS % cols > 0
     def row(first:int) -> tuple[UOp, UOp|None]:
       r, ok = self.t//cols + first, None
-      if uneven or first + workers > rows: ok = (r < rows) & (self.t < workers*cols)
-      return r.minimum(rows-1), ok
+      if uneven or first + workers > rows:
+        ok = (r < rows) & (self.t < workers*cols)
+        # what stands in the row of another thread is not even read: it may be writing it
+        r = r.valid(ok)
+      return r, ok
     def columns(body:Callable) -> UOp:
       return UOp.group(*body(self.t % cols, 0))
     return Tile([row(first) for first in range(0, rows, workers)], 1, (), columns)
@@ -1533,17 +1555,22 @@ def selfcheck(device:str|None=None) -> float:
 BACKENDS = {"cuda": (cstyle.CUDARenderer, "sm_86"), "metal": (cstyle.MetalRenderer, ""),
             "opencl": (cstyle.OpenCLRenderer, "")}
 
-def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, int]]:
-  """Returns {name: (source, bytes of shared memory)} of the convolution's kernels, on any machine.
-
-  backend: "cuda", "metal" or "opencl". Rows of length L in one launch, and a two-level transform of
-  four times that.
-  """
+def renderer_of(backend:str) -> Renderer:
+  "A renderer without its compiler, which another machine may have."
   language, arch = BACKENDS[backend]
-  r = object.__new__(language)       # without its compiler, which another machine may have
+  r = object.__new__(language)
   cstyle.CStyleLanguage.__init__(r, Target(backend.upper(), arch=arch))
   r.tensor_cores = []
-  m, N = Machine(True, 1, r.shared_max, True), fft_length(L, L)
+  return r
+
+def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, int]]:
+  """Returns {name: (source, bytes of shared memory)} of all kernels here, on any machine.
+
+  backend: "cuda", "metal" or "opencl". Rows of length L in one launch, a two-level transform of
+  four times that, and state passing over L steps with 32 modes.
+  """
+  r = renderer_of(backend)
+  m, N = machine_of(r), fft_length(L, L)
   gated = ConvSpec(("k", "u", "D", "v", "q"), m, Finish(True), RowPairs)
   parts = ConvSpec(("k", "u"), m, Finish(False), ComplexRows)
   roots = 2, RADIX, N//RADIX
@@ -1551,13 +1578,21 @@ def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, i
   outer_roots, far = (2, 4, N), (B, H, 2*N)
   X = B//2, 4*H, 2, N                                # far rows, in sub-transforms
   K = 1, 4*H, 2, N                                   # and their filter
+  walk = walk_spec(("u", "v", "q"), m, u, 64, None)
+  S, c = walk.S, walk.c
+  x0, Q, P, a = (B*H*S,), (H, c, S), (H, S+c, c), (H, S)
+  rows, out = [(B*H*L,)]*3, (walk.state_at + B*H*S,)
+  flat, kept = [(prod(s),) for s in (x0, Q, P, a)], (H*walk.groups*S,)
   kernels = [  # and the shapes of its buffers, outputs first
     (bound(conv_kernel, spec=gated), u, roots, k, u, D, u, u),
     (bound(conv_gradient_kernel, spec=gated), k, u, u, u, roots, u, k, u, D, u, u),
     (bound(outer_kernel, m=m, shape=far, inverse=False), X, outer_roots, far),
     (bound(outer_kernel, m=m, shape=far, inverse=True), far, outer_roots, X),
     (bound(conv_kernel, spec=parts), X, roots, K, X),
-    (bound(conv_gradient_kernel, spec=parts), K, X, roots, X, K, X)]
+    (bound(conv_gradient_kernel, spec=parts), K, X, roots, X, K, X),
+    (bound(walk_kernel, spec=walk), out, x0, Q, P, a, *rows),
+    (bound(walk_gradient_kernel, spec=walk), *flat, kept, *rows,
+     out, x0, Q, a, (H, c, S), P, *rows, P)]
   sources = {}
   for kernel, *shapes in kernels:
     buffers = [UOp.placeholder(s, dtypes.float, slot=i) for i, s in enumerate(shapes)]

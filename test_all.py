@@ -8,8 +8,8 @@ alone, SLOW=1 all: without it what takes long is left out.
 """
 import gc, time
 gc.set_threshold(500_000, 50, 1000)     # tinygrad's graphs are many small objects: saves a quarter
-import ast, bz2, contextlib, csv, ctypes, dataclasses, gzip, hashlib, http.server, importlib
-import importlib.util
+import ast, bz2, contextlib, csv, ctypes, dataclasses, functools, gzip, hashlib, http.server
+import importlib, importlib.util
 import io, itertools, json, lzma, math, os, pickle, pickletools, re, shlex, shutil, signal, socket
 import struct, subprocess, sys, textwrap, threading, zipfile
 from pathlib import Path
@@ -24,10 +24,12 @@ check_kernels, cpu.check_kernels = cpu.check_kernels, lambda: None      # has it
 cpu.setup_device()
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit, UOp, codegen, dtypes, helpers, nn
 from tinygrad.device import Buffer
+from tinygrad.engine import realize
 from tinygrad.helpers import Context
 from tinygrad.nn.optim import AdamW
 from tinygrad.nn.state import get_parameters, get_state_dict
 from tinygrad.runtime.ops_cpu import CPUProgram
+from tinygrad.uop.ops import Ops
 import bigs_tiny, generate as gen, h3tiny, train
 from support import bench, checkpoints, text as texts, training
 from papers import arena, bigs, finetune, grid, synthetic
@@ -240,68 +242,17 @@ def test_kernel_selfcheck(monkeypatch, capsys):
 BARRIER = {"opencl": "barrier(CLK_LOCAL_MEM_FENCE);", "cuda": "__syncthreads();",
            "metal": "threadgroup_barrier(mem_flags::mem_threadgroup);"}
 
-RENDERER = type(Device[Device.DEFAULT].renderer).__name__
-
-@pytest.mark.skipif("OpenCL" not in RENDERER, reason="needs OpenCL")
-def test_kernel_barriers_are_needed(monkeypatch):
-  "Each barrier of the forward kernel (one pair of rows), taken out, gives another result."
-  from tinygrad.codegen import to_program_cache
-  from tinygrad.renderer.cstyle import OpenCLRenderer
-  u, k, plain = normal(2, 2, 64), normal(2, 64), OpenCLRenderer.render_kernel
-  want = np_fftconv(u, k, np.zeros(2), np.ones(u.shape), np.ones(u.shape), u)["y"]
-  def error(out:int) -> float:
-    def drop(self, *a, **kw) -> str:
-      parts = plain(self, *a, **kw).split(BARRIER["opencl"])
-      assert len(parts) == 8
-      if out >= 0: parts[out:out+2] = [parts[out] + parts[out+1]]
-      return BARRIER["opencl"].join(parts)
-    with monkeypatch.context() as patch:
-      patch.setattr(OpenCLRenderer, "render_kernel", drop)
-      to_program_cache.clear()
-      y = fftconv(Tensor(u).realize(), Tensor(k).realize()).numpy()
-    to_program_cache.clear()
-    with np.errstate(all="ignore"):
-      return float(np.nan_to_num(np.abs(y - want), nan=1e9).max()/np.abs(want).max())
-  # the filter: F₈ | F₈ | F₂, kept |  the rows: F₈ | F₈ | F₂, product, F₂* | F₈* | F₈* and out
-  assert error(-1) <= 2e-6
-  for i in range(7): assert error(i) > 1e-3, f"barrier {i} is not missed"
-
 def test_sources_have_the_same_barriers():
-  "CUDA and Metal have as many as OpenCL, whose run proves those of the forward kernel necessary"
+  "as many for OpenCL as for CUDA and Metal, see below; shared memory within 32 KB"
   def count(backend:str) -> dict[str, int]:
     sources = flashconv.render(backend, L=64)
+    assert all(shared <= 32768 for _, shared in sources.values())
     return {name: source.count(BARRIER[backend]) for name, (source, _) in sources.items()}
   cuda = count("cuda")
   assert cuda == count("metal") == count("opencl")
+  assert {"ssm_walk_4x64x64", "ssm_walk_grad_4x64x64"} < set(cuda)
   for name, n in cuda.items(): assert (n > 0) == ("split" not in name and "join" not in name)
-
-METAL = """struct uint3 { unsigned x, y, z; };
-struct float2 { float x, y; float2(float a, float b): x(a), y(b) {} float2() = default; };
-struct float4 {
-  float x, y, z, w;
-  float4(float a, float b, float c, float d): x(a), y(b), z(c), w(d) {}
-  float4() = default;
-};
-namespace metal {
-  struct mem_flags { static constexpr int mem_threadgroup = 0; };
-  inline void threadgroup_barrier(int) {}
-}
-#define kernel
-#define device
-#define threadgroup
-"""
-
-@pytest.mark.skipif(not shutil.which("clang++"), reason="no clang++")
-def test_metal_sources_are_well_formed(tmp_path):
-  """as C++, under a header that stands in for Metal's; shared memory within 32 KB at the longest
-  that one launch takes"""
-  (tmp_path/"metal_stdlib").write_text(METAL)
-  check = ["clang++", "-std=c++17", "-fsyntax-only", "-w", f"-I{tmp_path}", tmp_path/"k.cpp"]
-  for name, (source, shared) in flashconv.render("metal", L=256).items():
-    (tmp_path/"k.cpp").write_text(source)
-    subprocess.run(check, check=True)
-    assert shared in (0, 4*2*64*9), name
-  m = flashconv.Machine(True, 1, 32768, True)
+  m = flashconv.machine_of(flashconv.renderer_of("metal"))
   roots = UOp.placeholder((2, 8, 512), dtypes.float, slot=9)
   assert flashconv.FFTBuffer(flashconv.Group(m, 1, 4096), roots).mem.max_numel()*4 == 32768
 
@@ -333,6 +284,177 @@ def test_render_ends_quietly_when_nobody_reads(monkeypatch):
   with open(pipe, "w") as out:
     monkeypatch.setattr(sys, "stdout", out)
     assert flashconv.main(["--render", "metal"]) == 141
+
+# ------------------------------------------------- the kernels' sources, executed without a GPU
+# What a GPU would be given: each kernel of ours that a test launches is rendered for it, compiled
+# with golden/gpu_on_cpu/run.cpp, which says how, and executed under ThreadSanitizer. tinygrad's own
+# kernels stay on the CPU device.
+
+EXECUTED = HERE/"golden"/"gpu_on_cpu"/"run.cpp"
+TSAN = ["clang++", "-std=c++17", "-O1", "-g", "-w", "-fsanitize=thread", f"-I{EXECUTED.parent}"]
+
+@functools.cache
+def lacks_tsan() -> str:
+  "Why no kernel can be executed here; empty if one can."
+  if not shutil.which("clang++"): return "no clang++"
+  probe = """#include <sanitizer/tsan_interface.h>
+             #include <ucontext.h>
+             int main() { return !__tsan_create_fiber(0); }"""
+  tried = subprocess.run([*TSAN, "-x", "c++", "-o", os.devnull, "-"], input=probe, text=True,
+                         capture_output=True)
+  return "clang++ lacks ThreadSanitizer (Debian: libclang-rt-14-dev)"*(tried.returncode != 0)
+
+class Executed(NamedTuple):
+  "A launch of a kernel, and what its buffers held before and after."
+  name: str
+  program: Path
+  barriers: int
+  buffers: list[np.ndarray]
+  sizes: list[int]                                         # of the grid and of a work group
+  after: list[np.ndarray] = []
+
+  def run(self, left_out:Iterable[int]=(), local_only:bool=False, symbolize:int=0
+          ) -> tuple[list[np.ndarray], int, str]:
+    """The buffers afterwards, the number of races, and what was said about them. left_out: barriers
+    that do nothing; local_only: barriers order accesses to shared memory alone."""
+    before, after = (self.program.with_suffix(s) for s in (".in", ".out"))
+    packed = [struct.pack("I", b.nbytes) + b.tobytes() for b in self.buffers]
+    before.write_bytes(b"".join(packed))
+    command = [self.program, before, after, ",".join(map(str, left_out)), int(local_only)]
+    options = f"exitcode=0 atexit_sleep_ms=0 symbolize={symbolize}"
+    said = subprocess.run([str(x) for x in [*command, *self.sizes]], capture_output=True, text=True,
+                          timeout=100, env={"TSAN_OPTIONS": options})
+    assert said.returncode == 0, (self.name, said.stderr)
+    ends = itertools.accumulate(b.nbytes for b in self.buffers)
+    data = after.read_bytes()
+    arrays = [np.frombuffer(data[end - b.nbytes:end], b.dtype) for end, b in zip(ends, self.buffers)]
+    return arrays, int(said.stdout), said.stderr
+
+class GPU:
+  "Renders and executes what is launched; `launches` keeps it. A race fails."
+  def __init__(self, backend:str, folder:Path, patch:pytest.MonkeyPatch):
+    self.backend, self.folder, self.patch, self.launches = backend, folder, patch, []
+    self.renderer, self.compile_others = flashconv.renderer_of(backend), realize.lower_and_compile
+    patch.setattr(realize, "lower_and_compile", self.lower)
+    machine = flashconv.machine_of(self.renderer)
+    for module in (flashconv, cpu, training):
+      patch.setattr(module, "machine", lambda device: machine)
+
+  def lower(self, linear:UOp) -> UOp:
+    "Takes the place of tinygrad's function, which compiles its own kernels alone."
+    programs = {}
+    for call in linear.toposort():
+      if call.op is not Ops.CALL or call.src[0].op is not Ops.SINK: continue
+      if call.src[0].arg.name == "test": continue          # tinygrad's own have no name yet
+      with Context(NOOPT=0): program = codegen.do_to_program(call.src[0], self.renderer)
+      self.patch.setitem(realize.runtime_cache, (program.key, "CPU"), self.runtime(program))
+      programs[call] = call.replace(src=(program, *call.src[1:]))
+    return self.compile_others(linear.substitute(programs))
+
+  def runtime(self, program:UOp) -> Callable:
+    "What executes the program, in the manner of tinygrad's CPUProgram."
+    info, linear, source = program.arg, program.src[1], program.src[2].arg
+    params = sorted((u for u in linear.src if u.op is Ops.PARAM), key=lambda u: u.arg.slot)
+    only_written = set(info.outs) - set(info.ins)
+    compiled = self.compiled(source, info.function_name)
+    def run(*memory, global_size, local_size, **_):
+      views = [np.frombuffer(m.cpu_view().mv, p.dtype.fmt, p.max_numel())
+               for m, p in zip(memory, params, strict=True)]
+      before = [np.full(x.nbytes, 255, np.uint8).view(x.dtype) if slot in only_written else x.copy()
+                for slot, x in zip(info.globals, views)]   # NaNs
+      launch = Executed(info.name, *compiled, before, [*global_size, *(local_size or (1, 1, 1))])
+      after, races, said = launch.run(symbolize=1)
+      assert not races, said
+      for slot, x, y in zip(info.globals, views, after):
+        bits = y.view(f"u{y.itemsize}")                    # what nobody wrote stays as it was
+        np.copyto(x, y, where=bits != np.iinfo(bits.dtype).max if slot in only_written else True)
+      self.launches.append(launch._replace(after=after))
+    return run
+
+  def compiled(self, source:str, name:str) -> tuple[Path, int]:
+    "The program that executes a kernel, and the number of its barriers."
+    folder = self.folder/f"{len(list(self.folder.iterdir()))}-{name}"
+    folder.mkdir()
+    first, *others = source.split(BARRIER[self.backend])
+    source = first + "".join(f"BARRIER({i});{code}" for i, code in enumerate(others))
+    size = 0
+    def shared(match:re.Match) -> str:                     # each work group has its own
+      nonlocal size
+      size += 4*int(match[2])
+      return f"SHARED({match[1]}, {match[2]}, {size - 4*int(match[2])});"
+    source = re.sub(r"(?:__shared__|threadgroup) [^;]* float (\w+)\[(\d+)\];", shared, source)
+    (folder/"kernel.inc").write_text(source)
+    params = re.search(rf" {name}\(([^{{]*)\) {{", source)[1].split(",")
+    args = [f"arg({i})" for i, p in enumerate(params) if "*" in p]
+    args += ["group_at()", "thread_at()"]*("uint3 gid" in source)
+    defined = {"KERNEL": f'"{folder/"kernel.inc"}"', "LAUNCH": f"{name}({', '.join(args)})",
+               "SHARED_BYTES": max(size, 1)}
+    subprocess.run([*TSAN, *(f"-D{k}={v}" for k, v in defined.items()), "-o", folder/"run",
+                    EXECUTED], check=True)
+    return folder/"run", len(others)
+
+# What launches them, and the barriers that may go, all of them together. tinygrad puts one wherever
+# it can't see that a thread reads only what it wrote itself, and one at the end of each loop.
+LAST = {"fftconv": [7]}
+WALK_GRAD = [0, 1, 2, 3, 4, 7, 9, 10, 13, 14, 17, 18, 19, 20, 22]
+GPU_CASES = {
+  "gates": (lambda _: check_fftconv(3, 2, 50, 50, "Dvq"), LAST),
+  "one filter": (lambda _: check_fftconv(2, 2, 50, 20, "1"), {}),
+  "long rows": (lambda _: check_fftconv(2, 1, 500, 500, "Dvq"), {}),
+  "any finish": (test_kernel_finish_may_be_any_function, LAST),
+  "overlap-save": (lambda _: check_fftconv(1, 2, 300, 5, "D"), {"fftconv": [4]}),
+  "two levels": (lambda _: check_fftconv(3, 2, 100, 100, "D"), {"fftconv_complex": [4]}),
+  "states": (lambda _: check_ssm_conv(2, 2, 6, 50, 4, "Dvqx"),
+             {"ssm_walk": [0, 1, 4, 6], "ssm_walk_grad": WALK_GRAD}),
+  "states, ungated": (lambda _: check_ssm_conv(1, 2, 8, 20, 3, ""),
+                      {"ssm_walk": [0, 1, 4, 5, 6], "ssm_walk_grad": WALK_GRAD}),
+  "long chunks": (lambda _: check_ssm_conv(1, 1, 64, 300, "None", "Dvqx"),
+                  {"ssm_walk": [0, 1, 4, 6], "ssm_walk_grad": WALK_GRAD}),
+  "adamw": (lambda _: check_adamw(lambda f: f, 2), {}),
+  "cache": (lambda _: test_kernel_attend_over_a_cache(5, 70, 16, (3, 0, 6), 1), {})}
+GPU_QUICK = [(b, c) for b in ("cuda", "metal") for c in ("gates", "two levels", "states")]
+GPU_QUICK += [("cuda", c) for c in ("any finish", "adamw", "cache")]
+
+@pytest.mark.parametrize("backend,case", and_slow(
+  GPU_QUICK, sorted({*itertools.product(("cuda", "metal"), GPU_CASES)} - {*GPU_QUICK})))
+def test_kernel_executed_as_on_a_gpu(backend, case, monkeypatch, tmp_path):
+  """Right and without a race, also where barriers order shared memory alone. Each barrier taken
+  out, but those that may go, gives another result or a race."""
+  if lacks_tsan() or HAS_LOCAL: pytest.skip(lacks_tsan() or "this device is a GPU itself")
+  gpu = GPU(backend, tmp_path, monkeypatch)
+  monkeypatch.setattr(flashconv, "SHORT", 64)
+  monkeypatch.setattr(training, "GPU_SLICES", 100)
+  if case != "long chunks": monkeypatch.setattr(flashconv, "WALK_THREADS", 32)
+  if case == "two levels": monkeypatch.setattr(flashconv, "levels", lambda device, N: 4)
+  check, may_go = GPU_CASES[case]
+  check(monkeypatch)
+  launches = {launch.program: launch for launch in gpu.launches}.values()
+  assert launches
+  gone = {}
+  for launch in launches:
+    assert not launch.run(local_only=True)[1], launch.name
+    left_out = []
+    for i in range(launch.barriers):
+      after, races, _ = launch.run([*left_out, i])
+      same = all(a.tobytes() == b.tobytes() for a, b in zip(after, launch.after))
+      if same and not races: left_out.append(i)
+    if left_out: gone[re.sub(r"_[\dx]+$", "", launch.name)] = left_out
+  assert gone == may_go
+
+def test_kernels_of_more_buffers_than_a_device_binds_are_done_without(monkeypatch):
+  "WebGPU's eight: the gates go out of the convolution, state passing is done in plain ops."
+  few = flashconv.machine(Device.DEFAULT)._replace(buffers=8)
+  monkeypatch.setattr(flashconv, "machine", lambda device: few)
+  launched, launch = {}, flashconv.launch
+  def count(kernel:Callable, outputs:list, inputs:list, gradient:Callable|str) -> list[Tensor]:
+    launched[kernel.func.__name__] = len(outputs) + len(inputs)
+    return launch(kernel, outputs, inputs, gradient)
+  monkeypatch.setattr(flashconv, "launch", count)
+  check_fftconv(3, 5, 100, 130, "1Dq")
+  check_ssm_conv(1, 2, 16, 40, 33, "Dvqx")
+  assert launched == {"conv_kernel": 5, "conv_gradient_kernel": 7}
+  limits = [flashconv.machine_of(flashconv.renderer_of(b)).buffers for b in ("metal", "cuda")]
+  assert limits == [31, flashconv.NO_LIMIT]
 
 # ================================================================ the CPU's kernels
 
@@ -727,6 +849,9 @@ SSM_CASES = table("""
   SSM_CASES, table("2 2 64 70 None Dvqx 1 \n 3 2 128 300 None Dvqx 1")))
 def test_kernel_ssm_conv(B, H, N, L, chunk, given, flash):
   if HAS_LOCAL and not flash: pytest.skip("the same in plain ops takes long")
+  with Context(FLASH=flash): check_ssm_conv(B, H, N, L, chunk, given)
+
+def check_ssm_conv(B:int, H:int, N:int, L:int, chunk:int|str, given:str) -> None:
   given, chunk = given.strip("-"), None if chunk == "None" else chunk
   seq, state = (B, H, L), (B, H, N//2)
   a = dict(zip("ABC", ssm(H, N))) | {"u": normal(*seq)}
@@ -737,13 +862,12 @@ def test_kernel_ssm_conv(B, H, N, L, chunk, given, flash):
   want = np_ssm_conv(**a)
   t = {k: tensors_of(a[k]) for k in "uABC" + given}
   args = {k: tuple(z) if k in "ABCx" else z[0] for k, z in t.items()}
-  with Context(FLASH=flash):
-    y, last = ssm_conv(state=args.pop("x", None), chunk=chunk, **args)
-    outputs, weights = (y, *last), tensors_of(a["dy"]) + tensors_of(a["dx"])
-    loss = sum((p*r).sum() for p, r in zip(outputs, weights))
-    flat = [p for z in t.values() for p in z]
-    grads = dict(zip(flat, loss.gradient(*flat)))
-    Tensor.realize(*outputs, *grads.values())
+  y, last = ssm_conv(state=args.pop("x", None), chunk=chunk, **args)
+  outputs, weights = (y, *last), tensors_of(a["dy"]) + tensors_of(a["dx"])
+  loss = sum((p*r).sum() for p, r in zip(outputs, weights))
+  flat = [p for z in t.values() for p in z]
+  grads = dict(zip(flat, loss.gradient(*flat)))
+  Tensor.realize(*outputs, *grads.values())
   got = {"y": [y], "state": last} | {k: [grads[p] for p in z] for k, z in t.items()}
   for name, g in got.items(): near(joined(g), want[name], 1e-4, name)
 
@@ -1111,6 +1235,7 @@ if __name__ == "__main__":
 INTERRUPTS = """
 setup_device()
 from tinygrad.runtime.ops_cpu import CPUProgram
+from tinygrad.uop.ops import Ops
 x = Tensor(np.zeros(1 << 18, np.float32)).realize()
 def add(): return x.assign(x + 1).realize()
 def thrice():
@@ -3524,7 +3649,9 @@ def test_loss_scale():
   assert norm == pytest.approx(np.linalg.norm(w), rel=1e-5)
   np.testing.assert_allclose(opt.m["a.weight"].numpy(), 0.1*w, rtol=1e-5)
 
-def test_adamw_matches_numpy():
+def test_adamw_matches_numpy(): check_adamw(TinyJit, 5)
+
+def check_adamw(jit:Callable, steps:int) -> None:
   r, log_dt, C = np.random.default_rng(0), "x.kernel.kernel.log_dt", "x.ssm_k_kernel.kernel.C"
   shapes = {"a.weight": (24, 7), "a.bias": (5,),
             log_dt: (64,), C: (1, 16, 8)}
@@ -3532,8 +3659,8 @@ def test_adamw_matches_numpy():
   m = {k: np.zeros(s) for k, s in shapes.items()}
   v = {**m}
   opt = training.AdamW(on_device(p))
-  update = TinyJit(opt.update)
-  for step in range(1, 6):
+  update = jit(opt.update)
+  for step in range(1, steps + 1):
     size = 0.01 if step % 2 else 3                                       # not clipped, clipped
     g = {k: size*r.standard_normal(s) for k, s in shapes.items()}
     lr = 3e-3/step

@@ -68,7 +68,7 @@ class Feed:
 BETA1, BETA2, EPS = 0.9, 0.95, 1e-8
 MASKED = dict(beta2=0.98, eps=1e-6)              # of masked language models (BiGS, pretrain.py)
 DECAYED, UNDECAYED, DYNAMICS = range(3)          # groups of parameters
-CPU_SLICES = 64
+CPU_SLICES, GPU_SLICES = 64, 16384
 
 def group_of(name:str) -> int:
   """Returns a parameter's group: with weight decay, without, or without and at a rate of at most
@@ -151,7 +151,7 @@ class AdamW:
   def update(self, grads:list[Tensor], hyper:list[Tensor]) -> Tensor:
     """Updates the parameters from realised gradients in their order; returns the gradient's norm
     before clipping. Can be part of a TinyJit."""
-    n_slices = 16384 if machine(self.device).gpu else CPU_SLICES
+    n_slices = GPU_SLICES if machine(self.device).gpu else CPU_SLICES
     slices = Tensor.zeros(n_slices, device=self.device).contiguous()
     for g in grads: slices = slices.custom_kernel(g.flatten(), fxn=sumsq_kernel)[0]
     sumsq = slices.sum().reshape(1).contiguous()
