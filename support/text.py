@@ -230,11 +230,15 @@ class Interrupt:
           # ends compile workers; in a thread, as it may wait for one that the signal has ended
           threading.Thread(target=multiprocessing.util._exit_function, daemon=True).start()
           time.sleep(0.3)
-          os._exit(128 + signum[0])
+          self.end_process(signum[0])
         noted = signum[0]
     if noted:
       time.sleep(PATIENCE)
-      if not threading.main_thread().is_alive(): os._exit(128 + noted)     # waits for such a worker
+      if not threading.main_thread().is_alive(): self.end_process(noted)   # waits for such a worker
+
+  def end_process(self, signum:int) -> None:
+    for worker in multiprocessing.active_children(): worker.kill()
+    os._exit(128 + signum)
 
 # ---- tokenizers: encode(str) -> ids, decode(ids) -> bytes, vocab_size, eot -----------------------
 
