@@ -62,7 +62,9 @@ def checked(output:Shape, *inputs:Shape, plain:Callable|None=None) -> Callable:
   return register
 
 # ---------------------------------------------------------------- the definition, in plain ops
-def cmul(a:Pair, b:Pair) -> Pair: return a[0]*b[0] - a[1]*b[1], a[0]*b[1] + a[1]*b[0]
+def cmul(a:Pair, b:Pair) -> Pair:
+  (a_re, a_im), (b_re, b_im) = a, b
+  return a_re*b_re - a_im*b_im, a_re*b_im + a_im*b_re
 def conj(a:Pair) -> Pair: return a[0], -a[1]
 
 @functools.cache
@@ -569,21 +571,47 @@ class Spectrum:
 
 class Workers:
   """The workers on one channel, h: the threads of a work group (GPU), or one iteration of the
-  outermost loop (CPU), whose iterations the cores share."""
+  outermost loop (CPU), whose iterations the cores share. `done` holds what must be finished before
+  the next stage."""
   def __init__(self, m:Machine, H:int):
     self.m, self.ids, self.outer = m, itertools.count(), ()
     if m.gpu: self.h = UOp.special(H, "gidx0")
     else:
-      cores = next(c for c in range(m.cores, 0, -1) if H % c == 0)
-      core, me = _cores(cores, next(self.ids))
+      cores = divisor(H, m.cores)
+      core = self.loop(cores, AxisType.THREAD if cores > 1 else AxisType.LOOP)
+      # the mask tells clang the range: without it indices may wrap, and loops were left scalar
+      me = core & ((1 << (cores-1).bit_length()) - 1)
       i = self.loop(H//cores)
       self.h, self.outer = me*(H//cores) + i, (i, core)
-  def loop(self, n:int, axis:AxisType=AxisType.LOOP) -> UOp:
+    self.done = self.outer
+  def loop(self, n:int|UOp, axis:AxisType=AxisType.LOOP) -> UOp:
     return UOp.range(n, next(self.ids), axis)
-  def finish(self, done:UOp, name:str) -> UOp:
+  @contextlib.contextmanager
+  def over(self, n:int|UOp, barrier:bool=True):
+    """A loop around the stages of a `with` block. What one turn has read the next one may
+    overwrite: that takes a barrier of its own on a GPU, unless each worker has places of its
+    own."""
+    i = self.loop(n, AxisType.REDUCE)
+    self.done = *self.done, i
+    yield i
+    done = self.all_done()
+    if self.m.gpu and barrier: done = done.barrier()
+    self.done = done.end(i),
+  def all_done(self) -> UOp:
+    return UOp.group(*(x for x in self.done if x.op is not Ops.RANGE))
+  def memory(self, *shape:int, shared:bool=False) -> UOp:
+    "Float32s: a worker's own, in registers or on its stack, or in a GPU's shared memory."
+    space = AddrSpace.LOCAL if self.m.gpu and shared else AddrSpace.REG
+    return UOp.placeholder(shape, dtypes.float, slot=next(self.ids), addrspace=space)
+  def finish(self, name:str, **info) -> UOp:
     "The sink: here the loops over channels and cores end."
-    sink = done.end(*self.outer).sink(arg=KernelInfo(name=name, opts_to_apply=()))
+    info = KernelInfo(name=name, opts_to_apply=(), **info)
+    sink = self.all_done().end(*self.outer).sink(arg=info)
     return sink if self.m.has_sub else graph_rewrite(sink, without_sub)
+
+def divisor(n:int, most:int) -> int:
+  "The largest divisor of n that is at most `most`."
+  return next(d for d in range(most, 0, -1) if n % d == 0)
 
 without_sub = PatternMatcher([
   (UPat(Ops.SUB, src=(UPat.var("a"), UPat.var("b"))), lambda a, b: a + b*-1)])
@@ -636,7 +664,9 @@ class Group(Workers):
       return UOp.group(*body(n, j)).end(j, n)
     n, t = UOp.special(P, "gidx1"), UOp.special(self.M//self.threads, "gidx2")
     return UOp.group(*body(n, t*self.threads + self.thread))
-  def finish(self, done:UOp, name:str) -> UOp: return super().finish(done, f"{name}_{self.N}")
+  def finish(self, done:UOp, name:str) -> UOp:
+    self.done = done,
+    return super().finish(f"{name}_{self.N}")
 
 class Real:
   """±x or 0, a float in a register; `uop` is its value.
@@ -735,14 +765,6 @@ def machine_of(r:Renderer) -> Machine:
   # tinygrad keeps this limit in a table; the device itself is not asked
   buffers = MAX_KERNEL_BUFFERS.value or DEVICE_MAX_BUFS.get(r.target.device, NO_LIMIT)
   return Machine(r.has_local, cores, r.shared_max, Ops.SUB in r.code_for_op, buffers, **VECTORS)
-
-def _cores(n:int, axis:int) -> tuple[UOp, UOp]:
-  """A range that the cores of a CPU share, and its index; axis: the range's number.
-
-  The mask tells clang the index's range: without it indices may wrap, and loops were left scalar.
-  """
-  core = UOp.range(n, axis, AxisType.THREAD if n > 1 else AxisType.LOOP)
-  return core, core & ((1 << (n-1).bit_length()) - 1)
 
 # -------------------------------------------------------- longer sequences: two levels, and pieces
 # A transform of length N = R M that does not fit into shared memory; here M is N/R, not N/8. An
@@ -1067,7 +1089,7 @@ class Matrix:
   def __init__(self, walk:Walk, rows:int, cols:int, mem:UOp|None=None, first:int=0):
     self.walk, self.first = walk, first
     self.rows, self.cols = rows, cols
-    self.mem = walk.memory(rows*cols) if mem is None else mem
+    self.mem = walk.memory(rows*cols, shared=True) if mem is None else mem
   def __call__(self, r:UOp|int, j:UOp) -> UOp:
     i = r*self.cols + self.first + j
     return self.mem.after(*self.walk.done)[i]
@@ -1089,34 +1111,17 @@ class Matrix:
     return [place.store(place + x) for place, x in zip(places, z)]
 
 class Walk(Workers):
-  """The workers on one channel, walking along its sequences: b is the row of the batch, g the
-  group of R chunks. `done` holds what must be finished before the next stage."""
+  "The workers on one channel, walking along its sequences: row b of the batch, group g of chunks."
   b: UOp
   g: UOp
   def __init__(self, spec:WalkSpec):
     super().__init__(spec.machine, spec.H)
     self.spec = spec
     self.M = spec.S//2                 # complex numbers of a state
-    self.done = self.outer
-    self.slots = itertools.count()
     if self.m.gpu: self.t = UOp.special(WALK_THREADS, "lidx0")
-  def memory(self, size:int, shared:bool=True) -> UOp:
-    space = AddrSpace.LOCAL if self.m.gpu and shared else AddrSpace.REG
-    return UOp.placeholder((size,), dtypes.float, slot=next(self.slots), addrspace=space)
-  @contextlib.contextmanager
-  def over(self, n:int, barrier:bool=True):
-    """A loop around the stages of a `with` block. What one turn has read the next one may
-    overwrite: that takes a barrier of its own on a GPU, unless each worker has places of its
-    own."""
-    i = self.loop(n, AxisType.REDUCE)
-    self.done = *self.done, i
-    yield i
-    done = UOp.group(*self.done)
-    if self.m.gpu and barrier: done = done.barrier()
-    self.done = done.end(i),
   def finish(self, name:str) -> UOp:
     s = self.spec
-    return super().finish(UOp.group(*self.done), f"{name}_{s.B}x{s.H}x{s.L}")
+    return super().finish(f"{name}_{s.B}x{s.H}x{s.L}")
 
   def state(self, x:UOp, first:int=0) -> Value:
     "This row's and channel's numbers of x, which from `first` on is a flat (B,H,S)."
@@ -1166,7 +1171,7 @@ class Walk(Workers):
     b(k, col). A tile of sums stays in private memory."""
     tile = self.gpu_tile(rows, cols) if self.m.gpu else self.cpu_tile(rows, cols)
     rows, width = list(enumerate(tile.rows)), tile.width
-    sums = self.memory(len(rows)*width, shared=False)
+    sums = self.memory(len(rows)*width)
     def each(mem:UOp, value:Callable) -> UOp:
       "The sums in mem become value(row, column, sum)."
       def column(j:UOp, z:UOp|int) -> Stores:

@@ -1233,7 +1233,10 @@ if __name__ == "__main__":
 """
 
 INTERRUPTS = """
+import signal
 setup_device()
+# what a shell runs in the background ignores Ctrl-C until told otherwise
+for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.default_int_handler)
 from tinygrad.runtime.ops_cpu import CPUProgram
 from tinygrad.uop.ops import Ops
 x = Tensor(np.zeros(1 << 18, np.float32)).realize()
@@ -1243,16 +1246,15 @@ def thrice():
   return x
 jit = capture(thrice)
 jit(), jit()
-watched = {f.__code__ for f in (cpu.Cores.run, cpu.Job.__init__, cpu.Job.run, CPUProgram.__call__,
-                                Device["CPU"].graph.__call__)}
+watched = {f.__code__ for f in (cpu.Cores.run, CPUProgram.__call__, Device["CPU"].graph.__call__)}
 def interrupted(work, place):
-  "Whether work was, by an exception at the opcode with this number in the functions watched."
+  "Whether work was, by a signal at the opcode with this number in the functions watched."
   seen = 0
   def opcode(frame, event, arg):
     nonlocal seen
     if event == "opcode":
       seen += 1
-      if seen == place: raise KeyboardInterrupt
+      if seen == place: signal.raise_signal((signal.SIGINT, signal.SIGTERM)[place % 2])
     return opcode
   def called(frame, event, arg):
     if frame.f_code not in watched: return None
@@ -1274,9 +1276,7 @@ for work, most in ((jit, 3), (add, 1)):
   assert place > 100
 
 # Ctrl-C at 24 lines of all that runs when Tensors are scheduled, compiled and realised, tinygrad's
-# own among them. What a shell runs in the background ignores it until told otherwise
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
+# own among them
 lost = []                                 # in a finaliser, out of which Python lets no exception
 sys.unraisablehook = lambda raised: lost.append(raised.exc_type)
 U, K, W = (Tensor(normal(i, *s)).realize() for i, s in enumerate(((2, 4, 30), (4, 30), (30, 20))))

@@ -16,6 +16,7 @@ How a kernel is written, what `after` and `end` order, is explained at the top o
 Not here: second derivatives, but of the products; half precision, but for factors of products.
 """
 from __future__ import annotations
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -43,8 +44,8 @@ import tinygrad
 from tinygrad import Device, Tensor, UOp, codegen, dtypes, helpers, nn, tensor
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps
 from tinygrad.codegen.opt.postrange import Scheduler
-from tinygrad.device import Compiled
-from tinygrad.dtype import AddrSpace, DType
+from tinygrad.device import Compiled, TinyELF
+from tinygrad.dtype import DType
 from tinygrad.engine import jit as tinyjit, realize, worker
 from tinygrad.helpers import (CCACHE, EMULATED_DTYPES, NOOPT, all_int, cache_dir, ceildiv,
                               diskcache_get, diskcache_put, prod)
@@ -52,10 +53,9 @@ from tinygrad.renderer import Estimates, cstyle
 from tinygrad.runtime.ops_cpu import BufferSpec, CPUAllocator, CPUProgram, HCQBuffer
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, graph_rewrite
 import flashconv
-from flashconv import (CHECKS, FAST, FLASH, LOCK, ONE_CORE, VECTORS, WEIGHTS, Machine,
-                       _cores as core_loop, bound, cmul, constant, launch, machine,
-                       no_second_gradient, on_one_device, selfcheck, stored, stored_backward, whole,
-                       widened)
+from flashconv import (CHECKS, FAST, FLASH, LOCK, ONE_CORE, VECTORS, WEIGHTS, Machine, Value,
+                       Workers, bound, cmul, divisor, launch, machine, no_second_gradient,
+                       on_one_device, selfcheck, stored, stored_backward, whole, widened)
 from support.text import waiting
 
 # ================================================================ what the kernels share
@@ -76,80 +76,45 @@ def few_or_all_cores(x:Tensor) -> Machine:
   m = machine(x.device)
   return m._replace(cores=1) if x.numel() < ONE_CORE//8 else m
 
-def divisor(n:int, most:int) -> int:
-  "The largest divisor of n that is at most `most`."
-  return next(d for d in range(most, 0, -1) if n % d == 0)
+class Body(Workers):
+  "The body of a kernel while it is written, in the order in which it runs."
+  def put(self, place:UOp, x:UOp|float):
+    "place = x"
+    self.done = *self.done, place.store(x)
 
-def plus(place:UOp, x:UOp) -> UOp:
-  "place += x"
-  return place.store(place + x)
+  def add(self, place:UOp, x:UOp):
+    "place += x"
+    self.put(place, place + x)
 
-def filled(array:UOp, i:UOp, value:UOp|float, *after:UOp) -> UOp:
-  "The array after array[i] = value for all i, in the loops, or after the steps, that are given."
-  return array.after(array.after(*after)[i].store(value).end(i))
+  def ordered(self, memory:UOp) -> Value:
+    "Its elements by index, each as it is when all that has been written so far is done."
+    return lambda *i: memory.after(*self.done)[i]
 
-class Body:
-  """The body of a kernel while it is written: numbers its loops and its private arrays.
-
-  outer: the loops that go around all of it, the innermost first.
-  """
-  def __init__(self, m:Machine):
-    self.m, self.numbers = m, itertools.count()
-    self.outer:tuple[UOp, ...] = ()
-
-  def loop(self, n:int|UOp, axis:AxisType=AxisType.LOOP) -> UOp:
-    return UOp.range(n, next(self.numbers), axis)
-
-  def loops(self, *sizes:int) -> list[UOp]: return [self.loop(n) for n in sizes]
-
-  def sum_loop(self, n:int|UOp) -> UOp:
-    "A loop over what is summed up: tinygrad would spread a LOOP that ends in stores over cores."
-    return self.loop(n, AxisType.REDUCE)
-
-  def array(self, *shape:int) -> UOp:
+  def array(self, *shape:int) -> Value:
     "Private float32s: registers where they fit, else the stack."
-    return UOp.placeholder(shape, dtypes.float, slot=next(self.numbers), addrspace=AddrSpace.REG)
+    return self.ordered(self.memory(*shape))
 
-  def cores(self, n:int) -> UOp:
-    "Begins with a loop over n cores, and returns the number of the core."
-    core, me = core_loop(n, next(self.numbers))
-    self.outer = core,
-    return me
+  def totals(self, n:int, *terms:Callable[[UOp], UOp], both:Callable=operator.add,
+             start:float=0.0, vectors:int=1) -> list[UOp]:
+    """The sum over i < n of each of the terms(i); with UOp.maximum and -inf the largest.
 
-  def rows(self, n:int, *times:int) -> UOp:
-    """Begins with loops over the cores and a core's share of n rows, and returns the row.
-
-    times: how often each core goes through its rows; once, if left out.
+    As many sums side by side as fill so many vectors, then halves are added to halves: a compiler
+    may not reorder the additions of a single sum to fill its vector registers.
     """
-    cores = divisor(n, self.m.cores)
-    self.me = self.cores(cores)
-    *again, turn = self.loops(*times, n//cores)
-    self.outer = turn, *again, *self.outer
-    return self.me*(n//cores) + turn
-
-  def lanes(self, f:Callable[[UOp], UOp], n:int, width:int, loop:UOp, both:Callable=operator.add,
-            start:float=0.0) -> list[UOp]:
-    """Sums of f(i), i < n, over every width-th i, side by side in the loop that is given.
-
-    A compiler may not reorder the additions of a single sum to fill its vector registers.
-    """
-    z, chunk, lane = self.loop(width), self.sum_loop(n//width), self.loop(width)
-    sums = filled(self.array(width), z, start, loop)
-    s = sums.after(chunk)[lane]
-    new = s.store(both(s, f(chunk*width + lane)))
-    sums = sums.after(new.end(lane).end(chunk))
-    return [sums[i] for i in range(width)]
-
-  def total(self, f:Callable[[UOp], UOp], n:int, both:Callable=operator.add,
-            start:float=0.0) -> UOp:
-    "The sum of f(i), i < n, in each row; with UOp.maximum and -inf the largest."
-    sums = self.lanes(f, n, math.gcd(n, 16), self.outer[0], both, start)
-    return functools.reduce(both, sums)
-
-  def finish(self, stores:UOp, name:str, **info:object) -> UOp:
-    "The kernel with these stores. Its loops run in the order in which they are written."
-    info = KernelInfo(name=name, opts_to_apply=(), **info)
-    return stores.end(*self.outer).sink(arg=info)
+    width, each = math.gcd(n, vectors*self.m.lanes), range(len(terms))
+    sums = self.array(len(terms), width)
+    with self.over(width) as i:
+      for t in each: self.put(sums(t, i), start)
+    with self.over(n//width) as turn, self.over(width) as i:
+      for t in each:
+        x = terms[t](turn*width + i)
+        self.put(sums(t, i), both(sums(t, i), x))
+    while width := width//2:
+      with self.over(width) as i:
+        for t in each:
+          half = sums(t, i + width)
+          self.put(sums(t, i), both(sums(t, i), half))
+    return [sums(t, 0) for t in each]
 
 def run(kernel:Callable, gradient:Callable|str, output:tuple, inputs:Sequence[Tensor],
         **options:object) -> Tensor:
@@ -190,10 +155,12 @@ def tile_shape(m:Machine, M:int, N:int) -> tuple[int, int]:
   rows = m.registers*3//4//(columns//m.lanes)
   return min(M, rows), min(columns, N)
 
-def even_blocks(n:int, most:int) -> int:
-  "A block size, at most `most`, that cuts n into equal blocks or nearly so."
+def even_blocks(n:int, most:int) -> tuple[int, int]:
+  "Cuts n into equal blocks of at most `most`, or nearly so: how many, and their size."
   most = max(1, min(n, most))
-  return min(range((most + 1)//2, most + 1), key=lambda size: (ceildiv(n, size)*size, -size))
+  sizes = range((most + 1)//2, most + 1)
+  size = min(sizes, key=lambda size: (ceildiv(n, size)*size, -size))
+  return ceildiv(n, size), size
 
 def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
   """C (G,M,N) = A (G,M,K) B (G,K,N) + bias (N,) for each g.
@@ -212,153 +179,100 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
   # the groups where their sum is wanted.
   mt, nt = tile_shape(m, M, N)
   tiles, panels = ceildiv(M, mt), ceildiv(N, nt)
-  packed = M > mt
+  packed = tiles > 1
   blocks = ceildiv(K, KB) if packed and not swapped else 1
   kb = ceildiv(K, blocks)
   rounds = blocks*(groups if G == 1 else 1)
-  several = rounds > 1
-  cores = m.cores if 2*G*M*N*K*rounds//blocks > ONE_CORE else 1
+  cores = m.cores if 2*groups*M*N*K > ONE_CORE else 1
   of_groups = divisor(G, cores) if G >= cores else 1
   of_tiles = cores if of_groups == 1 and tiles >= 4*cores else 1
-  of_panels = min(cores, panels) if of_groups == of_tiles == 1 and not several else 1
-  my_groups = ceildiv(G, of_groups)
-  my_tiles = ceildiv(tiles, of_tiles)
-  my_panels = ceildiv(panels, of_panels)
-  mb = even_blocks(my_tiles, MB//mt)
-  nb = even_blocks(my_panels, NB//nt if packed else 1)
-  assert not packed or not several or N % nt == 0 or my_panels == 1 or (my_panels-1) % nb, \
-    "NB parts the last panel from the one that it overlaps"
-
-  body = Body(m)
-  loop = body.loop
-  me = body.cores(of_groups*of_tiles*of_panels)
-  first_group = me*my_groups if of_groups > 1 else 0
-  first_tile = me*my_tiles if of_tiles > 1 else 0
-  first_panel = me*my_panels if of_panels > 1 else 0
-  group_loop, panel_loop = loop(my_groups), loop(ceildiv(my_panels, nb))
-  this_round, tile_loop = loop(rounds), loop(ceildiv(my_tiles, mb))
-  g, block = first_group + group_loop, this_round % blocks
-  panel, tile = first_panel + panel_loop*nb, first_tile + tile_loop*mb
+  of_panels = min(cores, panels) if of_groups == of_tiles == rounds == 1 else 1
+  tile_blocks, mb = even_blocks(ceildiv(tiles, of_tiles), MB//mt)
+  panel_blocks, nb = even_blocks(ceildiv(panels, of_panels), NB//nt if packed else 1)
 
   # Sizes that the tile does not divide: the last panel starts early enough to end at column N, the
-  # last tile repeats the last row, the last block of K starts early. What was counted before must
-  # not be added again: such rows and columns of B are packed as zeros, such tiles are not stored.
-  k0 = (block*kb).minimum(K - kb)
-  last = (first_tile*mt + (my_tiles*mt - 1)).minimum(M - 1) if of_tiles > 1 else M - 1
-  even = M % mt == 0 and my_tiles % mb == 0 and tiles % of_tiles == 0
-  left = lambda j: ((panel + j)*nt).minimum(N - nt)
-  row = lambda r: r if even else r.minimum(last)
+  # last block of K at row K, and the last row is repeated. What was counted before must not be
+  # added again: such rows and columns of B are packed as zeros, such tiles are not stored. So cores
+  # share panels, of which two may overlap, in a single round only.
+  more_tiles = of_tiles*tile_blocks*mb > tiles
+  def left(j:UOp) -> UOp: return ((panel + j)*nt).minimum(N - nt)
+  def rows(i:UOp) -> list[UOp]:
+    every = [(tile + i)*mt + n for n in range(mt)]
+    return [r.minimum(M - 1) for r in every] if more_tiles or M % mt else every
+  def factor(x:UOp, transposed:bool, i:UOp, j:UOp) -> UOp:
+    own = 0 if x.shape[0] == 1 else turn//blocks if G == 1 else g
+    place = x[own, j, i] if transposed else x[own, i, j]
+    return widened(place.load())
+  def result(r:UOp, v:UOp) -> UOp:
+    column = left(j) + v
+    return C_so_far(g, column, r) if swapped else C_so_far(g, r, column)
 
-  ga, gb = (0 if x.shape[0] == 1 else this_round//blocks if G == 1 else g for x in (A, B))
-  a = lambda r, k: widened((A[ga, k, r] if ta else A[ga, r, k]).load())
-  b = lambda k, c: widened((B[gb, c, k] if tb else B[gb, k, c]).load())
-  c = lambda C, r, col: C[g, col, r] if swapped else C[g, r, col]
-
-  def pack_panels() -> UOp:
-    "pb[j] = B[k0:k0+kb, panel j]"
-    j, p, v = loop(nb), loop(kb), loop(nt)
-    x, counted = b(k0 + p, left(j) + v), []
-    if K % kb: counted.append(k0 + p < block*kb)
-    if several and (N % nt or my_panels % nb):
-      counted.append((this_round > 0) & (left(j) + v < (panel + j)*nt))
-    if counted: x = functools.reduce(operator.or_, counted).where(0.0, x)
-    pb = body.array(nb, kb, nt)
-    store = pb.after(this_round, panel_loop, group_loop, *body.outer)[j, p, v].store(x)
-    return pb.after(store.end(*((p, v) if tb else (v, p))).end(j))
-
-  def pack_tiles(pb:UOp) -> UOp:
-    "pa[i] = A[tile i, k0:k0+kb]^T"
-    i, p, r = loop(mb), loop(kb), loop(mt)
-    pa = body.array(mb, kb, mt)
-    x = a(row((tile + i)*mt + r), k0 + p)
-    store = pa.after(tile_loop, pb)[i, p, r].store(x)
-    return pa.after(store.end(r, i, p))
-
-  pb = pack_panels() if packed else None
-  pa = pack_tiles(pb) if packed and ta else None          # else a row of A is read in order anyway
-  need = tuple(x for x in (pb, pa) if x is not None)
-  j, i = loop(nb), loop(mb)
-  inner = i, j, tile_loop, this_round, panel_loop, group_loop
-  first, j0 = (tile + i)*mt, left(j)
-  at = [row((tile + i)*mt + r) for r in range(mt)]
-
-  def start_sums() -> UOp:
-    "sums = bias in the first round, in later ones what C holds by then"
-    z, sums = loop(nt), body.array(mt, nt)
-    zero = UOp.const(0.0, dtypes.float)
-    start = [bias[0][r if swapped else j0 + z] if bias else zero for r in at]
-    if several:
-      before = [c(C.after(this_round), r, j0 + z).load() for r in at]
-      start = [(this_round > 0).where(x, s) for x, s in zip(before, start)]
-    ready = sums.after(*inner, *body.outer, *need)
-    stores = [ready[r, z].store(s) for r, s in enumerate(start)]
-    return sums.after(UOp.group(*stores).end(z))
-
-  def add_products(sums:UOp) -> UOp:
-    "sums[r, :] += A[row r, k] B[k, :], k < kb; the compiler vectorises the loop over columns"
-    k, v = body.sum_loop(kb), loop(nt)
-    s = sums.after(k)
-    y = pb[j, k, v] if packed else b(k0 + k, j0 + v)
-    x = [a(r, k0 + k) if pa is None else pa[i, k, n] for n, r in enumerate(at)]
-    fma = [plus(s[r, v], x[r]*y) for r in range(mt)]
-    return sums.after(UOp.group(*fma).end(v).end(k))
-
-  def store_sums(sums:UOp) -> UOp:
-    "C = sums, a loop for each row: the compiler can't tell that the rows do not overlap"
-    own = several and (my_tiles % mb or tiles % of_tiles)
-    stores = []
-    for n, r in enumerate(at):
-      v, r = loop(nt), r.valid(first <= last) if own else r
-      stores.append(c(C, r, j0 + v).store(sums[n, v]).end(v))
-    return UOp.group(*stores).end(*inner)
-
-  return body.finish(store_sums(add_products(start_sums())), name)
+  body = Body(m, of_groups*of_tiles*of_panels)
+  first = lambda cores, n: body.h*n if cores > 1 else 0
+  C_so_far, sums = body.ordered(C), body.array(mt, nt)
+  pa, pb = body.array(mb, kb, mt), body.array(nb, kb, nt)
+  with body.over(G//of_groups) as g, body.over(panel_blocks) as panel, body.over(rounds) as turn:
+    g = first(of_groups, G//of_groups) + g
+    panel = (first(of_panels, panel_blocks) + panel)*nb
+    counted = (turn % blocks)*kb
+    k0 = counted.minimum(K - kb)
+    if packed:                                            # pb[j] = B[k0:k0+kb, panel j]
+      outer, inner = (nt, kb) if tb else (kb, nt)         # B in the order in which it is stored
+      with body.over(nb) as j, body.over(outer) as x, body.over(inner) as y:
+        p, v = (y, x) if tb else (x, y)
+        column = left(j) + v
+        entry = factor(B, tb, k0 + p, column)
+        if K % kb: entry = (k0 + p < counted).where(0.0, entry)
+        if rounds > 1 and (N % nt or panels % nb):
+          again = (turn > 0) & (j > 0) & (column < (panel + j)*nt)
+          entry = again.where(0.0, entry)
+        body.put(pb(j, p, v), entry)
+    with body.over(tile_blocks) as tile:
+      tile = (first(of_tiles, tile_blocks) + tile)*mb
+      if ta:                                              # pa[i] = A[tile i, k0:k0+kb]^T
+        with body.over(kb) as p, body.over(mb) as i:
+          for n, r in enumerate(rows(i)):
+            body.put(pa(i, p, n), factor(A, ta, r, k0 + p))
+      with body.over(nb) as j, body.over(mb) as i:
+        with body.over(nt) as v:                          # sums = bias, or what C holds by then
+          for n, r in enumerate(rows(i)):
+            start = UOp.const(0.0, dtypes.float)
+            if bias: start = bias[0][r if swapped else left(j) + v]
+            if rounds > 1: start = (turn > 0).where(result(r, v).load(), start)
+            body.put(sums(n, v), start)
+        with body.over(kb) as k:                          # sums += A[rows, k] B[k, panel j]
+          if ta: x = [pa(i, k, n) for n in range(mt)]
+          else: x = [factor(A, ta, r, k0 + k) for r in rows(i)]
+          with body.over(nt) as v:
+            y = pb(j, k, v) if packed else factor(B, tb, k0 + k, left(j) + v)
+            for n in range(mt): body.add(sums(n, v), x[n]*y)
+        # C = sums, a loop for each row: the compiler can't tell that the rows do not overlap
+        for n, r in enumerate(rows(i)):
+          if rounds > 1 and more_tiles: r = r.valid((tile + i)*mt < M)
+          with body.over(nt) as v:
+            body.put(result(r, v), sums(n, v))
+  return body.finish(name)
 
 def dots(C:UOp, A:UOp, B:UOp, *bias:UOp, m:Machine) -> UOp:
   """C (G,M,N) = A (G,M,K) B^T + bias (N,), B (G,N,K), for up to four rows of A.
 
   The time is that of reading B.
   """
-  G, M, N = C.shape
-  K = A.shape[2]
-  width, rows = math.gcd(K, m.lanes), math.gcd(N, 4//M)
-  side = 2 - K//width % 2                              # sums side by side: additions take a while
-  body = Body(m)
+  (G, M, N), K = C.shape, A.shape[2]
+  rows = math.gcd(N, 4//M)
   cores = min(m.cores, N//rows) if G*M*N*K > ONE_CORE//8 else 1
-  me, mine = body.cores(cores), ceildiv(N//rows, cores)
-  g, j, lane, z = body.loops(G, mine, width, width)
-  k = body.sum_loop(K//width//side)
-  ga, gb = (0 if x.shape[0] == 1 else g for x in (A, B))
-  first = (me*mine + j).minimum(N//rows - 1)*rows
-  each = list(itertools.product(range(M), range(rows)))
-
-  sums = body.array(M, rows, side, width)
-  start = sums.after(j, g, *body.outer)
-  zeros = [start[i, r, u, z].store(0.0) for i, r in each for u in range(side)]
-  sums = sums.after(UOp.group(*zeros).end(z))
-  s = sums.after(k)
-  def add(i:int, r:int, u:int) -> UOp:
-    at = (k*side + u)*width + lane
-    y = widened(B[gb, first + r, at].load())
-    return plus(s[i, r, u, lane], A[ga, i, at]*y)
-  fma = [add(i, r, u) for i, r in each for u in range(side)]
-  sums = sums.after(UOp.group(*fma).end(lane).end(k))
-
-  # halves are added to halves, as vectors: a sum written out is one long chain to the compiler
-  halves = [(n, 0, n) for n in (width >> i for i in range(1, width.bit_length()))]
-  if side > 1: halves.insert(0, (width, 1, 0))
-  for n, u, shift in halves:
-    o = body.loop(n)
-    halved = [plus(sums[i, r, 0, o], sums[i, r, u, o + shift]) for i, r in each]
-    sums = sums.after(UOp.group(*halved).end(o))
-  out = []
-  for i, r in each:
-    total = sums[i, r, 0, 0]
-    out.append(C[g, i, first + r].store(total + bias[0][first + r] if bias else total))
-  return body.finish(UOp.group(*out).end(j, g), f"dots_{G}x{M}x{K}x{N}")
-
-@functools.cache
-def ones(n:int, device:str) -> Tensor: return constant(np.ones((1, 1, n)), device)
+  body, mine = Body(m, cores), ceildiv(N//rows, cores)
+  with body.over(G) as g, body.over(mine) as j:
+    ga, gb = (0 if x.shape[0] == 1 else g for x in (A, B))
+    first = (body.h*mine + j).minimum(N//rows - 1)*rows
+    each = [(i, first + r) for i in range(M) for r in range(rows)]
+    def term(i:int, r:UOp) -> Callable:
+      return lambda k: widened(A[ga, i, k].load())*widened(B[gb, r, k].load())
+    totals = body.totals(K, *itertools.starmap(term, each), vectors=2)
+    for (i, r), total in zip(each, totals):
+      if bias: total = total + bias[0][r]
+      body.put(C[g, i, r], total)
+  return body.finish(f"dots_{G}x{M}x{K}x{N}")
 
 def product(a:Tensor, b:Tensor, *bias:Tensor, ta:bool=False, tb:bool=False, total:bool=False
             ) -> Tensor:
@@ -386,9 +300,9 @@ def product_backward(dy:Tensor, y:Tensor, a:Tensor, b:Tensor, *bias:Tensor, ta:b
   if tb: db = product(dy, a, ta=True, tb=ta, total=one_b)
   else: db = product(a, dy, ta=not ta, total=one_b)
   # tinygrad's own sum over rows takes 8 ms where this takes 0.2 ms, (4096,128) on a CPU
-  row = ones(dy.shape[1], dy.device)
-  dbias = [product(row, dy, total=dy.shape[0] > 1).reshape(x.shape) for x in bias]
-  return da, db, *dbias
+  rows = dy.reshape(1, -1, dy.shape[2])
+  ones = Tensor.ones(1, 1, rows.shape[1], device=dy.device)
+  return da, db, *(product(ones, rows).reshape(x.shape) for x in bias)
 
 def product_on_gpu(x:Tensor, w:Tensor, dtype:DType|None) -> Tensor:
   """x (…,M,K) @ w by tinygrad's own product, as a GPU does it best.
@@ -450,45 +364,44 @@ def multiply(x:Tensor, w:Tensor, bias:Tensor|None=None, dtype:DType|None=None) -
 def normalised(body:Body, x:UOp, row:UOp, eps:float) -> tuple[Callable, UOp]:
   "i -> hat[i] = (x[row, i] - mean)/deviation, and 1/deviation"
   D = x.shape[1]
-  mean = body.total(lambda i: x[row, i], D) * (1/D)
-  apart = lambda i: x[row, i] - mean
-  variance = body.total(lambda i: apart(i)*apart(i), D) * (1/D)
-  scale = 1 / (variance + eps).sqrt()
+  [total] = body.totals(D, lambda i: x[row, i])
+  apart = lambda i: x[row, i] - total*(1/D)
+  [squares] = body.totals(D, lambda i: apart(i)*apart(i))
+  scale = 1 / (squares*(1/D) + eps).sqrt()
   return lambda i: apart(i)*scale, scale
 
 def norm_kernel(y:UOp, x:UOp, w:UOp, b:UOp, eps:float, m:Machine) -> UOp:
   "y = hat w + b"
-  (M, D), body = x.shape, Body(m)
-  row = body.rows(M)
-  hat, _ = normalised(body, x, row, eps)
-  i = body.loop(D)
-  done = y[row, i].store(hat(i)*w[i] + b[i]).end(i)
-  return body.finish(done, f"layernorm_{M}x{D}")
+  M, D = x.shape
+  body = Body(m, M)
+  hat, _ = normalised(body, x, body.h, eps)
+  with body.over(D) as i: body.put(y[body.h, i], hat(i)*w[i] + b[i])
+  return body.finish(f"layernorm_{M}x{D}")
 
 def norm_grad_kernel(dx:UOp, dw:UOp, db:UOp, x:UOp, w:UOp, dy:UOp, eps:float, m:Machine) -> UOp:
   """dx = (g - mean g - hat·mean(g hat))/deviation, g = w dy;  dw = Σ hat dy, db = Σ dy over rows.
 
   dw and db are (cores,D): each core adds up its own rows.
   """
-  (M, D), body = x.shape, Body(m)
-  row = body.rows(M)
-  turn, core = body.outer
-  z, i, o = body.loops(D, D, D)
-  sums = body.array(D), body.array(D)
-  zeros = [s.after(core)[z].store(0.0) for s in sums]
-  zero = UOp.group(*zeros).end(z)
-  hat, scale = normalised(body, x, row, eps)
-  g = lambda i: dy[row, i]*w[i]
-  mean_g = body.total(g, D) * (1/D)
-  mean_gh = body.total(lambda i: g(i)*hat(i), D) * (1/D)
-  sw, sb = (s.after(zero, turn) for s in sums)
-  stores = UOp.group(dx[row, i].store(scale*(g(i) - mean_g - hat(i)*mean_gh)),
-                     plus(sw[i], dy[row, i]*hat(i)),
-                     plus(sb[i], dy[row, i])).end(i, turn)
-  sums = (s.after(stores)[o] for s in sums)
-  out = [d[body.me, o].store(s) for d, s in zip((dw, db), sums)]
-  body.outer = core,
-  return body.finish(UOp.group(*out).end(o), f"layernorm_grad_{M}x{D}")
+  (M, D), cores = x.shape, dw.shape[0]
+  body = Body(m, cores)
+  sw, sb = body.array(D), body.array(D)
+  with body.over(D) as i:
+    for s in (sw, sb): body.put(s(i), 0.0)
+  with body.over(M//cores) as turn:
+    row = body.h*(M//cores) + turn
+    hat, scale = normalised(body, x, row, eps)
+    g = lambda i: dy[row, i]*w[i]
+    sum_g, sum_gh = body.totals(D, g, lambda i: g(i)*hat(i))
+    with body.over(D) as i:
+      means = (sum_g + hat(i)*sum_gh)*(1/D)
+      body.put(dx[row, i], scale*(g(i) - means))
+      body.add(sw(i), dy[row, i]*hat(i))
+      body.add(sb(i), dy[row, i])
+  with body.over(D) as i:
+    body.put(dw[body.h, i], sw(i))
+    body.put(db[body.h, i], sb(i))
+  return body.finish(f"layernorm_grad_{M}x{D}")
 
 def norm_backward(dy:Tensor, y:Tensor, x:Tensor, w:Tensor, b:Tensor, eps:float, m:Machine
                   ) -> tuple[Tensor, ...]:
@@ -522,27 +435,31 @@ def first_seen(g:UOp, groups:int, start:UOp|None=None) -> UOp|None:
 
 def softmax_kernel(p:UOp, s:UOp, *place:UOp, m:Machine) -> UOp:
   "p = softmax of s (G,L,T) over what a row sees, see `causal_softmax`; place: its pos, start."
-  (G, L, T), body = s.shape, Body(m)
-  row = body.rows(G*L)
-  g, l = row//L, row % L
-  i, o = body.loops(T, T)
+  G, L, T = s.shape
+  body = Body(m, G*L)
+  g, l, e = body.h//L, body.h % L, body.array(T)
   own = l + (place[0][0].load() if place else T - L)
   begin = first_seen(g, G, *place[1:])
   seen = lambda i: i <= own if begin is None else (i <= own) & ((i >= begin) | i.eq(own))
   score = lambda i: seen(i).where(s[g, l, i], LOWEST)
-  largest = body.total(score, T, UOp.maximum, LOWEST)
-  power = seen(i).where((s[g, l, i] - largest).exp(), 0.0)
-  e = filled(body.array(T), i, power, body.outer[0])
-  scale = 1/body.total(lambda i: e[i], T)
-  return body.finish(p[g, l, o].store(e[o]*scale).end(o), f"softmax_{G}x{L}x{T}")
+  [largest] = body.totals(T, score, both=UOp.maximum, start=LOWEST)
+  with body.over(T) as i:
+    power = (s[g, l, i] - largest).exp()
+    body.put(e(i), seen(i).where(power, 0.0))
+  [total] = body.totals(T, e)
+  scale = 1/total
+  with body.over(T) as i: body.put(p[g, l, i], e(i)*scale)
+  return body.finish(f"softmax_{G}x{L}x{T}")
 
 def softmax_grad_kernel(ds:UOp, p:UOp, dp:UOp, m:Machine) -> UOp:
   "ds = p (dp - Σ p dp)"
-  (M, T), body = p.shape, Body(m)
-  row, i = body.rows(M), body.loop(T)
-  total = body.total(lambda i: p[row, i]*dp[row, i], T)
-  done = ds[row, i].store(p[row, i]*(dp[row, i] - total)).end(i)
-  return body.finish(done, f"softmax_grad_{M}x{T}")
+  M, T = p.shape
+  body = Body(m, M)
+  row = body.h
+  [total] = body.totals(T, lambda i: p[row, i]*dp[row, i])
+  with body.over(T) as i:
+    body.put(ds[row, i], p[row, i]*(dp[row, i] - total))
+  return body.finish(f"softmax_grad_{M}x{T}")
 
 def softmax_backward(dp:Tensor, p:Tensor, s:Tensor, *place:Tensor, m:Machine
                      ) -> tuple[Tensor|None, ...]:
@@ -574,24 +491,25 @@ def softmax(s:Tensor) -> Tensor:
 
 def embedding_kernel(y:UOp, table:UOp, ids:UOp, m:Machine) -> UOp:
   "y[row] = table[ids[row]]"
-  (n, D), body = y.shape, Body(m)
-  me, mine = body.cores(m.cores), ceildiv(n, m.cores)
-  i, c = body.loops(mine, D)
-  row = (me*mine + i).minimum(n - 1)
-  entry = widened(table[ids[row].load()*D + c].load())
-  return body.finish(y[row, c].store(entry).end(c, i), f"embed_{n}x{D}")
+  n, D = y.shape
+  body = Body(m, n)
+  with body.over(D) as c:
+    entry = table[ids[body.h].load()*D + c].load()
+    body.put(y[body.h, c], widened(entry))
+  return body.finish(f"embed_{n}x{D}")
 
 def embedding_grad_kernel(dtable:UOp, dy:UOp, ids:UOp, m:Machine) -> UOp:
   "Each core has columns of its own, so that no two add to the same place."
-  (n, D), body = dy.shape, Body(m)
-  cores = divisor(D, m.cores)
-  columns = D//cores
-  first = body.cores(cores)*columns
-  word, t, z, c = body.loops(dtable.shape[0]//D, n, columns, columns)
-  zero = dtable.after(*body.outer)[word*D + first + z].store(0.0).end(z, word)
-  sums = dtable.after(zero, t)[ids[t].load()*D + first + c]
-  done = plus(sums, dy[t, first + c]).end(c, t)
-  return body.finish(done, f"embed_grad_{n}x{D}")
+  n, D = dy.shape
+  columns = D//divisor(D, m.cores)
+  body = Body(m, D//columns)
+  sums, first = body.ordered(dtable), body.h*columns
+  with body.over(dtable.shape[0]//D) as word, body.over(columns) as c:
+    body.put(sums(word*D + first + c), 0.0)
+  with body.over(n) as t, body.over(columns) as c:
+    place = sums(ids[t].load()*D + first + c)
+    body.add(place, dy[t, first + c])
+  return body.finish(f"embed_grad_{n}x{D}")
 
 def embedding_backward(dy:Tensor, y:Tensor, table:Tensor, ids:Tensor, m:Machine
                        ) -> tuple[Tensor, None]:
@@ -634,44 +552,33 @@ def write_cache(cache:Tensor, x:Tensor, pos:Tensor) -> Tensor|None:
 def attend_kernel(y:UOp, q:UOp, k:UOp, v:UOp, pos:UOp, *start:UOp, m:Machine) -> UOp:
   "y = softmax(q k^T / sqrt D) v, one query a group, over rows start to pos of k and v (G T D,)."
   G, D = q.shape
-  T, body = k.numel()//q.numel(), Body(m)
-  g = body.rows(G)
-  turn = body.outer[0]
-  rows = (pos[0].load() + 1).cast(dtypes.weakint)
-  width = math.gcd(D, m.lanes)
-  s, largest, acc, total = (body.array(n) for n in (T, 1, D, 1))
+  T, body = k.numel()//q.numel(), Body(m, G)
+  g, rows = body.h, (pos[0].load() + 1).cast(dtypes.weakint)
   begin = first_seen(g, G, *start)
   seen = lambda t, x, otherwise: x if begin is None else (t >= begin).where(x, otherwise)
   at = lambda t, d: (g*T + t)*D + d
+  s, acc, largest, total = (body.array(n) for n in (T, D, 1, 1))
 
-  # s = q k / sqrt D, and the largest of them
-  largest = largest.after(largest.after(turn)[0].store(LOWEST))
-  t = body.sum_loop(rows)
-  sums = body.lanes(lambda d: q[g, d]*k[at(t, d)], D, width, t)
-  while len(sums) > 1: sums = [a + b for a, b in zip(sums[::2], sums[1::2])]
-  dot, now = sums[0]*D**-0.5, largest.after(t)
-  keep = now[0].store(now[0].maximum(seen(t, dot, LOWEST)))
-  scores = UOp.group(s.after(turn, t)[t].store(dot), keep).end(t)
-  s, largest = s.after(scores), largest.after(scores)
-
-  # s = exp(s - largest)
-  t = body.loop(rows)
-  power = seen(t, (s[t] - largest[0]).exp(), 0.0)
-  s = s.after(s[t].store(power).end(t))
-
-  # y = s v / Σ s
-  z, t = body.loop(D), body.sum_loop(rows)
-  d, o = body.loops(D, D)
-  new, new_total = acc.after(turn, s), total.after(turn, s)
-  zero = UOp.group(new[z].store(0.0).end(z), new_total[0].store(0.0))
-  now, now_total = acc.after(zero, t), total.after(zero, t)
-  weighted = plus(now[d], s[t]*v[at(t, d)]).end(d)
-  sums = UOp.group(weighted, plus(now_total[0], s[t])).end(t)
-  acc, total = acc.after(sums), total.after(sums)
-  out = y[g*D + o].store(acc[o]/total[0])
+  body.put(largest(0), LOWEST)
+  body.put(total(0), 0.0)
+  with body.over(D) as d: body.put(acc(d), 0.0)
+  with body.over(rows) as t:                          # s = q k / sqrt D, and the largest of them
+    [dot] = body.totals(D, lambda d: q[g, d]*k[at(t, d)])
+    score = dot*D**-0.5
+    body.put(s(t), score)
+    body.put(largest(0), largest(0).maximum(seen(t, score, LOWEST)))
+  with body.over(rows) as t:                          # s = exp(s - largest)
+    power = (s(t) - largest(0)).exp()
+    body.put(s(t), seen(t, power, 0.0))
+  with body.over(rows) as t:                          # y = s v / Σ s
+    body.add(total(0), s(t))
+    with body.over(D) as d:
+      body.add(acc(d), s(t)*v[at(t, d)])
+  with body.over(D) as d:
+    body.put(y[g*D + d], acc(d)/total(0))
   # loops whose length is known only to the device: tinygrad can't count or rearrange what they do
   work = Estimates(4*G*T*D, 8*G*T*D, 8*G*T*D)
-  return body.finish(out.end(o), f"attend_{G}x{T}x{D}", estimates=work).replace(tag=1)
+  return body.finish(f"attend_{G}x{T}x{D}", estimates=work).replace(tag=1)
 
 def attend(q:Tensor, k:Tensor, v:Tensor, pos:Tensor|None=None, start:Tensor|None=None,
            causal:bool=True) -> Tensor|None:
@@ -699,36 +606,32 @@ def h3_step_kernel(y:UOp, shift:UOp, re:UOp, im:UOp,
   modes: the real and the imaginary part of dA, dB, and C.
   """
   batch, channels, N = shift.shape
-  M, body = re.shape[2], Body(m)
-  h = body.rows(channels, batch)
-  turn, r, _ = body.outer
+  M, body = re.shape[2], Body(m, channels)
+  h = body.h
+  pair = lambda n, i: tuple(x[h, i] for x in modes[2*n:2*n + 2])      # of dA, dB, C
   # the new state goes through registers: the compiler can't tell that it does not overwrite what is
   # read next
-  kept = [body.array(n) for n in (N, M, M)]
-  j, i, o, p = body.loops(N-1, M, N, M)
-  new, *new_x = (a.after(turn) for a in kept)
-  pair = lambda n, i: tuple(x[h, i] for x in modes[2*n:2*n + 2])    # of dA, dB, C
-
-  x = k[r, h]                                                       # s' = shift s + B k
-  moved = new[0].store(B[h, 0]*x)
-  if N > 1:
-    shifted = new[j+1].store(shift[r, h, j] + B[h, j+1]*x)
-    moved = UOp.group(moved, shifted.end(j))
-  now = kept[0].after(moved)
-  shift_out = body.total(lambda i: now[i]*C[h, i], N)
-  kv = (shift_out + skip[h]*x)*v[r, h]
-
-  turned = cmul(pair(0, i), (re[r, h, i], im[r, h, i]))             # x' = dA x + dB kv
-  scan = [z[i].store(a + b*kv) for z, a, b in zip(new_x, turned, pair(1, i))]
-  new_x = [a.after(UOp.group(*scan).end(i)) for a in kept[1:]]
-  output = lambda i: cmul(pair(2, i), [z[i] for z in new_x])[0]
-  half = body.total(output, M)
-
-  stores = [state[r, h, p].store(z[p]) for state, z in zip((re, im), new_x)]
-  done = UOp.group(y[r, h].store(q[r, h]*(half*2 + D[h]*kv)),
-                   shift[r, h, o].store(now[o]).end(o),
-                   UOp.group(*stores).end(p))
-  return body.finish(done, f"h3_step_{batch}x{channels}x{N}")
+  s, *x = (body.array(n) for n in (N, M, M))
+  with body.over(batch) as r:
+    key = k[r, h]
+    body.put(s(0), B[h, 0]*key)                                       # s' = shift s + B k
+    if N > 1:
+      with body.over(N - 1) as j:
+        body.put(s(j+1), shift[r, h, j] + B[h, j+1]*key)
+    [shifted] = body.totals(N, lambda i: s(i)*C[h, i])
+    kv = (shifted + skip[h]*key)*v[r, h]
+    with body.over(M) as i:                                           # x' = dA x + dB kv
+      turned = cmul(pair(0, i), (re[r, h, i], im[r, h, i]))
+      for new, a, b in zip(x, turned, pair(1, i)):
+        body.put(new(i), a + b*kv)
+    def output(i:UOp) -> UOp:
+      re, _ = cmul(pair(2, i), [new(i) for new in x])
+      return re
+    [half] = body.totals(M, output)
+    body.put(y[r, h], q[r, h]*(half*2 + D[h]*kv))
+    for old, new in zip((shift, re, im), (s, *x)):
+      with body.over(old.shape[2]) as i: body.put(old[r, h, i], new(i))
+  return body.finish(f"h3_step_{batch}x{channels}x{N}")
 
 def h3_step(q:Tensor, k:Tensor, v:Tensor, state:tuple, weights:tuple) -> tuple[Tensor, tuple]|None:
   """y (B,D) of an H3 layer with heads of one channel, and its state, which is overwritten.
@@ -801,134 +704,70 @@ CHECKS["embedding"] = four_words, None, (4, 8), (5, 8)
 # from Python, 0.1 ms each. Here a pool of threads runs them at once, and a TinyJit is a list of
 # kernels that each core goes through in native code, waiting for the others after each of them.
 
-WORDS = 64             # of an entry in a list of kernels: a function and its arguments
+WORDS = 64             # of an entry in a list of kernels: a function, or 0, and its arguments
 TO_SHARE = 1 << 17     # size of the loops of tinygrad's own kernels from which cores share them
+ABI = getattr(cstyle.ClangRenderer, "abi", "")        # Windows calls functions in its own way
 
-def replay_kernel(cores:int, wait:bool=True) -> UOp:
-  """A core's part of a list of kernels: n entries of WORDS words.
+# Core `me` runs n entries. done[8 c], a cache line each, is how many of them core c is through
+# with: nobody starts on a kernel before all are through with the one before. Who waits lets others
+# have the core, as there may be more threads than cores. Behind the last kernel nobody waits here:
+# to spin takes a tenth of the others' time.
+REPLAY = f"""
+typedef unsigned long long word;
+typedef void ({ABI} *kernel)({", ".join(["word"]*(WORDS - 1))});
+{ABI} void replay(word (*entries)[{WORDS}], volatile word *done, void (*give_way)(void),
+                  word n, word cores, word me) {{
+  for (word i = 0; i < n; i++) {{
+    word *e = entries[i];
+    if (e[0]) ((kernel) e[0])({", ".join(f"e[{w}]" for w in range(1, WORDS))});
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    done[8*me] = i + 1;
+    for (word core = 0; core < cores && i + 1 < n; core++)
+      while (done[8*core] <= i) if (give_way) give_way();
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+  }}
+}}"""
+GIVE_WAY = 0
+if os.name == "posix": GIVE_WAY = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value
 
-  done[8 c]: how many of them core c is through with; nobody starts on a kernel before all are
-  through with the one before, if `wait`. pause: a function that does nothing, and the one to call
-  while waiting.
-  """
-  u64 = dtypes.uint64
-  entries, pause = UOp.param(0, u64, (1 << 30,)), UOp.param(2, u64, (2,))
-  done = UOp.param(1, u64, (8*cores,), volatile=True)
-  number = {"dtype": dtypes.int, "shape": (), "vmin_vmax": (0, 1 << 20), "addrspace": AddrSpace.ALU}
-  n, me = UOp.param(3, name="n", **number), UOp.param(4, name="me", **number)
-  i = UOp.range(n, 0, dtype=dtypes.int)
-  f, *args = (entries.index(i*WORDS + w).load() for w in range(WORDS))
-  finished = (i + 1).cast(u64)
-  ran = done.after(f.call(*args, ret_dtype=dtypes.void).barrier()).index(me*8).store(finished)
-  def call(which:int|UOp, *after:UOp) -> UOp:
-    return pause.after(*after).index(which).load().call(ret_dtype=dtypes.void)
-  # a parameter that is not used would not be one of the function's
-  if not wait: ran = call(0, ran)
-  for core in range(cores) if wait else ():
-    again = UOp.loop(1 + core)
-    waits = done.after(again, ran).index(8*core).load() < finished
-    ran = call(waits.where(1, 0), again, ran).end(again, waits)
-  return ran.barrier().end(i)
-
-def compiled(name:str, body:UOp) -> CPUProgram:
+@functools.cache
+def replay_program() -> CPUProgram:
   device = Device["CPU"]
-  clang = cstyle.ClangRenderer(dataclasses.replace(device.renderer.target, renderer="CLANG"))
-  kernel = body.sink(arg=KernelInfo(name), tag=1)
-  return CPUProgram(device, codegen.do_to_program(kernel, clang).to_elf())
-
-@functools.cache
-def replay_program(cores:int, wait:bool=True) -> CPUProgram:
-  return compiled(f"replay_{cores}_{int(wait)}", replay_kernel(cores, wait))
-
-@functools.cache
-def nothing() -> CPUProgram:
-  "A kernel that does nothing, of one buffer."
-  return compiled("nothing", UOp.param(0, dtypes.uint64, (1,)).index(0).load())
-
-@functools.cache
-def pause() -> np.ndarray:
-  """Addresses of a function that does nothing and of the one to call while waiting.
-
-  The latter lets others have the core: there may be more threads than cores.
-  """
-  idle = give_way = nothing().addr
-  if os.name == "posix":
-    give_way = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value
-  return np.array([idle, give_way], np.uint64)
-
-class Job:
-  """Work for all cores: core c runs the n kernels of entries[c], (cores,n,WORDS), in turn.
-
-  `replay_kernel` is the loop that does it. done[8 c] is how many core c has finished, a cache line
-  each. taken: whoever gets it runs the job, or cancels it. ended: the cores that have returned.
-  memory: what the kernels read and write, kept alive until they have. `wait`, the method, returns
-  when all have finished; the argument: whether a core waits for the others after each kernel.
-  """
-  def __init__(self, entries:np.ndarray, memory:object, wait:bool=True):
-    cores, self.n, _ = entries.shape
-    self.function, self.memory = replay_program(cores, wait).fxn, (entries, memory)
-    self.done = np.zeros(8*cores, np.uint64)
-    self.taken, self.ended = threading.Lock(), queue.SimpleQueue()
-    self.shares = []
-    for c in range(cores):
-      args = entries[c].ctypes.data, self.done.ctypes.data, pause().ctypes.data, self.n, c
-      self.shares.append([ctypes.c_uint64(a) for a in args])
-
-  def run(self, core:int):
-    self.function(*self.shares[core])
-    if core > 0: self.ended.put(core)
-
-  def wait(self):
-    while (self.done[::8] < self.n).any(): self.ended.get()
+  target = dataclasses.replace(device.renderer.target, renderer="CLANG")
+  compiled = cstyle.ClangRenderer(target).compiler.compile_cached(REPLAY)
+  return CPUProgram(device, TinyELF(compiled, "replay", target, ()))
 
 class Cores:
-  """A pool of threads. Who asks runs share 0 of a job, the leader share 1, workers the rest.
+  """A thread for each core but the first, whose share falls to the thread that asks.
 
-  The leader takes the jobs from a queue, one after the other: two threads that ask at the same time
-  can't hold half of the cores each and wait for ever. Native code runs without Python's lock.
+  Native code runs without Python's lock. Nothing interrupts who waits for it: see `run_whole`.
   """
   def __init__(self):
-    self.jobs, self.workers, self.leading = queue.SimpleQueue(), [], threading.Lock()
+    self.shares, self.ended, self.threads = queue.SimpleQueue(), queue.SimpleQueue(), 0
 
-  def run(self, job:Job):
-    "Runs a job, whose first share falls to the thread that asks for it."
-    if len(job.shares) == 1: return job.run(0)
-    if not self.leading.locked(): self.start(self.lead)
-    try:
-      self.jobs.put(job)
-      job.run(0)
-      job.wait()
-    except BaseException:
-      # An interrupt. If neither this thread nor the leader has begun, the leader never will. Else
-      # the others run, and so does this thread's share, unless it has run already.
-      if job.done[0] or not job.taken.acquire(blocking=False):
-        if not job.done[0]: job.run(0)
-        job.wait()
-      raise
+  def run(self, entries:np.ndarray):
+    "Core c runs the kernels of entries[c], (cores,n,WORDS), in turn."
+    cores, n, _ = entries.shape
+    done, shares = np.zeros(8*cores, np.uint64), []
+    for core in range(cores):
+      args = entries[core].ctypes.data, done.ctypes.data, GIVE_WAY, n, cores, core
+      shares.append([ctypes.c_uint64(a) for a in args])
+    with LOCK:
+      while self.threads < cores - 1: self.start()
+      for share in shares[1:]: self.shares.put(share)
+      replay_program().fxn(*shares[0])
+      for _ in shares[1:]: self.ended.get()
 
-  def start(self, loop:Callable, *args:object):
+  def start(self):
     usual = threading.stack_size(16 << 20)            # a kernel's private arrays are on the stack
-    threading.Thread(target=loop, args=args, daemon=True).start()
+    threading.Thread(target=self.serve, args=(self.shares, self.ended), daemon=True).start()
     threading.stack_size(usual)
+    self.threads += 1
 
-  def lead(self):
-    if not self.leading.acquire(blocking=False): return
+  def serve(self, shares:queue.SimpleQueue, ended:queue.SimpleQueue):
     while True:
-      job = self.jobs.get()
-      if not job.taken.acquire(blocking=False): continue
-      for core in range(2, len(job.shares)):
-        if len(self.workers) < core - 1:
-          self.workers.append(queue.SimpleQueue())
-          self.start(self.serve, self.workers[-1])
-        self.workers[core-2].put((job, core))
-      job.run(1)
-      del job                                         # and the memory that it keeps alive
-
-  def serve(self, shares:queue.SimpleQueue):
-    while True:
-      job, core = shares.get()
-      job.run(core)
-      del job
+      replay_program().fxn(*shares.get())
+      ended.put(None)
 
 CORES = Cores()
 
@@ -942,43 +781,39 @@ PLAIN_CALL = CPUProgram.__call__
 
 def call_on_all_cores(self, *buffers:HCQBuffer, global_size:tuple=(1, 1, 1), vals:tuple=(),
                       wait:bool=False, **options) -> float|None:
-  """CPUProgram.__call__, which is for a single kernel: its threads at once.
-
-  A core that is through sleeps: to spin takes a tenth of the others' time.
-  """
-  if global_size[0] == 1 or "core_id" not in self.runtimevars or self.lvp:
+  "CPUProgram.__call__, which is for a single kernel: its threads at once."
+  if global_size[0] == 1 or "core_id" not in self.runtimevars:
     return PLAIN_CALL(self, *buffers, global_size=global_size, vals=vals, wait=wait, **options)
   began = time.perf_counter()
   entries = np.zeros((global_size[0], 1, WORDS), np.uint64)
   write_entry(entries[:, 0], self, [*(b.va_addr for b in buffers), *(v or 0 for v in vals)])
-  CORES.run(Job(entries, buffers, wait=False))
+  CORES.run(entries)
   return time.perf_counter() - began if wait else None
 
 class Replay(tinyjit.GraphRunner):
-  "The kernels of a TinyJit as one job."
+  "The kernels of a TinyJit, run at once."
   def __init__(self, linear:UOp, input_uops:tuple[UOp, ...]=()):
     super().__init__(linear, input_uops)
     infos = [program.arg for _, program, _, _ in self.calls]
-    args = [tinyjit.get_call_arg_uops(call) for call in self.linear.src]
-    cores = max(int(info.global_size[0]) for info in infos)
-    self.entries = np.zeros((cores, len(infos), WORDS), np.uint64)
-    self.entries[1:, :, 0] = nothing().addr
+    shares = [int(info.global_size[0]) for info in infos]
+    self.entries = np.zeros((max(shares), len(infos), WORDS), np.uint64)
     self.inputs = []     # kernel, word and UOp of each input of the TinyJit, or of a part of one
-    for i, (info, program, call) in enumerate(zip(infos, self.runtimes, self.calls)):
-      addresses = [call[2][b]._buf.va_addr for b in info.globals]
-      write_entry(self.entries[:int(info.global_size[0]), i], program, addresses)
+    for i, (info, (_, _, buffers, _)) in enumerate(zip(infos, self.calls)):
+      addresses = [buffers[b]._buf.va_addr for b in info.globals]
+      write_entry(self.entries[:shares[i], i], self.runtimes[i], addresses)
+      args = tinyjit.get_call_arg_uops(self.linear.src[i])
       for word, b in enumerate(info.globals, 1):
-        changes = any(u.op is Ops.PARAM for u in args[i][b].toposort())
-        if changes: self.inputs.append((i, word, args[i][b]))
+        changes = any(u.op is Ops.PARAM for u in args[b].toposort())
+        if changes: self.inputs.append((i, word, args[b]))
     self.calls = []      # lets go of the first call's inputs
 
   def __call__(self, input_uops:tuple[UOp, ...], var_vals:dict[str, int], wait:bool=False
                ) -> float|None:
-    began, memory = time.perf_counter(), []
+    began, memory = time.perf_counter(), []           # which lives until the kernels have run
     for i, word, arg in self.inputs:
       memory.append(realize._resolve(arg, input_uops).buffer.ensure_allocated()._buf)
       self.entries[:, i, word] = memory[-1].va_addr
-    CORES.run(Job(self.entries, memory))
+    CORES.run(self.entries)
     return time.perf_counter() - began if wait else None
 
   @staticmethod
@@ -1042,22 +877,22 @@ def use_all_cores():
   def compile_shared(linear:UOp) -> UOp:
     return compile_all(linear.replace(src=tuple(map(shared_by_cores, linear.src))))
   realize.lower_and_compile = compile_shared
-  pause()                                             # compiled before the first job
+  replay_program()                                    # compiled before the first job
   Device["CPU"].graph = Replay
 
 # ================================================================ threads, forks and Ctrl-C
 
-class Uninterrupted:
-  "Holds back Ctrl-C, which Python raises in the main thread, until the block has ended."
-  def __enter__(self):
-    self.came, handler = None, signal.getsignal(signal.SIGINT)
-    held = callable(handler) and threading.current_thread() is threading.main_thread()
-    self.handler = handler if held else None
-    if held: signal.signal(signal.SIGINT, self.note)
-  def note(self, *came): self.came = came
-  def __exit__(self, *_):
-    if self.handler: signal.signal(signal.SIGINT, self.handler)
-    if self.came: self.handler(*self.came)
+@contextlib.contextmanager
+def uninterrupted(number:int):
+  "Holds back what a signal does, which may raise in the main thread, until the block has ended."
+  handler, came = signal.getsignal(number), []
+  held = callable(handler) and threading.current_thread() is threading.main_thread()
+  try:
+    if held: signal.signal(number, lambda *signal: came.append(signal))
+    yield
+  finally:
+    if held: signal.signal(number, handler)
+    for signal_and_frame in came[:1]: handler(*signal_and_frame)
 
 def overwrites(graph:UOp) -> bool:
   "Whether the graph stores into memory that was there: kernels inside a FUNCTION have their own."
@@ -1069,60 +904,67 @@ def overwrites(graph:UOp) -> bool:
     seen.add(u)
   return False
 
-class Realisation:
-  """A call of realize or of a TinyJit that is going on.
+# tinygrad gives a Tensor its buffer before the kernels that fill it have run. If a call of realize
+# or of a TinyJit fails between the two, by Ctrl-C say, the Tensor looks computed and holds zeros.
+# So each call that is going on, inside the one before, has the Tensors and their graphs before.
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
-  tinygrad gives a Tensor its buffer before the kernels that fill it have run. If the call fails
-  between the two, by Ctrl-C say, the Tensor looks computed and holds zeros. So `graphs` has each of
-  them with its graph before, which is given back. Not given back, once kernels have begun: a graph
-  that overwrites something, as it is not known whether it has.
-  """
-  going_on: list[Realisation] = []                    # each inside the one before
-  def __init__(self): self.graphs, self.begun = [], False
-  def __enter__(self): self.going_on.append(self)
-  def __exit__(self, error:type|None, *_):
-    self.going_on.pop()
-    if error:
-      for t, graph in reversed(self.graphs):
-        if not self.begun or not overwrites(graph): t.uop = graph
-    elif self.going_on and not self.begun:   # captured: the TinyJit around it runs the kernels
-      self.going_on[-1].graphs += self.graphs
+NOTED: list[list[tuple[Tensor, UOp]]] = []
+
+@contextlib.contextmanager
+def realisation():
+  "A call of realize or of a TinyJit: gives Tensors their graphs back if it fails."
+  NOTED.append(noted := [])
+  try: yield
+  except BaseException:
+    for t, graph in reversed(noted): t.uop = graph
+    noted.clear()
+    raise
+  finally:
+    NOTED.pop()
+    if NOTED: NOTED[-1] += noted             # captured: the TinyJit around it runs the kernels
 
 OWN = threading.local()     # OWN.cache: a thread's connection to tinygrad's cache on disk
 
 def one_at_a_time(method:Callable) -> Callable:
-  "The method as a Realisation, one thread at a time, each with its own connection to the cache."
+  "The method as a realisation, one thread at a time, each with its own connection to the cache."
   @functools.wraps(method)
   def call(*args, **options):
     with LOCK:
       others, helpers._db_connection = helpers._db_connection, getattr(OWN, "cache", None)
       try:
-        with Realisation(): return method(*args, **options)
+        with realisation(): return method(*args, **options)
       finally: OWN.cache, helpers._db_connection = helpers._db_connection, others
   return call
 
 PLAIN_MAP, PLAIN_RUN = tensor._apply_map_to_tensors, realize.run_linear
 
 def replace_and_note(new:dict[UOp, UOp], name:str):
-  "Replaces graphs of Tensors, and notes them in the Realisation that is going on."
+  "Replaces graphs of Tensors, and notes them in the realisation that is going on."
   before = [(t, t.uop) for t in (ref() for ref in list(tensor.all_tensors)) if t is not None]
   try: PLAIN_MAP(new, name)
   finally:
-    if Realisation.going_on:
-      Realisation.going_on[-1].graphs += [(t, graph) for t, graph in before if t.uop is not graph]
+    if NOTED: NOTED[-1] += [(t, graph) for t, graph in before if t.uop is not graph]
 
 def run_whole(linear:UOp, var_vals:dict[str, int]|None=None, input_uops:Sequence[UOp]=(),
               update_stats:bool=True, jit:bool=False, wait:bool=False):
-  "Compiles the kernels, which Ctrl-C may interrupt, and then runs all of them, which it may not."
+  """Compiles the kernels, which Ctrl-C may interrupt, and then runs all of them, which it may not.
+
+  If they fail, a graph that overwrites something is not given back: it may have done so.
+  """
   if not jit:
     validate = helpers.VALIDATE_WITH_CPU
     compiled = realize.compile_linear(linear, validate=validate, input_uops=list(input_uops))
     linear = realize.link_linear(compiled)
   if not linear.src: return
-  with Uninterrupted():
-    if Realisation.going_on: Realisation.going_on[-1].begun = True
-    PLAIN_RUN(linear, var_vals, input_uops, update_stats, True, wait)
-    if Realisation.going_on: Realisation.going_on[-1].graphs = []
+  noted = NOTED[-1] if NOTED else []
+  with contextlib.ExitStack() as held:
+    for number in SIGNALS: held.enter_context(uninterrupted(number))
+    try: PLAIN_RUN(linear, var_vals, input_uops, update_stats, True, wait)
+    except BaseException:
+      noted[:] = [(t, graph) for t, graph in noted if not overwrites(graph)]
+      raise
+    noted.clear()
 
 PLAIN_POOL = worker.get_worker_pool
 
