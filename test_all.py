@@ -4696,15 +4696,16 @@ def test_imports_go_downward():
 
 @slow
 def test_readme_loop_of_ones_own(tmp_path, monkeypatch, capsys):
-  "as written: it prints the loss before `backward`, and learns"
+  "as written, and without TinyJit: it prints the same losses, and learns"
   monkeypatch.chdir(tmp_path)
   Path("book.txt").write_text(TEXT*20)
-  exec(readme_python("setup_device()"), names := {})
-  exec(readme_python("@TinyJit"), names)
+  loop = readme_python("setup_device()")
+  exec(loop, {})
+  exec(loop.replace("@TinyJit\n", ""), {})
   losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
   assert len(losses) == 40 and np.isfinite(losses).all()
   assert losses[19] < losses[0]/2
-  assert losses[39] < losses[20]
+  near(np.array(losses[20:]), np.array(losses[:20]), 1e-5)
 
 def readme_commands(file:str="README.md") -> dict[str, list[str]]:
   "A README's commands, by section."
