@@ -133,8 +133,8 @@ def direct(u:Tensor, k:Tensor, D:Tensor, v:Tensor, q:Tensor) -> Tensor:
   taps = k.pad((None, (L-1, 0))).unfold(-1, L, 1).flip(-1)       # (H,L,L): k[t-s]
   return q*((taps*w.unsqueeze(2)).sum(-1) + D.reshape(-1, 1)*w)
 
-SMALL = (3, 4, 40)
-@checked(SMALL, SMALL, (4, 40), (4,), SMALL, SMALL, plain=direct)
+SMALL = (3, 4, 48)
+@checked(SMALL, SMALL, (4, 48), (4,), SMALL, SMALL, plain=direct)
 def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor|None=None,
             channels_last:bool=False) -> Tensor:
   """y = q * (k ∗ (u*v) + D*(u*v)): the causal convolution along the last axis, gated before, after.
@@ -195,11 +195,12 @@ def transform_length(device:str|tuple, least:int) -> int:
   """The length of the kernels' transform, at least so long: a power of two, or on a CPU three
   quarters of one.
 
-  At L = 9,000 to 12,288 that saves a quarter of the time. Five eighths of one, with a last pass of
-  radix 5 or 10, are slower than the next of these lengths. GPUs: not measured.
+  At L = 9,000 to 12,288 that saves a quarter of the time; short transforms take longer to compile
+  and gain little. Five eighths of one, with a last pass of radix 5 or 10, are slower than the next
+  of these lengths. GPUs: not measured.
   """
   N = fft_length(least, 1)
-  return N*3//4 if N*3//4 >= max(least, 96) and not machine(device).gpu else N
+  return N*3//4 if N*3//4 >= max(least, 384) and not machine(device).gpu else N
 
 def levels(device:str|tuple, N:int) -> int:
   """How a transform of length N runs: 1: in one launch; R > 1: in two levels, as R transforms of

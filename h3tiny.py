@@ -245,7 +245,7 @@ class ShiftSSM:
   def filter(self) -> Tensor:
     "S[i] = sum_m B[m] C[m+i], i < N: (D,N). A convolution of C with B reversed."
     N = self.B.shape[-1]
-    return fftconv(pad_or_trim(self.C, 2*N-1), self.B.flip(-1))[0, :, N-1:]
+    return fftconv(pad_or_trim(self.C, 2*N), self.B.flip(-1))[0, :, N-1:2*N-1]
 
   def response(self, s:Tensor, L:int) -> Tensor:
     """Zero-input response (B,D,L): the part of the next L outputs that comes from the state s,

@@ -120,7 +120,7 @@ CASES = table("""
   2 64    64    64  Dvq
   2  3   180   180  Dq
   3  5   750   750  Dvq
-  3  8    45    45  DvqT
+  3  2   370   370  DvqT
   2  3  9000    64  Dvq""")
 LONG_CASES = table("""
   2 64  1024    64  -
