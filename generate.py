@@ -638,11 +638,13 @@ def run(args:argparse.Namespace) -> None:
              if getattr(args, name) is not None]
   if actions == ["compare", "perplexity"]: actions.pop()   # which names the text
   if len(actions) > 1: raise UserError(f"give one of --{', --'.join(actions)}")
+  saved = None if actions == ["compare"] else read_model(args.model)
+  setup_device()                           # checks the kernels the first time, which takes a while
   if WEIGHTS[args.dtype] not in Device[Device.DEFAULT].renderer.supported_dtypes():
     raise UserError(f"--dtype {args.dtype}: the device {Device.DEFAULT} knows no such numbers: "
                     "take bfloat16")
   if actions == ["compare"]: return print_comparison(args)
-  path, tensors, meta, trained = saved = read_model(args.model)
+  path, tensors, meta, trained = saved
   task, length = trained.get("task", "text"), trained.get("length")
   action = actions[0] if actions else "text"
   if trained and action not in USES.get(task, [()])[0]:
@@ -773,7 +775,6 @@ def main(argv:list[str]|None=None) -> int:
   if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")
   with Interrupt(last_words=lambda: "") as interrupt:
     try:
-      setup_device()
       run(args)
       return 0
     except UserError as e: p.error(str(e))

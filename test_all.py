@@ -3048,9 +3048,9 @@ def busy(program:str, args:list[str], tmp_path:Path) -> tuple[subprocess.Popen, 
 
 @pytest.mark.parametrize("program,args,signum,what,last", and_slow(
   [("train.py", "--resume --steps 16 --out {resumed}", signal.SIGTERM, "the first step",
-    "before a step was done, the checkpoint is that of step 8\ngo on with: {go_on} --out {resumed}\n"),
+    "(no step was done yet), the checkpoint is that of step 8\ngo on with: {go_on} --out {resumed}\n"),
    ("generate.py", "--model {resumed}", signal.SIGINT, "the first tokens", "\n")],
-  [("train.py", "{again} --out {new}", signal.SIGINT, "the first step", "before a step was done, nothing saved\n")]))
+  [("train.py", "{again} --out {new}", signal.SIGINT, "the first step", "(no step was done yet), nothing saved\n")]))
 def test_ctrl_c_while_compiling(program, args, signum, what, last, again, done, tmp_path):
   """Before the first step is done there is nothing to save, and before the first token nothing to
   say: it ends at once, without a step, a token, a traceback or a checkpoint that has changed."""
@@ -3287,7 +3287,7 @@ def another(done:Path, out:Path, options:dict, data:str|None=None) -> Path:
 RESUMED = [
   ({}, "--steps 12", "changed: --steps 8 -> 12", 8, 3e-4),
   ({}, "--steps 12", "learning rate: 4.0e-04 until now, 3.0e-04 from here, 3.0e-04 at the end; it "
-   "falls until step 8, with --schedule-steps 12 until the end", 8, 3e-4),
+   "fell, to a tenth of --lr, until step 8, with --schedule-steps 12 until the end", 8, 3e-4),
   ({"schedule_steps": "absent"}, "--steps 12", "from here, 3.0e-04 at the end; it", 8, 3e-4),
   ({}, "--steps 12 --schedule-steps 12", "changed: --steps 8 -> 12, --schedule-steps 8 -> 12",
    12, 3.458e-4),
@@ -3705,8 +3705,10 @@ def test_schedule():
   assert rates[10:] == sorted(rates[10:], reverse=True)
   assert train.learning_rate(0, 1, 1.0, 0) == 1.0
   assert train.learning_rate(99, 100, 1.0, 10, "linear") == pytest.approx(1/90)
-  for schedule in ("cosine", "linear"):              # past the end, and cut short in the warm-up
-    for steps in (100, 5): assert train.learning_rate(100, steps, 1.0, 10, schedule) == 0.1
+  for steps in (100, 5):                             # past the end, and cut short in the warm-up
+    assert train.learning_rate(100, steps, 1.0, 10) == 0.1
+    last = train.learning_rate(steps-1, steps, 1.0, 10, "linear")
+    assert train.learning_rate(100, steps, 1.0, 10, "linear") == last
 
 def test_split_and_batches(again, tmp_path):
   "Held-out text is nowhere in the training part; the same seed and step give the same batch."

@@ -164,7 +164,7 @@ class Windows:
                       f"{' or '.join(cures)}")
     name = ", ".join(args.data) if args.data else "Python's standard library"
     kind = "text" if any(is_jsonl(Path(p)) for p in args.data or ()) else "file"
-    self.about = f"{name}: {counted(len(ends), kind)}, {parts} ({args.tokenizer})"
+    self.about = f"{name}: {counted(len(ends), kind)}, {parts} at its end ({args.tokenizer})"
 
   def enough(self, ends:np.ndarray, args:Namespace) -> Iterator[str]:
     "Yields the options with which a window would fit into both parts."
@@ -575,7 +575,7 @@ def trained_before(args:Namespace, start:Saved|None) -> dict[str, object]:
 def check_task(name:str) -> None:
   if name in TASKS: return
   program = paper_of(name)
-  elsewhere = f"; it is one of {command(program)}" if program else ""
+  elsewhere = f"; type {command(program)} --task {name}" if program else ""
   raise UserError(f"--task: invalid choice: {name!r} is none of {', '.join(TASKS)}{elsewhere}")
 
 def is_causal(args:Namespace) -> bool:
@@ -706,14 +706,16 @@ def describe(name:str, config:H3Config|BiGSConfig) -> str:
   text = f"{name}: {config.n_layer} layers of width {config.d_model}"
   attention = getattr(config, "attn_layers", ())
   if not 0 < len(attention) < config.n_layer: return text
-  return f"{text}, attention in {', '.join(map(str, attention))}"
+  several = "s" if len(attention) > 1 else ""
+  return f"{text}, attention in layer{several} {', '.join(map(str, attention))} (from 0)"
 
 # ---- a step -------------------------------------------------------------------------------------
 
 def learning_rate(step:int, steps:int, peak:float, warmup:int, schedule:str="cosine") -> float:
   """Rises linearly to the peak, then falls: on a cosine to a tenth, or linearly to 0. From step 0;
-  after all `steps` of the schedule it is a tenth."""
-  if step >= steps: return peak * 0.1
+  after all `steps` of the schedule it is a tenth, or as in the last of them."""
+  if step >= steps and schedule == "cosine": return peak * 0.1
+  step = min(step, steps-1)
   if step < warmup: return peak * (step+1) / warmup
   if schedule == "linear": return peak * (steps-step) / (steps-warmup)
   return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * (step-warmup) / max(1, steps-warmup))))
@@ -848,25 +850,34 @@ class Log:
     # the first two compile and capture
     if len(self.rows) - self.resumed > 2: self.times.append(seconds)
     step, steps = values["step"], self.args.steps
-    text = self.progress(step, tokens)
+    fields = self.progress(step, tokens)
+    text = "  ".join(fields.values())
     if self.live:
       width = shutil.get_terminal_size().columns - 1
+      for name in ("memory", "rate", "nats", "speed"):  # what a narrow terminal can do without
+        if len(text) <= width: break
+        fields.pop(name, None)
+        text = "  ".join(fields.values())
       room = max(0, min(20, width - len(text) - 1))     # what the text leaves
       bar = "━"*(room*step//steps)
       self.show("\r\x1b[K" + f"{bar:─<{room}} {text}"[:width].strip(), end="")
     elif step % self.args.log_every == 0 or step in (1, steps): self.show(text)
 
-  def progress(self, step:int, tokens:int) -> str:
+  def progress(self, step:int, tokens:int) -> dict[str, str]:
+    "Returns the fields of the progress line, by name."
     steps, unit = self.args.steps, self.task.unit.replace(" per ", "/")
     recent = [r["loss_nats"] for r in self.rows[-10:]]  # a step's loss alone jumps about
     loss = sum(recent) / len(recent)
-    text = (f"step {step:>{len(str(steps))}}/{steps}  loss {loss:.3f}  "
-            f"{loss*self.task.per_nat:.3f} {unit}  lr {self.rows[-1]['learning_rate']:.1e}")
+    fields = {"step": f"step {step:>{len(str(steps))}}/{steps}", "nats": f"loss {loss:.3f}",
+              "loss": f"{loss*self.task.per_nat:.3f} {unit}",
+              "rate": f"lr {self.rows[-1]['learning_rate']:.1e}"}
     if self.times:
       a_step = sum(self.times) / len(self.times)
-      text += f"  {tokens/a_step:,.0f} tokens/s  {duration((steps-step)*a_step)} left"
+      fields["speed"] = f"{tokens/a_step:,.0f} tokens/s"
+      fields["left"] = f"{duration((steps-step)*a_step)} left"
     peak = peak_memory()
-    return text if math.isnan(peak) else f"{text}  {peak/1e9:.2f} GB"
+    if not math.isnan(peak): fields["memory"] = f"{peak/1e9:.2f} GB"
+    return fields
 
   def held_out(self) -> str:
     _, loss, metrics = self.evals[-1]
@@ -990,14 +1001,17 @@ class Run:
       text = (f"learning rate: {was:.1e} until now, {self.rate(self.first):.1e} from here, "
               f"{self.rate(args.steps-1):.1e} at the end")
       if args.schedule_steps != args.steps:
-        text += (f"; it falls until step {args.schedule_steps}, with --schedule-steps {args.steps} "
+        over = self.first >= args.schedule_steps
+        tenth = ", to a tenth of --lr,"*(self.task.schedule == "cosine")
+        falls = f"fell{tenth}" if over else "falls"
+        text += (f"; it {falls} until step {args.schedule_steps}, with --schedule-steps {args.steps} "
                  "until the end")
       notes.append(text)
     # what is counted of the data, without its name; older checkpoints count it in millions
     counted = lambda about: about.split(": ", 1)[-1]
     if data and " M tokens" not in data and counted(data) != counted(self.task.about):
       notes.append(f"the data have changed: until now the run was on {data}; from here it goes on "
-                   "with what is there now")
+                   "with what is there now, and its held-out losses are no longer those of before")
     return notes
 
   def go_on_from(self, start:Saved) -> None:
@@ -1157,7 +1171,7 @@ class Run:
     return f"{saved}\ngo on with: {again}"
 
   def stopped_at_once(self) -> str:
-    nothing_lost = " before a step was done"*(len(self.log.rows) == self.log.resumed)
+    nothing_lost = " (no step was done yet)"*(len(self.log.rows) == self.log.resumed)
     return f"\nstopped at once{nothing_lost}, {self.what_is_saved()}"
 
   def finish(self) -> None:

@@ -92,12 +92,13 @@ def classify_task(args:argparse.Namespace) -> Task:
   rows = to_rows(table, path)
   if args.dev: held_out = to_rows(read_tsv(args.dev, args.columns, n_texts), args.dev)
   else: rows, held_out = hold_out(rows, args)
-  n = len(rows[0])
+  n, full = len(rows[0]), int(rows[1].all(1).sum())
   if not n: raise UserError(f"{path} has 1 line: some are held out, give more, or --dev")
   if args.steps is None: args.steps = math.ceil(EPOCHS * n/args.batch)
   kind = f"labels {listed(classes)}" if classes else "real values"
   about = (f"{path}: {n:,} lines to train on, {len(held_out[0]):,} held out, {kind} "
            f"({args.tokenizer})")
+  if full: about += f"; {full:,} fill --length {L}, the end of what is longer is left out"
   return label_task(args, about, tok, tok.masked_size, drawn_from(rows, args), held_out, rows[2],
                     classes, describe, "linear")
 

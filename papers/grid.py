@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import argparse, csv, dataclasses, functools, itertools, math, os, re, subprocess, time
+import argparse, csv, dataclasses, functools, itertools, math, os, re, shlex, subprocess, time
 from typing import Callable, Iterable, NamedTuple
 import numpy as np
 from tinygrad import Device
@@ -198,6 +198,8 @@ def show(program:str, default:str, argv:list[str]) -> int:
   folder = Path(known.show)
   if folder.name == CHECKPOINT: folder = folder.parent
   try:
+    if not any((folder/name).exists() for name in (CHECKPOINT, PREVIOUS)):
+      raise UserError(f"no model in {folder}: train one first, with --out {shlex.quote(str(folder))}")
     args, start = train.resolve_args(["--resume", "--out", str(folder), *others], program, default)
     task = train.TASKS[args.task].make(args)
     if not task.sample: raise UserError(f"--task {args.task} has nothing to show")

@@ -8,7 +8,7 @@ Texts become the rows that a head is trained on, [CLS] a [SEP] or [CLS] a [SEP] 
 files of the authors' code, whose tokenizer is BERT's.
 """
 from __future__ import annotations
-import re
+import re, sys
 from typing import Callable, Iterator, NamedTuple
 import numpy as np
 from tinygrad import Tensor
@@ -102,6 +102,9 @@ def ask(model:BiGS, tok:Tokenizer, name:str, lines:list[list[str]], length:int, 
     asked.append(Asked(texts, [text_row(tok, part, length) for part in parts], tok, labels))
   rows = [pad(row, length, tok.pad) for one in asked for row in one.rows]
   tokens, mask = map(np.stack, zip(*rows))
+  if full := int(mask.all(1).sum()):
+    print(f"{full:,} of {len(rows):,} rows fill the {length} tokens that the model takes: the end of "
+          "what is longer is not read", file=sys.stderr)
   # 1 from behind the first [SEP] to the last one
   ends = (tokens == tok.sep).cumsum(1) - (tokens == tok.sep)
   types = typed * mask * (ends == 1)
