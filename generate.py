@@ -226,7 +226,7 @@ class Likelihood(NamedTuple):
 
 def likelihood(model:H3LM, tokenizer:Tokenizer, texts:list[str], window:int, stride:int
                ) -> Likelihood:
-  "Of documents that begin after an <|endoftext|> each, see `document_nll`."
+  "Reads documents, each after an <|endoftext|>, in windows: see `document_nll`."
   nll, tokens, windows, nats = likelihood_of(model), 0, 0, 0.0
   for text in tqdm(texts, desc="texts", disable=len(texts) < 20):
     ids = tokenizer.encode(text)

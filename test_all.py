@@ -352,7 +352,7 @@ class GPU:
     return self.compile_others(linear.substitute(programs))
 
   def runtime(self, program:UOp) -> Callable:
-    "What executes the program, in the manner of tinygrad's CPUProgram."
+    "Returns a function that executes the program, as tinygrad's CPUProgram does."
     info, linear, source = program.arg, program.src[1], program.src[2].arg
     params = sorted((u for u in linear.src if u.op is Ops.PARAM), key=lambda u: u.arg.slot)
     only_written = set(info.outs) - set(info.ins)
@@ -3379,7 +3379,7 @@ ESTIMATES = [
   (finetune, "--data t.tsv", "t.tsv: 14 lines to train on, 1 held out", "for 21 steps and")]
 
 def test_estimate(done, tmp_path, monkeypatch, instant, printed, rejected):
-  "Of any program and run: memory, time, what takes less; nothing is written."
+  "Memory, time, and what takes less, for any program and run; nothing is written."
   monkeypatch.chdir(tmp_path)
   Path("text.txt").write_text(TEXT)
   tsv(Path("t.tsv"), [("ab"[i % 2], f"text {i}") for i in range(15)])

@@ -1008,8 +1008,8 @@ class Run:
                  "until the end")
       notes.append(text)
     # what is counted of the data, without its name; older checkpoints count it in millions
-    counted = lambda about: about.split(": ", 1)[-1]
-    if data and " M tokens" not in data and counted(data) != counted(self.task.about):
+    def without_name(about): return about.split(": ", 1)[-1]
+    if data and " M tokens" not in data and without_name(data) != without_name(self.task.about):
       notes.append(f"the data have changed: until now the run was on {data}; from here it goes on "
                    "with what is there now, and its held-out losses are no longer those of before")
     return notes

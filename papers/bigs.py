@@ -121,7 +121,7 @@ def agreement_task(args:argparse.Namespace) -> Task:
 
   held = [held_out(n) for n in range(len(BETWEEN))]
   def answers(model):
-    "Of the first sentence with each number of attractors."
+    "Yields sentence, answer and right form: the first sentence with each number of attractors."
     evaluated = make_eval(model, forward)
     for batch in held:
       tokens, where, *_, right, wrong = (array[0] for array in batch)

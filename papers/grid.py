@@ -338,8 +338,8 @@ def label_task(args:argparse.Namespace, about:str, tokenizer:Tokenizer|None, voc
     predicted = train.make_eval(model, forward)(rows)[1]
     name = (lambda y: classes[int(y)]) if classes else "{:.4g}".format
     show_rows("which label?" if classes else "which value?",
-                  ((describe(row[seen == 1]), name(p), name(y))
-                  for row, seen, p, y in zip(tokens, mask, predicted, labels)))
+              ((describe(row[seen == 1]), name(p), name(y))
+               for row, seen, p, y in zip(tokens, mask, predicted, labels)))
   return Task(about, tokenizer, vocab_size, batch, batches, float(baseline), guess, scale, scale,
               unit, forward, metrics, "classify", classes or [""], schedule,
               sample, count=lambda batch: len(batch[0]))

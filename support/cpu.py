@@ -56,7 +56,7 @@ import flashconv
 from flashconv import (CHECKS, FAST, FLASH, LOCK, ONE_CORE, VECTORS, WEIGHTS, Machine, Value,
                        Workers, bound, cmul, divisor, launch, machine, no_second_gradient,
                        on_one_device, selfcheck, stored, stored_backward, whole, widened)
-from support.text import waiting
+from support.text import SIGNALS, waiting
 
 # ================================================================ what the kernels share
 
@@ -907,8 +907,6 @@ def overwrites(graph:UOp) -> bool:
 # tinygrad gives a Tensor its buffer before the kernels that fill it have run. If a call of realize
 # or of a TinyJit fails between the two, by Ctrl-C say, the Tensor looks computed and holds zeros.
 # So each call that is going on, inside the one before, has the Tensors and their graphs before.
-SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-
 NOTED: list[list[tuple[Tensor, UOp]]] = []
 
 @contextlib.contextmanager

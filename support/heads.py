@@ -71,7 +71,7 @@ def tag(asked:Asked, logits:np.ndarray) -> Iterator[list[Answer]]:
     if at < len(begins): yield ranked(asked.labels, softmax(logits[0, 1 + at]), word[0])
 
 class Head(NamedTuple):
-  "What a head answers, what a line holds, and how many texts that are."
+  "A head: its answers and a line of its input, in words, and how many texts a line has."
   about: str
   line: str
   least: int

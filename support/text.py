@@ -177,6 +177,8 @@ def waiting(what:str, new:bool=True) -> Iterator[None]:
     realize.tqdm, Compiled.runtime = bar, load
     show("")
 
+# by which a user ends a program; Windows has no SIGHUP
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 PATIENCE = 1.0                             # seconds from a signal, or from its end, to a program's
 
 class Interrupt:
@@ -192,10 +194,8 @@ class Interrupt:
     self.seen, self.waits, self.left = 0, False, threading.Event()
 
   def __enter__(self) -> Interrupt:
-    signals = [signal.SIGINT, signal.SIGTERM]
-    hangup = getattr(signal, "SIGHUP", None)     # Windows has none
-    if hangup and signal.getsignal(hangup) != signal.SIG_IGN: signals.append(hangup)
-    self.old = {s: signal.signal(s, self.note) for s in signals}
+    def nohup(s): return s.name == "SIGHUP" and signal.getsignal(s) == signal.SIG_IGN
+    self.old = {s: signal.signal(s, self.note) for s in SIGNALS if not nohup(s)}
     reading, self.pipe = os.pipe()               # signals are written into it at once
     os.set_blocking(self.pipe, False)
     self.old_pipe = signal.set_wakeup_fd(self.pipe)
