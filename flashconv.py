@@ -851,6 +851,10 @@ def conv_overlap_save(w:Tensor, k:Tensor, D:Tensor|None, N:int) -> Tensor:
 #   dPᵀ, dTᵀ = Σ_n x_n e_nᵀ, w_n e_nᵀ   dQᵀ = Σ_n w_n dx_(n+1)ᵀ   da = Σ_n x_n* dx_(n+1)
 # The code has x_n, w_n and y_n as rows, hence all matrices transposed: y = x P + w T, and so on.
 # All but the products with a are products of small matrices, done for R chunks at once.
+# On a GPU that a work group for each row would leave idle, a row has segments, which go on side by
+# side: a first launch walks each from a zero state, to its share z_p of the state after it, and the
+# second one starts segment p from x0 and the shares before it: x ← a^n x + z_i, i < p, n chunks in
+# a segment. The gradients walk back from dx of the final state and the shares behind, likewise.
 def ssm_conv_ref(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None=None,
                  q:Tensor|None=None, state:Pair|None=None, chunk:int|None=None
                  ) -> tuple[Tensor, Pair]:
@@ -878,7 +882,7 @@ def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None
 
   u, v, q, y (B,H,L); A, B, C discretised modes, pairs (re, im) of (H,M); D (H,); state a pair of
   (B,H,M), None: zeros. Exact for any L, in memory that does not grow with L beyond inputs and
-  outputs, one launch forward and one back. Pieces of a sequence, with the state carried from one to
+  outputs, one launch forward and one back, or two and two (`walkers`). Pieces of a sequence, with the state carried from one to
   the next, give what one call gives. chunk: steps of a chunk, to measure with. Differentiable once
   in every argument. Raises ValueError when shapes don't fit.
   Source: paper section 4 (state passing); not in the official code.
@@ -898,7 +902,12 @@ def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None
   if state is None: x0 = Tensor.zeros(*shape, device=u.device).contiguous()
   else: x0 = Tensor.cat(*state, dim=-1)
   Q, P, a = walk_tables(A, B, C, D, spec.c)
-  inputs = [x0.flatten(), Q, P, a, *(x.flatten() for x in rows.values())]
+  rows = {name: x.flatten() for name, x in rows.items()}
+  inputs = [x0.flatten(), Q, P, a, *rows.values()]
+  if spec.segments > 1:
+    w = [x for name, x in rows.items() if name != "q"]
+    inputs += [segment_shares(segment_kernel, spec, Q, a, *w),
+               Tensor.cat(*power((a[:, :M], a[:, M:]), spec.R*spec.groups), dim=1)]
   size = spec.state_at + prod(shape)
   kernel, backward = bound(walk_kernel, spec=spec), bound(walk_backward, spec=spec)
   out, = launch(kernel, [(size,)], inputs, backward)
@@ -935,12 +944,18 @@ class WalkSpec(NamedTuple):
   S: int                             # real numbers of a state: re, then im
   c: int                             # steps of a chunk
   R: int                             # chunks of a group, which are worked on at once
+  segments: int                      # of a row, walked along at the same time
+  walkers: int                       # work groups of a channel, among which B segments divide
   @property
-  def groups(self) -> int: return -(-self.L//(self.R*self.c))
+  def row_groups(self) -> int: return -(-self.L//(self.R*self.c))
+  @property
+  def groups(self) -> int:
+    "Groups of a segment; the last one may have fewer."
+    return -(-self.row_groups//self.segments)
   @property
   def last(self) -> int:
     "The row, 0 to R, of the last group's states that holds the state after the last whole chunk."
-    return self.L//self.c - (self.groups - 1)*self.R
+    return self.L//self.c - (self.row_groups - 1)*self.R
   @property
   def state_at(self) -> int:
     "Where the final states stand in the output, behind y: at a multiple of 64, for vector loads."
@@ -958,9 +973,19 @@ def walk_spec(names:tuple[str, ...], m:Machine, shape:Shape, S:int, chunk:int|No
     return not m.gpu or 4*(2*rows + sums) <= m.shared
   while c > 1 and not fits(c): c //= 2
   if not fits(c) or (m.gpu and S > WALK_THREADS): return None     # a thread has a single column
-  if 12 + 2*len(names) > m.buffers: return None                   # those of the backward kernel
+  if 15 + 2*len(names) > m.buffers: return None                   # those of the backward kernel
   if B*H*L*4 < ONE_CORE: m = m._replace(cores=1)
-  return WalkSpec(names, m, B, H, L, S, c, min(R, -(-L//c)))
+  R = min(R, -(-L//c))
+  return WalkSpec(names, m, B, H, L, S, c, R, *walkers(m, B, H, -(-L//(R*c))))
+
+def walkers(m:Machine, B:int, H:int, groups:int) -> tuple[int, int]:
+  "Segments of a row that has so many groups, and the work groups of a channel."
+  if not m.gpu: return 1, 1                                       # a CPU's cores share channels
+  wanted = -(-WALKERS//H)
+  segments = max(1, min(wanted//B, groups//SEGMENT))
+  segments = -(-groups//-(-groups//segments))                     # none is empty
+  rows = B*segments
+  return segments, next(n for n in range(min(wanted, rows), rows + 1) if rows % n == 0)
 
 def walk_tables(A:Pair, B:Pair, C:Pair, D:Tensor|None, c:int) -> list[Tensor]:
   "Q (H,c,S), P above T (H,S+c,c), with D on T's diagonal, and a (H,S)."
@@ -983,34 +1008,70 @@ def walk_tables(A:Pair, B:Pair, C:Pair, D:Tensor|None, c:int) -> list[Tensor]:
 def walk_backward(dout:Tensor, out:Tensor, *inputs:Tensor, spec:WalkSpec) -> list[Tensor]:
   "The gradients of the walk's inputs, in their order."
   x0, Q, P, a, *rows = inputs                                         # P above T: (H,S+c,c)
+  carried = []                                                        # what segments need beside
+  if spec.segments > 1: *rows, z, leap = rows
   PT = P[:, :spec.S].transpose(1, 2)
   T = P[:, spec.S:]
   TQ = Tensor.cat(T.transpose(1, 2), Q.transpose(1, 2), dim=1)
   # tinygrad's OpenCL counts an argument that a kernel does not use wrongly: only dq needs P
   last = [P] if "q" in spec.names else []
-  sizes = [(x.numel(),) for x in inputs]
-  kept = (spec.H*spec.groups*spec.S,)          # states at the beginning of each group, of one row
+  if spec.segments > 1:
+    q = rows[-1:] if last else []
+    carried = [z, leap, segment_shares(segment_gradient_kernel, spec, dout, PT, a, *q)]
+  tables = [(spec.walkers*x.numel(),) for x in (Q, P, a)]         # a sum from each work group
+  kept = (spec.walkers*spec.H*spec.groups*spec.S,)    # states before each group, of one segment
   kernel = bound(walk_gradient_kernel, spec=spec)
-  grads = launch(kernel, [*sizes[:4], kept, *sizes[4:]],
-                 [dout, x0, Q, a, PT, TQ, *rows, *last], no_second_gradient("ssm_conv"))
-  del grads[4]                                                            # kept
-  return [d.reshape(x.shape) for d, x in zip(grads, inputs)]
+  dx0, dQ, dP, da, _, *drows = launch(
+    kernel, [x0.shape, *tables, kept, *(x.shape for x in rows)],
+    [dout, x0, Q, a, PT, TQ, *rows, *last, *carried], no_second_gradient("ssm_conv"))
+  sums = [d.reshape(spec.walkers, *x.shape).sum(0) for d, x in zip((dQ, dP, da), (Q, P, a))]
+  return [dx0, *sums, *drows, *[None]*(len(inputs) - 4 - len(rows))]
+
+def segment_shares(kernel:Callable, spec:WalkSpec, *inputs:Tensor) -> Tensor:
+  "The shares of each segment, (B,segments,H,S), by `segment_kernel` or `segment_gradient_kernel`."
+  size = spec.B*spec.segments*spec.H*spec.S
+  z, = launch(bound(kernel, spec=spec), [(size,)], inputs, no_second_gradient("ssm_conv"))
+  return z
+
+@functools.cache
+def segment_kernel(z:UOp, Q:UOp, a:UOp, *rows:UOp, spec:WalkSpec) -> UOp:
+  "The state after each segment that begins with a zero state."
+  w, x = Walk(spec), named([n for n in spec.names if n != "q"], rows)
+  X = Matrix(w, spec.R+1, spec.S+spec.c)
+  with w.over_segments():
+    w.fill(X.part(spec.R, 0), 1, spec.S, zero)
+    with w.over(w.groups()) as w.g: w.advance(X, Q, a, x)
+    w.copy(w.share(z, w.p), X.row(spec.R))
+  return w.finish("ssm_segments")
+
+@functools.cache
+def segment_gradient_kernel(dz:UOp, dout:UOp, PT:UOp, a:UOp, *q:UOp, spec:WalkSpec) -> UOp:
+  "The gradient of the state before each segment, from its outputs and the final state alone."
+  w = Walk(spec)
+  E = Matrix(w, spec.R+1, spec.S+spec.c)
+  dx = E.part(0, spec.c)
+  with w.over_segments():
+    w.fill(dx, 1, spec.S, zero)
+    with w.over_back() as back: w.retreat(E, back, PT, a, dout, *q)
+    w.copy(w.share(dz, w.p), dx.row(0))
+  return w.finish("ssm_segments_grad")
 
 @functools.cache
 def walk_kernel(out:UOp, x0:UOp, Q:UOp, P:UOp, a:UOp, *rows:UOp, spec:WalkSpec) -> UOp:
   "y and, behind it, the state after the last whole chunk."
-  S, c, R = spec.S, spec.c, spec.R
-  w, x = Walk(spec), named(spec.names, rows)
+  S, c, R, n = spec.S, spec.c, spec.R, len(spec.names)
+  w, x, carried = Walk(spec), named(spec.names, rows), rows[n:]        # z, leap
   X = Matrix(w, R+1, S+c)                                              # rows [x_n | w_n]
   def put_y(r:UOp, l:UOp, y:UOp) -> Stores:
     if x.q is not None: y = y*w.load(r, l, x.q)
     return w.store(r, l, out, y)
-  with w.over(spec.B) as w.b:
+  with w.over_segments():
     w.copy(X.row(R), w.state(x0))
-    with w.over(spec.groups) as w.g:
+    w.add_shares(X.part(R, 0), *carried)
+    with w.over(w.groups()) as w.g:
       w.advance(X, Q, a, x)
       w.product(R, c, S+c, X, w.table(P), put_y)                               # y_n = P x_n + T w_n
-    w.copy(w.state(out, spec.state_at), X.row(spec.last))
+    w.copy(w.state(out, spec.state_at), X.row(spec.last), w.p.eq(spec.segments - 1))
   return w.finish("ssm_walk")
 
 @functools.cache
@@ -1019,11 +1080,13 @@ def walk_gradient_kernel(dx0:UOp, dQ:UOp, dP:UOp, da:UOp, kept:UOp, *buffers:UOp
   """The gradients of `walk_kernel`'s inputs. States are computed anew: by a walk forward, which
   keeps the one before each group in `kept`, then within each group on the way back.
 
-  buffers: the gradients of u, v, q, as far as given; dout, x0, Q, a, PT, TQ; u, v, q; and with q, P.
+  buffers: the gradients of u, v, q, as far as given; dout, x0, Q, a, PT, TQ; u, v, q; with q, P;
+  and with segments z, leap, dz.
   """
   S, c, R, n = spec.S, spec.c, spec.R, len(spec.names)
   d, x = named(spec.names, buffers), named(spec.names, buffers[n+6:])
   dout, x0, Q, a, PT, TQ = buffers[n:n+6]
+  P, carried = buffers[2*n+6:2*n+7], buffers[2*n+6+("q" in spec.names):]
   w = Walk(spec)
   X = Matrix(w, R+1, S+c)                                          # rows [x_n | w_n]
   E = Matrix(w, R+1, S+c)                                          # rows [e_(n-1) | dx_n]
@@ -1031,16 +1094,10 @@ def walk_gradient_kernel(dx0:UOp, dQ:UOp, dP:UOp, da:UOp, kept:UOp, *buffers:UOp
   sP = Matrix(w, S+c, c)                                           # sums over all chunks
   sQ = Matrix(w, c, S)
   sa = Matrix(w, 1, S)
-  final = w.state(dout, spec.state_at)
 
   def kept_state(mem:UOp) -> Value:
-    return lambda i: mem[(w.h*spec.groups + w.g)*S + i]
-  def own(r:UOp, i:UOp) -> UOp:
-    "The gradient of the final state, which enters where that state is read."
-    return (back.eq(0) & r.eq(spec.last)).where(final(i), 0.0)
-  def from_next(i:UOp) -> UOp:
-    "dx_R, which is dx_0 of the group after this one."
-    return back.eq(0).where(own(UOp.const(R, dtypes.weakint), i), dx(0, i))
+    first = (w.walker*spec.H + w.h)*spec.groups
+    return lambda i: mem[(first + w.g)*S + i]
   def put_dq(r:UOp, l:UOp, y:UOp) -> Stores:
     return w.store(r, l, d.q, y*w.load(r, l, dout))
   def put_dw(r:UOp, j:UOp, dw:UOp) -> Stores:
@@ -1050,20 +1107,19 @@ def walk_gradient_kernel(dx0:UOp, dQ:UOp, dP:UOp, da:UOp, kept:UOp, *buffers:UOp
     return w.store(r, j, d.u, du) + w.store(r, j, d.v, dv)
 
   for total in (sP, sQ, sa): w.fill(total, total.rows, total.cols, zero)
-  with w.over(spec.B) as w.b:
+  with w.over_segments():
     w.copy(X.row(R), w.state(x0))
-    with w.over(spec.groups) as w.g:
+    w.add_shares(X.part(R, 0), *carried[:2])
+    with w.over(w.groups()) as w.g:
       w.copy(kept_state(kept), X.row(R))
       w.advance(X, Q, a, x)
-    with w.over(spec.groups) as back:                             # from the last group to the first
-      w.g = spec.groups - 1 - back
+    w.fill(dx, 1, S, zero)
+    w.add_shares(dx, *reversed(carried[1:]), back=True)
+    with w.over_back() as back:
       w.copy(X.row(R), kept_state(kept.after(*w.done)))
       w.advance(X, Q, a, x)
-      w.copy(dx.row(R), from_next)
-      w.fill(e, R, c, lambda r, j: w.load(r, j, dout, x.q))                        # e = q dy
-      w.product(R, S, c, e, w.table(PT), dx.put, own)                              # Pᵀ e_n
-      w.scan(dx, a, back=True)                                                     # += a* dx_(n+1)
-      if x.q is not None: w.product(R, c, S+c, X, w.table(buffers[-1]), put_dq)    # dq = y dy
+      w.retreat(E, back, PT, a, dout, x.q)
+      if x.q is not None: w.product(R, c, S+c, X, w.table(*P), put_dq)             # dq = y dy
       w.product(R, c, S+c, e, w.table(TQ), put_dw)                            # Tᵀ e_n + Qᵀ dx_(n+1)
       w.product(S+c, c, R, X.transposed, e, sP.put, sP)                            # dP, dT
       w.product(c, S, R, X.part(0, S).transposed, next_dx, sQ.put, sQ)             # dQ
@@ -1072,11 +1128,11 @@ def walk_gradient_kernel(dx0:UOp, dQ:UOp, dP:UOp, da:UOp, kept:UOp, *buffers:UOp
           da = cmul(conj(X.pair(r, i)), next_dx.pair(r, i))                        # x_n* dx_(n+1)
           return sa.add(0, i, da)
         w.each(1, S//2, add_da)
-    w.copy(w.state(dx0), dx.row(0))
+    w.copy(w.state(dx0), dx.row(0), w.p.eq(0))
 
   for total, out in ((sP, dP), (sQ, dQ), (sa, da)):
     def place(r:UOp, j:UOp) -> UOp:
-      row = w.h*total.rows + r
+      row = (w.walker*spec.H + w.h)*total.rows + r
       return out[row*total.cols + j]
     w.fill(place, total.rows, total.cols, total)
   return w.finish("ssm_walk_grad")
@@ -1112,29 +1168,58 @@ class Matrix:
     return [place.store(place + x) for place, x in zip(places, z)]
 
 class Walk(Workers):
-  "The workers on one channel, walking along its sequences: row b of the batch, group g of chunks."
+  """The workers on one channel, walking along its sequences: row b of the batch, segment p of the
+  row, group g of the segment's chunks."""
   b: UOp
+  p: UOp
   g: UOp
   def __init__(self, spec:WalkSpec):
     super().__init__(spec.machine, spec.H)
     self.spec = spec
     self.M = spec.S//2                 # complex numbers of a state
+    self.walker = UOp.special(spec.walkers, "gidx1") if spec.walkers > 1 else 0
     if self.m.gpu: self.t = UOp.special(WALK_THREADS, "lidx0")
   def finish(self, name:str) -> UOp:
     s = self.spec
     return super().finish(f"{name}_{s.B}x{s.H}x{s.L}")
 
+  @contextlib.contextmanager
+  def over_segments(self):
+    "A loop over the segments that are this work group's."
+    s = self.spec
+    n = s.B*s.segments//s.walkers
+    with self.over(n) as i:
+      i = i + self.walker*n
+      self.b, self.p = i//s.segments, i % s.segments
+      yield
+  def groups(self) -> UOp|int:
+    "The number of groups in this segment."
+    s = self.spec
+    if s.row_groups % s.groups == 0: return s.groups
+    return (s.row_groups - self.p*s.groups).minimum(s.groups)
+  @contextlib.contextmanager
+  def over_back(self):
+    "A loop over the groups of this segment, from the last one to the first."
+    n = self.groups()
+    with self.over(n) as back:
+      self.g = n - 1 - back
+      yield back
+
   def state(self, x:UOp, first:int=0) -> Value:
     "This row's and channel's numbers of x, which from `first` on is a flat (B,H,S)."
     s = self.spec
     return lambda i: x[first + (self.b*s.H + self.h)*s.S + i]
+  def share(self, z:UOp, p:UOp) -> Value:
+    "The numbers of segment p of this row in a flat (B,segments,H,S)."
+    s = self.spec
+    return lambda i: z[((self.b*s.segments + p)*s.H + self.h)*s.S + i]
   def table(self, x:UOp) -> Value:
     return lambda r, j: x[self.h, r, j]
   def place(self, r:UOp, j:UOp) -> tuple[UOp, UOp|None]:
     "The index of step j of chunk r in a flat (B,H,L), and whether it is before the end."
     s = self.spec
     sequence = self.b*s.H + self.h
-    step = (self.g*s.R + r)*s.c + j
+    step = ((self.p*s.groups + self.g)*s.R + r)*s.c + j
     ok = step < s.L if s.L % (s.R*s.c) else None
     return sequence*s.L + step, ok
   def load(self, r:UOp, j:UOp, *factors:UOp|None) -> UOp:
@@ -1150,9 +1235,9 @@ class Walk(Workers):
   def fill(self, to:Callable, rows:int, cols:int, value:Value):
     "to(row, col) = value(row, col), for all."
     self.each(rows, cols, lambda r, j: [to(r, j).store(value(r, j))])
-  def copy(self, to:Value, source:Value):
-    "to(i) = source(i), for all numbers of a state."
-    self.each(1, self.spec.S, lambda _, i: [to(i).store(source(i))])
+  def copy(self, to:Value, source:Value, ok:UOp|None=None):
+    "to(i) = source(i), for all numbers of a state, where ok."
+    self.each(1, self.spec.S, lambda _, i: [only_if(ok, to(i).store(source(i)))])
   def each(self, rows:int, cols:int, body:Body):
     "The stores of body(row, col), for all rows and cols."
     if not self.m.gpu:
@@ -1232,6 +1317,33 @@ class Walk(Workers):
     self.fill(w, R, c, load_w)
     self.product(R, S, c, w, self.table(Q), next_x.put)                            # Q w_n
     self.scan(X, a, back=False)                                                    # += a x_n
+  def retreat(self, E:Matrix, back:UOp, PT:UOp, a:UOp, dout:UOp, q:UOp|None=None):
+    """Rows [e_(n-1) | dx_n] of group g, the one after it having dx_0 in its row 0. back: the number
+    of those after it in the segment."""
+    s, e, dx = self.spec, E.part(1, 0), E.part(0, self.spec.c)
+    final, ends = self.state(dout, s.state_at), back.eq(0) & self.p.eq(s.segments - 1)
+    def own(r:UOp, i:UOp) -> UOp:
+      "The gradient of the final state, which enters where that state is read."
+      return (ends & r.eq(s.last)).where(final(i), 0.0)
+    self.copy(dx.row(s.R), lambda i: dx(0, i) + own(UOp.const(s.R, dtypes.weakint), i))
+    self.fill(e, s.R, s.c, lambda r, j: self.load(r, j, dout, q))                  # e = q dy
+    self.product(s.R, s.S, s.c, e, self.table(PT), dx.put, own)                    # Pᵀ e_n
+    self.scan(dx, a, back=True)                                                    # += a* dx_(n+1)
+  def add_shares(self, x:Matrix, z:UOp|None=None, leap:UOp|None=None, back:bool=False):
+    """Row 0 of x, a state before the first segment, becomes that before segment p; or back: one
+    after the last segment that after segment p. leap: a to the power of a segment's chunks."""
+    if z is None: return
+    last = self.spec.segments - 1
+    # all of them, under a condition: around a loop of p turns tinygrad misplaces what is before it
+    with self.over(last, barrier=False) as i:
+      segment, between = (last - i, self.p < last - i) if back else (i, i < self.p)
+      share = self.share(z, segment)
+      def body(r:UOp, m:UOp) -> Stores:
+        factor, old = (leap[self.h, m], leap[self.h, self.M + m]), x.pair(r, m)
+        new = cmul(conj(factor) if back else factor, old)
+        places = (m, self.M + m)
+        return [x(r, at).store(between.where(n + share(at), o)) for at, n, o in zip(places, new, old)]
+      self.each(1, self.M, body)
   def scan(self, X:Matrix, a:UOp, back:bool):
     "x_(r+1) += a x_r from r = 0 on, or back: x_r += a* x_(r+1), with the states x the rows of X."
     R = self.spec.R
@@ -1263,6 +1375,11 @@ def only_if(ok:UOp|None, store:UOp) -> UOp:
 # gradients 39, 32, 39, 51, 76.
 CHUNK = 32
 WALK_THREADS = 128                   # of a GPU's work group
+# Work groups wanted in all: 64 of them, H=64, L=2^20, B=1, took 8.7 ms on a GPU of 132
+# multiprocessors where 256, H=256, L=2^16, took 0.67 for a quarter of the steps: one a
+# multiprocessor is not enough, each waits at its barriers.
+WALKERS = 512
+SEGMENT = 8                          # least groups of chunks in a segment, some 20 µs
 
 # --------------------------------------------------- powers of complex numbers, and sums over them
 def power(a:Pair, n:int) -> Pair:
