@@ -1110,11 +1110,11 @@ def walk_gradient_kernel(dx0:UOp, dQ:UOp, dP:UOp, da:UOp, kept:UOp, *buffers:UOp
   with w.over_segments():
     w.copy(X.row(R), w.state(x0))
     w.add_shares(X.part(R, 0), *carried[:2])
+    w.fill(dx, 1, S, zero)
+    w.add_shares(dx, *reversed(carried[1:]), back=True)
     with w.over(w.groups()) as w.g:
       w.copy(kept_state(kept), X.row(R))
       w.advance(X, Q, a, x)
-    w.fill(dx, 1, S, zero)
-    w.add_shares(dx, *reversed(carried[1:]), back=True)
     with w.over_back() as back:
       w.copy(X.row(R), kept_state(kept.after(*w.done)))
       w.advance(X, Q, a, x)
@@ -1338,11 +1338,12 @@ class Walk(Workers):
     with self.over(last, barrier=False) as i:
       segment, between = (last - i, self.p < last - i) if back else (i, i < self.p)
       share = self.share(z, segment)
-      def body(r:UOp, m:UOp) -> Stores:
-        factor, old = (leap[self.h, m], leap[self.h, self.M + m]), x.pair(r, m)
-        new = cmul(conj(factor) if back else factor, old)
-        places = (m, self.M + m)
-        return [x(r, at).store(between.where(n + share(at), o)) for at, n, o in zip(places, new, old)]
+      def body(_:UOp, m:UOp) -> Stores:
+        m = m.valid(self.t < self.M)                 # what others may be writing is not even read
+        factor = leap[self.h, m], leap[self.h, self.M + m]
+        moved = cmul(conj(factor) if back else factor, x.pair(0, m))
+        return [only_if(between, x(0, at).store(y + share(at)))
+                for at, y in zip((m, self.M + m), moved)]
       self.each(1, self.M, body)
   def scan(self, X:Matrix, a:UOp, back:bool):
     "x_(r+1) += a x_r from r = 0 on, or back: x_r += a* x_(r+1), with the states x the rows of X."

@@ -396,7 +396,7 @@ class GPU:
 # What launches them, and the barriers that may go, all of them together. tinygrad puts one wherever
 # it can't see that a thread reads only what it wrote itself, and one at the end of each loop.
 LAST = {"fftconv": [7]}
-WALK_GRAD = [0, 1, 2, 3, 4, 7, 9, 10, 13, 14, 17, 18, 19, 20, 22]
+WALK_GRAD = [0, 1, 2, 3, 4, 5, 8, 10, 11, 14, 15, 18, 19, 20, 21, 23]
 GPU_CASES = {
   "gates": (lambda _: check_fftconv(3, 2, 50, 50, "Dvq"), LAST),
   "one filter": (lambda _: check_fftconv(2, 2, 50, 20, "1"), {}),
@@ -410,9 +410,13 @@ GPU_CASES = {
                       {"ssm_walk": [0, 1, 4, 5, 6], "ssm_walk_grad": WALK_GRAD}),
   "long chunks": (lambda _: check_ssm_conv(1, 1, 64, 300, "None", "Dvqx"),
                   {"ssm_walk": [0, 1, 4, 6], "ssm_walk_grad": WALK_GRAD}),
+  "segments": (lambda _: check_ssm_conv(1, 2, 6, 100, 2, "Dvqx"),
+               {"ssm_segments": [0, 1, 4, 6], "ssm_segments_grad": [0, 1, 4, 6],
+                "ssm_walk": [2, 5, 7],
+                "ssm_walk_grad": [0, 1, 2, 4, 6, 7, 10, 12, 13, 16, 17, 20, 21, 22, 23, 25]}),
   "adamw": (lambda _: check_adamw(lambda f: f, 2), {}),
   "cache": (lambda _: test_kernel_attend_over_a_cache(5, 70, 16, (3, 0, 6), 1), {})}
-GPU_QUICK = [("cuda", "gates"), ("cuda", "two levels"), ("cuda", "states"), ("cuda", "cache"),
+GPU_QUICK = [("cuda", "gates"), ("cuda", "two levels"), ("cuda", "segments"), ("cuda", "cache"),
              ("metal", "gates"), ("metal", "states")]
 
 @pytest.mark.parametrize("backend,case", and_slow(
@@ -423,6 +427,7 @@ def test_kernel_executed_as_on_a_gpu(backend, case, monkeypatch, tmp_path):
   if lacks_tsan() or HAS_LOCAL: pytest.skip(lacks_tsan() or "this device is a GPU itself")
   gpu = GPU(backend, tmp_path, monkeypatch)
   monkeypatch.setattr(flashconv, "SHORT", 64)
+  monkeypatch.setattr(flashconv, "SEGMENT", 2)
   monkeypatch.setattr(training, "GPU_SLICES", 100)
   if case != "long chunks": monkeypatch.setattr(flashconv, "WALK_THREADS", 32)
   if case == "two levels": monkeypatch.setattr(flashconv, "levels", lambda device, N: 4)
@@ -921,6 +926,17 @@ def test_walk_serves_states_up_to_a_work_group(S, serves):
   "on a GPU, whose threads have one column each"
   gpu = flashconv.Machine(True, 1, 1 << 20, True)
   assert (flashconv.walk_spec(("u",), gpu, (1, 2, 30), S, 4) is not None) == serves
+
+def test_walk_shares_segments_among_work_groups():
+  """evenly, none of them empty, as many as are wanted where the batch and the rows allow it"""
+  gpu = flashconv.Machine(True, 1, 1 << 20, True)
+  for B, H, L in itertools.product((1, 2, 3, 8, 600), (1, 5, 64, 700), (1, 300, 4100, 1 << 17)):
+    spec = flashconv.walk_spec(("u",), gpu, (B, H, L), 64, None)
+    rows, wanted = B*spec.segments, -(-flashconv.WALKERS//H)
+    assert rows % spec.walkers == 0 and spec.walkers >= min(wanted, rows)
+    assert 0 < spec.row_groups - (spec.segments - 1)*spec.groups <= spec.groups
+    assert spec.segments == 1 or (rows <= wanted and spec.groups >= flashconv.SEGMENT)
+    assert spec.segments > 1 or wanted < 2*B or spec.row_groups < 2*flashconv.SEGMENT
 
 # ================================================================ kernels: in a loop of one's own
 
