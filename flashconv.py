@@ -945,7 +945,7 @@ class WalkSpec(NamedTuple):
   c: int                             # steps of a chunk
   R: int                             # chunks of a group, which are worked on at once
   segments: int                      # of a row, walked along at the same time
-  walkers: int                       # work groups of a channel, among which B segments divide
+  walkers: int                       # work groups of a channel, which share B * segments
   @property
   def row_groups(self) -> int: return -(-self.L//(self.R*self.c))
   @property
@@ -1691,7 +1691,7 @@ def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, i
   """Returns {name: (source, bytes of shared memory)} of all kernels here, on any machine.
 
   backend: "cuda", "metal" or "opencl". Rows of length L in one launch, a two-level transform of
-  four times that, and state passing over L steps with 32 modes.
+  four times that, and state passing over L steps with 32 modes, and over 64 L in segments.
   """
   r = renderer_of(backend)
   m, N = machine_of(r), fft_length(L, L)
@@ -1706,7 +1706,10 @@ def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, i
   S, c = walk.S, walk.c
   x0, Q, P, a = (B*H*S,), (H, c, S), (H, S+c, c), (H, S)
   rows, out = [(B*H*L,)]*3, (walk.state_at + B*H*S,)
-  flat, kept = [(prod(s),) for s in (x0, Q, P, a)], (H*walk.groups*S,)
+  sums = [(walk.walkers*prod(s),) for s in (Q, P, a)]
+  flat, kept = [x0, *sums], (walk.walkers*H*walk.groups*S,)
+  cut = walk_spec(("u", "v", "q"), m, (1, H, 64*L), 64, None)
+  z, line = (cut.segments*H*S,), (64*H*L,)
   kernels = [  # and the shapes of its buffers, outputs first
     (bound(conv_kernel, spec=gated), u, roots, k, u, D, u, u),
     (bound(conv_gradient_kernel, spec=gated), k, u, u, u, roots, u, k, u, D, u, u),
@@ -1716,7 +1719,9 @@ def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, i
     (bound(conv_gradient_kernel, spec=parts), K, X, roots, X, K, X),
     (bound(walk_kernel, spec=walk), out, x0, Q, P, a, *rows),
     (bound(walk_gradient_kernel, spec=walk), *flat, kept, *rows,
-     out, x0, Q, a, (H, c, S), P, *rows, P)]
+     out, x0, Q, a, (H, c, S), P, *rows, P),
+    (bound(segment_kernel, spec=cut), z, (H, cut.c, S), a, line, line),
+    (bound(segment_gradient_kernel, spec=cut), z, (cut.state_at + H*S,), (H, S, cut.c), a, line)]
   sources = {}
   for kernel, *shapes in kernels:
     buffers = [UOp.placeholder(s, dtypes.float, slot=i) for i, s in enumerate(shapes)]
