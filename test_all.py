@@ -552,11 +552,12 @@ def test_kernel_matmul_of_what_is_not_stored(flash):
   y = ((X*2 + 1) @ Tensor(w)[:, ::2].T).relu() + 1
   a, b = x.swapaxes(1, 2)[1:, :, 3:60]*2 + 1, w[:, ::2].T
   assert_close(y, np.maximum(a @ b, 0) + 1, 1e-4)
-  V, g = Tensor(v), np.full((70, 50), 1/3500)
-  for c in (Tensor.ones(70, 40), Tensor.arange(2800).reshape(70, 40).float()):
-    close(c @ V, c.numpy(), v)
-    close(V.T @ c.T, v.T, c.numpy().T)
-    close((c @ V).mean().gradient(V)[0], c.numpy().T, g)
+  V, g, numbers = Tensor(v), np.full((70, 50), 1/3500), np.arange(2800).reshape(70, 40)
+  for c, exact in ((Tensor.ones(70, 40), np.ones((70, 40))),
+                   (Tensor.arange(2800).reshape(70, 40).float(), numbers)):
+    close(c @ V, exact, v)
+    close(V.T @ c.T, v.T, exact.T)
+    close((c @ V).mean().gradient(V)[0], exact.T, g)
 
 def test_matmul_that_stays_plain():
   "other types, small sizes and broadcasting go to tinygrad's product; a wrong shape is its error"
@@ -1096,16 +1097,19 @@ def test_kernel_launch_refuses_what_would_be_wrong():
   for y in (x[1:], x.reshape(2, 2).transpose()):
     with pytest.raises(ValueError, match="view"): flashconv.launch(square_kernel, [y], [x], "none")
 
-CONSTANTS = {"eye": Tensor.eye(8)[:1], "arange": Tensor.arange(8).float(),
-             "linspace": Tensor.linspace(0, 1, 8), "full": Tensor.full((8,), 0.5, buffer=False)}
+CONSTANTS = {"eye": (Tensor.eye(8)[:1], np.eye(8)[0]),
+             "arange": (Tensor.arange(8).float(), np.arange(8)),
+             "linspace": (Tensor.linspace(0, 1, 8), np.linspace(0, 1, 8)),
+             "full": (Tensor.full((8,), 0.5, buffer=False), np.full(8, 0.5))}
 
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_kernel_inputs_without_a_device(name):
   """Constants have no storage yet. Whatever they are given to, it is what their values give; with a
   gradient."""
-  impulse = CONSTANTS[name].reshape(1, 1, 8)
+  constant, values = CONSTANTS[name]
+  impulse = constant.reshape(1, 1, 8)
   k, D = Tensor(normal(1, 8)), Tensor(normal(1))
-  stored = Tensor(impulse.numpy().astype(np.float32)).realize()
+  stored = Tensor(values.reshape(1, 1, 8).astype(np.float32)).realize()
   conv = lambda u: fftconv(u, k, D)
   filtered = lambda u: fftconv(k.unsqueeze(0), u[0], D)
   norm = lambda u: cpu.layernorm(u, Tensor.ones(8), Tensor.zeros(8))

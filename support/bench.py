@@ -141,11 +141,17 @@ class TorchLM:
         state.append(SimpleNamespace(s=s, x=0, ssm=discretize(layer.mixer.kernel.kernel)))
     return state
 
-def torch_device() -> str|None:
-  "Returns PyTorch's name for tinygrad's device; None where PyTorch is not there or can't use it."
-  names = {"CPU": "cpu", "CUDA": "cuda", "NV": "cuda", "METAL": "mps"}
-  name = names.get(Device.DEFAULT) if torch else None
-  return name if name and torch.get_device_module(name).device_count() else None
+def torch_device() -> str:
+  "Returns PyTorch's name for tinygrad's device, of the CPU where PyTorch can't use that; or ''."
+  if not torch: return ""
+  name = {"CUDA": "cuda", "NV": "cuda", "METAL": "mps"}.get(Device.DEFAULT, "cpu")
+  return name if torch.get_device_module(name).device_count() else "cpu"
+
+worker = ThreadPoolExecutor(1)
+def on_worker(f:Callable) -> Callable:
+  """Returns f as run on PyTorch's own thread. tinygrad leaves a CUDA context of its own current on
+  the thread it runs on, in which PyTorch's FFT fails on tensors of the primary context."""
+  return lambda *args: worker.submit(f, *args).result()
 
 # ---- what the benchmarks share ------------------------------------------------------------------
 
@@ -171,6 +177,8 @@ def table(title:str, *columns:str, width:int=34) -> Callable[..., None]:
   print(" "*width + "".join(f"{name:>8}" for name in columns))
   return row
 
+def beside() -> str: return f"; PyTorch on {torch_device()}" if torch else ""
+
 def child(*arguments:str, **environment:str) -> list[str]:
   "Returns the lines that a Python of its own prints, in the project's folder. UserError."
   done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=os.environ | environment,
@@ -194,6 +202,7 @@ def in_tinygrad(f:Callable, arrays:Arrays, dy:np.ndarray, **context:int) -> Pass
   within = Context(**context)
   return within(TinyJit(forward)), within(TinyJit(both))
 
+@on_worker
 def in_torch(arrays:Arrays, dy:np.ndarray) -> Passes:
   "Makes both passes of the fused convolution."
   device = torch_device()
@@ -207,7 +216,7 @@ def in_torch(arrays:Arrays, dy:np.ndarray) -> Passes:
   def both():
     torch.autograd.grad(f(*inputs), inputs, upstream)
     wait()
-  return forward, both
+  return on_worker(forward), on_worker(both)
 
 def race(runs:dict[str, Callable]) -> dict[str, float]:
   """Returns the least milliseconds of each, which take turns. The pauses are for PyTorch, whose
@@ -229,7 +238,7 @@ def contest(title:str, *names:str) -> Callable[..., None]:
   setup_device()
   if not FLASH: raise UserError("FLASH=0 turns off what is to be timed here")
   columns = [*names, "ratio", "kernels", "bytes"]
-  row = table(f"{title}: ms forward, and with all gradients", *columns, *columns, width=18)
+  row = table(f"{title}: ms forward, and with all gradients{beside()}", *columns, *columns, width=18)
   def compete(label, arrays, dy, contestants):
     cells, size = [], sum(x.nbytes for x in arrays)
     # forward: inputs, y; with gradients the inputs once more, dy, and a gradient for each input
@@ -292,6 +301,7 @@ def our_decoding(model:H3LM, tokens:np.ndarray) -> Callable:
   session = Session(model, *tokens.shape)
   return lambda i: session(tokens[:, i])
 
+@on_worker
 def torch_training(model:TorchLM, tokens:np.ndarray) -> Callable:
   tokens, params = torch.tensor(tokens, device=model.device), model.weights.values()
   optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
@@ -302,11 +312,12 @@ def torch_training(model:TorchLM, tokens:np.ndarray) -> Callable:
     torch.nn.utils.clip_grad_norm_(params, 1.0)
     optimizer.step()
     return loss.item()
-  return step
+  return on_worker(step)
 
+@on_worker
 def torch_decoding(model:TorchLM, tokens:np.ndarray) -> Callable:
   tokens, state = torch.tensor(tokens, device=model.device), model.init_state(*tokens.shape)
-  return torch.no_grad()(lambda i: model(tokens[:, i:i+1], state, i).cpu())
+  return on_worker(torch.no_grad()(lambda i: model(tokens[:, i:i+1], state, i).cpu()))
 
 STEPS = 64                               # at most
 TRAIN, DECODE = (our_training, torch_training), (our_decoding, torch_decoding)
@@ -331,7 +342,8 @@ def measure(name:str, weights:str, who:str) -> None:
   by_torch, taken = who == "torch", []
   if not by_torch: setup_device()
   base = peak_memory()
-  model = TorchLM(config, np.load(weights), torch_device()) if by_torch else H3LM(config)
+  model = (on_worker(TorchLM)(config, np.load(weights), torch_device()) if by_torch
+           else H3LM(config))
   step = makers[by_torch](model, random_tokens(config, batch, length))
   for i in range(STEPS):
     taken.append(seconds(lambda: step(i)))
@@ -351,7 +363,7 @@ def bench_train() -> None:
   setup_device()
   on_cpu = Device.DEFAULT == "CPU"
   contestants = ["ours", *["plain"]*(not on_cpu), *["torch"]*bool(torch_device())]
-  row = table("a step, and memory beyond the libraries", "ms", "MB", "to ours")
+  row = table(f"a step, and memory beyond the libraries{beside()}", "ms", "MB", "to ours")
   for name in [*JOBS] if on_cpu else [*JOBS][:1]:
     results = {who: [] for who in contestants}
     with tempfile.TemporaryDirectory() as folder:
