@@ -447,6 +447,16 @@ def test_kernel_executed_as_on_a_gpu(backend, case, monkeypatch, tmp_path):
   assert gone == may_go
 
 @slow
+@pytest.mark.parametrize("backend", ["cuda", "metal"])
+def test_kernel_of_wide_groups_executed_as_on_a_gpu(backend, monkeypatch, tmp_path):
+  "Right with 256 threads in a work group, which are more than ThreadSanitizer can tell apart."
+  if lacks_tsan() or HAS_LOCAL: pytest.skip(lacks_tsan() or "this device is a GPU itself")
+  monkeypatch.setattr(sys.modules[__name__], "TSAN", [x for x in TSAN if "sanitize" not in x])
+  gpu = GPU(backend, tmp_path, monkeypatch)
+  check_fftconv(3, 2, 2000, 2000, "Dvq")
+  assert {math.prod(launch.sizes[3:]) for launch in gpu.launches} >= {256}
+
+@slow
 def test_kernels_of_more_buffers_than_a_device_binds_are_done_without(monkeypatch):
   "WebGPU's eight: the gates go out of the convolution, state passing is done in plain ops."
   few = flashconv.machine(Device.DEFAULT)._replace(buffers=8)
