@@ -1658,18 +1658,26 @@ def selfcheck(device:str|None=None) -> float:
   rng = np.random.default_rng(0)
   def draw(shape:Shape) -> Tensor:
     return Tensor(rng.standard_normal(shape).astype(np.float32), device=device).realize()
+  def failure(name:str, e:Exception) -> RuntimeError:
+    return RuntimeError(f"kernel {name} fails on {device}: {type(e).__name__}")
+  def results(f:Callable, x:list[Tensor], dy:Tensor) -> list[Tensor]:
+    y = f(*x)
+    return [y, *y.gradient(*x, gradient=dy)]
+  checks = {}
   for name, (f, plain, output, *shapes) in CHECKS.items():
     x, dy = [draw(s) for s in shapes], draw(output)
-    def results(f:Callable) -> list[Tensor]:
-      y = f(*x)
-      return [y, *y.gradient(*x, gradient=dy)]
-    with Context(FLASH=0): want = results(plain or f)
+    with Context(FLASH=0): want = results(plain or f, x, dy)
+    try: got = results(f, x, dy)
+    except Exception as e: raise failure(name, e) from e
+    checks[name] = got, want
+  # at once: the compiler's workers share them; where it fails, the loop finds which one does
+  with contextlib.suppress(Exception):
+    Tensor.realize(*itertools.chain(*itertools.chain(*checks.values())))
+  for name, (got, want) in checks.items():
     try:
-      got = results(f)
-      Tensor.realize(*got, *want)                     # at once: the compiler's workers share them
+      Tensor.realize(*got, *want)
       pairs = [(a.numpy(), b.numpy()) for a, b in zip(got, want)]
-    except Exception as e:
-      raise RuntimeError(f"kernel {name} fails on {device}: {type(e).__name__}") from e
+    except Exception as e: raise failure(name, e) from e
     error = max(float(np.abs(a - b).max()/np.abs(b).max()) for a, b in pairs)
     if not error <= 1e-4:
       raise RuntimeError(f"kernel {name} is wrong on {device}, relative error {error:.1e}")

@@ -1136,6 +1136,7 @@ def check_kernels():
   target, version = Device[Device.DEFAULT].renderer.target, importlib.metadata.version("tinygrad")
   key = f"{target} {os.environ.get('CC')} {version} {sha256(code)}"
   if diskcache_get("h3tiny_selfcheck", key): return
+  if not Device[Device.DEFAULT].renderer.has_local: realize.get_worker_pool()   # it begins meanwhile
   try:
     with waiting("the check of the kernels"): selfcheck()
   except RuntimeError as e:
