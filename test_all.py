@@ -671,6 +671,18 @@ def test_kernel_attend(L, T, hd, flash):
     y = h3tiny.attend(*map(Tensor, (q, k, v)), causal=causal)
     assert_close(y, np_attend(q, k, v, seen), 1e-5)
 
+@pytest.mark.parametrize("L,T,hd,heads", [(130, 150, 16, 3), (70, 70, 9, 2)])
+def test_kernel_attend_in_blocks(L, T, hd, heads):
+  "several blocks of queries and keys, not whole, with the gradients of float64"
+  q, k, v, dy = (2*normal(1, heads, n, hd) for n in (L, T, T, L))
+  for causal in (True, False):
+    seen = np.arange(T) <= np.arange(T-L, T)[:, None] + (0 if causal else T)
+    attend = functools.partial(h3tiny.attend, causal=causal)
+    _, *grads = with_gradients(attend, [Tensor(x) for x in (q, k, v)], Tensor(dy))
+    p = np_softmax(np.where(seen, q.astype(np.float64) @ swap(k)*hd**-0.5, -np.inf))
+    ds = p*(dy @ swap(v) - (dy*(p @ v)).sum(-1, keepdims=True))*hd**-0.5
+    for got, want in zip(grads, (ds @ k, swap(ds) @ q, swap(p) @ dy)): near(got, want, 1e-5)
+
 @pytest.mark.parametrize("L,T,hd,start", [(1, 70, 16, None), (1, 9, 6, (0, 3, 4)),
                                           (5, 70, 16, (3, 0, 6)), (3, 8, 2, None)])
 def test_kernel_attend_over_a_cache(L, T, hd, start, flash):

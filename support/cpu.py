@@ -3,14 +3,16 @@
 A program calls `setup_device()` before it touches a device. From then on, on a CPU,
   nn.Linear, `@`                       run the matrix product below, a bias in the same launch;
   nn.LayerNorm, nn.Embedding, softmax  take one launch forward and one backward;
-  attend, write_cache, h3_step         (`replaceable`, in h3tiny.py) overwrite states in place;
+  attend, write_cache, h3_step         (`replaceable`, in h3tiny.py) overwrite states in place, and
+                                       keep no matrix of scores;
   every kernel                         is shared by the cores, and a TinyJit replays without Python;
   a second process                     finds its lowered kernels on disk.
 On GPUs none of these kernels run, and products store what they read twice. FLASH=0 turns all of
 them off.
 
-The file in order: what kernels share · the matrix product · layer norm · softmax · embedding ·
-decoding · tinygrad's own words · the cores · threads, forks and Ctrl-C · programs on disk · setup.
+The file in order: what kernels share · the matrix product · layer norm · softmax · attention ·
+embedding · decoding · tinygrad's own words · the cores · threads, forks and Ctrl-C · programs on
+disk · setup.
 How a kernel is written, what `after` and `end` order, is explained at the top of flashconv.py.
 
 Not here: second derivatives, but of the products; half precision, but for factors of products.
@@ -429,27 +431,17 @@ def layernorm(x:Tensor, w:Tensor, b:Tensor, eps:float=1e-5) -> Tensor:
 LOWEST = float(np.finfo(np.float32).min)
 MAX_ROW = 1 << 18                    # scores of a row: 1 MB of the calling thread's stack
 
-def first_seen(g:UOp, groups:int, start:UOp|None=None) -> UOp|None:
-  "The first column that group g sees; start: one for each of as many groups as there are heads."
-  return None if start is None else start[g//(groups//start.shape[0])].load()
-
-def softmax_kernel(p:UOp, s:UOp, *place:UOp, m:Machine) -> UOp:
-  "p = softmax of s (G,L,T) over what a row sees, see `causal_softmax`; place: its pos, start."
-  G, L, T = s.shape
-  body = Body(m, G*L)
-  g, l, e = body.h//L, body.h % L, body.array(T)
-  own = l + (place[0][0].load() if place else T - L)
-  begin = first_seen(g, G, *place[1:])
-  seen = lambda i: i <= own if begin is None else (i <= own) & ((i >= begin) | i.eq(own))
-  score = lambda i: seen(i).where(s[g, l, i], LOWEST)
-  [largest] = body.totals(T, score, both=UOp.maximum, start=LOWEST)
-  with body.over(T) as i:
-    power = (s[g, l, i] - largest).exp()
-    body.put(e(i), seen(i).where(power, 0.0))
+def softmax_kernel(p:UOp, s:UOp, m:Machine) -> UOp:
+  "p = softmax of the rows of s"
+  M, T = s.shape
+  body = Body(m, M)
+  row, e = body.h, body.array(T)
+  [largest] = body.totals(T, lambda i: s[row, i], both=UOp.maximum, start=LOWEST)
+  with body.over(T) as i: body.put(e(i), (s[row, i] - largest).exp())
   [total] = body.totals(T, e)
   scale = 1/total
-  with body.over(T) as i: body.put(p[g, l, i], e(i)*scale)
-  return body.finish(f"softmax_{G}x{L}x{T}")
+  with body.over(T) as i: body.put(p[row, i], e(i)*scale)
+  return body.finish(f"softmax_{M}x{T}")
 
 def softmax_grad_kernel(ds:UOp, p:UOp, dp:UOp, m:Machine) -> UOp:
   "ds = p (dp - Σ p dp)"
@@ -461,28 +453,156 @@ def softmax_grad_kernel(ds:UOp, p:UOp, dp:UOp, m:Machine) -> UOp:
     body.put(ds[row, i], p[row, i]*(dp[row, i] - total))
   return body.finish(f"softmax_grad_{M}x{T}")
 
-def softmax_backward(dp:Tensor, p:Tensor, s:Tensor, *place:Tensor, m:Machine
-                     ) -> tuple[Tensor|None, ...]:
-  "ds from p, the softmax itself; positions get no gradient."
-  rows = [x.reshape(-1, x.shape[-1]) for x in (p, dp)]
-  ds = run(softmax_grad_kernel, no_second_gradient("softmax"), rows[0].shape, rows, m=m)
-  return ds.reshape(s.shape), *(None for _ in place)
-
-def causal_softmax(s:Tensor, pos:Tensor|None=None, start:Tensor|None=None) -> Tensor:
-  """Softmax over the last axis of s (B,…,L,T): row i sees columns up to pos + i, or T - L + i.
-
-  pos (1,) int; start (B,) int: columns before it are not seen, except a row's own. Differentiable
-  once, in s.
-  """
-  *lead, L, T = s.shape
-  m, place = few_or_all_cores(s), [x for x in (pos, start) if x is not None]
-  inputs = s.reshape(-1, L, T), *place
-  y = run(softmax_kernel, softmax_backward, (prod(lead), L, T), inputs, m=m)
-  return y.reshape(s.shape)
+def softmax_backward(dp:Tensor, p:Tensor, s:Tensor, m:Machine) -> tuple[Tensor]:
+  "ds from p, the softmax itself."
+  return run(softmax_grad_kernel, no_second_gradient("softmax"), p.shape, [p, dp], m=m),
 
 def softmax(s:Tensor) -> Tensor:
-  "Over all of the last axis: a single row, the last one, sees every column. Differentiable once."
-  return causal_softmax(s.unsqueeze(-2)).squeeze(-2)
+  "Over all of the last axis. Differentiable once."
+  rows = s.reshape(-1, s.shape[-1])
+  y = run(softmax_kernel, softmax_backward, rows.shape, [rows], m=few_or_all_cores(s))
+  return y.reshape(s.shape)
+
+# ================================================================ attention
+# FlashAttention (Dao et al. 2022, arXiv 2205.14135): a block of queries passes over blocks of keys,
+# and no more than a block of scores is ever stored. All is kept transposed, a query for each entry
+# of a vector register, so that sums and maxima over keys are sums and maxima of vectors, and keys
+# and values are read as they lie. With the scores s = k q / sqrt D, largest and total so far:
+#   p = exp(s - largest),  total = Σ p,  y = Σ p v / total
+# and what has been summed is scaled by exp(old - new) when a larger score comes. Each row of the
+# output has behind y its log Σ exp s, by which the backward pass finds p again:
+#   dv = p dy,  ds = p (dy v - dy y),  dq = ds k / sqrt D,  dk = ds q / sqrt D
+BLOCK = 64                           # keys in a block, and most queries
+
+def first_seen(g:UOp, groups:int, start:UOp|None=None) -> UOp|None:
+  "The first key that group g sees; start: one for each of as many groups as there are heads."
+  return None if start is None else start[g//(groups//start.shape[0])].load()
+
+class Queries(Body):
+  """The body of an attention kernel, which takes a block of queries (G,L,D) at a time.
+
+  place: pos and start of `attend`, or less. The loops go over `items`.
+  """
+  def __init__(self, items:int, q:UOp, lengths:tuple[int, int], place:Sequence[UOp], causal:bool,
+               m:Machine):
+    super().__init__(m, items)
+    (self.G, _, self.D), (self.L, self.T) = q.shape, lengths
+    self.place, self.causal, self.n = place, causal, query_block(self.L, m)
+
+  def begin(self, g:UOp, block:UOp):
+    self.first, self.start = block*self.n, first_seen(g, self.G, *self.place[1:])
+
+  def seen(self, t:UOp, i:UOp) -> UOp:
+    "Whether query i of the block sees key t. Past the last row are zeros, which nobody reads."
+    if not self.causal: return t < self.T
+    own = self.first + i + (self.place[0][0].load() if self.place else self.T - self.L)
+    seen = t <= own
+    return seen if self.start is None else seen & ((t >= self.start) | t.eq(own))
+
+  def product(self, to:Value, shape:tuple[int, int, int], a:Value, b:Value, more:bool=False):
+    """to (M,N) = a (M,K) b (K,N), or += with `more`, in tiles of sums in registers; shape is
+    M, K, N."""
+    M, K, N = shape
+    nt = divisor(N, 4*self.m.lanes)
+    mt = divisor(M, max(1, self.m.registers//2//ceildiv(nt, self.m.lanes)))
+    sums = self.array(mt, nt)
+    with self.over(M//mt) as i, self.over(N//nt) as j:
+      for n in range(mt):
+        with self.over(nt) as v:
+          self.put(sums(n, v), to(i*mt + n, j*nt + v).load() if more else 0.0)
+      with self.over(K) as k:
+        x = [a(i*mt + n, k) for n in range(mt)]
+        with self.over(nt) as v:
+          y = b(k, j*nt + v)
+          for n in range(mt): self.add(sums(n, v), x[n]*y)
+      for n in range(mt):
+        with self.over(nt) as v: self.put(to(i*mt + n, j*nt + v), sums(n, v))
+
+  def end(self, name:str) -> UOp:
+    kind = f"{'causal' if self.causal else 'all'}{len(self.place)}"
+    return self.finish(f"{name}_{self.G}x{self.L}x{self.T}x{self.D}_{kind}")
+
+def query_block(L:int, m:Machine) -> int:
+  "Queries in a block: a power of two of vector registers."
+  return min(BLOCK, m.lanes << (ceildiv(L, m.lanes) - 1).bit_length())
+
+def attention_kernel(y:UOp, q:UOp, k:UOp, v:UOp, *place:UOp, lengths:tuple[int, int],
+                     causal:bool, m:Machine) -> UOp:
+  "y (G,L,D+1): softmax(q k^T / sqrt D) v, and log Σ exp behind it."
+  (G, L, D), n = q.shape, query_block(lengths[0], m)
+  body = Queries(G*(L//n), q, lengths, place, causal, m)
+  qt, s, acc = body.array(D, n), body.array(BLOCK, n), body.array(D, n)
+  largest, new, total, shrink = (body.array(n) for _ in range(4))
+  g, block = body.h//(L//n), body.h % (L//n)
+  body.begin(g, block)
+  with body.over(n) as i:
+    for x, at_first in ((largest, LOWEST), (new, LOWEST), (total, 0.0)): body.put(x(i), at_first)
+  with body.over(D) as d, body.over(n) as i:
+    body.put(qt(d, i), q[g, body.first + i, d]*D**-0.5)
+    body.put(acc(d, i), 0.0)
+  with body.over(k.shape[1]//BLOCK) as keys:
+    t0 = keys*BLOCK
+    body.product(s, (BLOCK, D, n), lambda t, d: k[g, t0 + t, d], qt)         # s = k q / sqrt D
+    with body.over(BLOCK) as t, body.over(n) as i:
+      score = body.seen(t0 + t, i).where(s(t, i), LOWEST)
+      body.put(new(i), new(i).maximum(score))
+    with body.over(n) as i:
+      body.put(shrink(i), (largest(i) - new(i)).exp())
+      body.put(largest(i), new(i))
+      body.put(total(i), total(i)*shrink(i))
+    with body.over(BLOCK) as t, body.over(n) as i:                           # p, total
+      power = (s(t, i) - largest(i)).exp()
+      body.put(s(t, i), body.seen(t0 + t, i).where(power, 0.0))
+      body.add(total(i), s(t, i))
+    with body.over(D) as d, body.over(n) as i: body.put(acc(d, i), acc(d, i)*shrink(i))
+    body.product(acc, (D, BLOCK, n), lambda d, t: v[g, t0 + t, d], s, more=True)   # acc += v p
+  with body.over(n) as i:
+    with body.over(D) as d: body.put(y[g, body.first + i, d], acc(d, i)/total(i))
+    body.put(y[g, body.first + i, D], largest(i) + total(i).log())
+  return body.end("attention")
+
+def attention_grad_kernel(dq:UOp, dk:UOp, dv:UOp, y:UOp, dy:UOp, q:UOp, k:UOp, v:UOp, *place:UOp,
+                          lengths:tuple[int, int], causal:bool, m:Machine) -> UOp:
+  "dq, dk, dv. A core has groups of its own: all queries add to dk and dv."
+  (G, L, D), n = q.shape, query_block(lengths[0], m)
+  body = Queries(G, q, lengths, place, causal, m)
+  qt, dyt, dqt = (body.array(D, n) for _ in range(3))
+  p, ds, dot = body.array(BLOCK, n), body.array(BLOCK, n), body.array(n)
+  g, dk_so_far, dv_so_far = body.h, body.ordered(dk), body.ordered(dv)
+  with body.over(dk.shape[1]) as t, body.over(D) as d:
+    for x in (dk_so_far, dv_so_far): body.put(x(g, t, d), 0.0)
+  with body.over(L//n) as block:
+    body.begin(g, block)
+    row = lambda i: body.first + i
+    with body.over(n) as i: body.put(dot(i), 0.0)
+    with body.over(D) as d, body.over(n) as i:
+      body.put(qt(d, i), q[g, row(i), d]*D**-0.5)
+      body.put(dyt(d, i), dy[g, row(i), d])
+      body.put(dqt(d, i), 0.0)
+      body.add(dot(i), dyt(d, i)*y[g, row(i), d])                            # dy y
+    with body.over(k.shape[1]//BLOCK) as keys:
+      t0 = keys*BLOCK
+      so_far_dk = lambda t, d: dk_so_far(g, t0 + t, d)
+      so_far_dv = lambda t, d: dv_so_far(g, t0 + t, d)
+      body.product(p, (BLOCK, D, n), lambda t, d: k[g, t0 + t, d], qt)       # s = k q / sqrt D
+      body.product(ds, (BLOCK, D, n), lambda t, d: v[g, t0 + t, d], dyt)     # v dy
+      with body.over(BLOCK) as t, body.over(n) as i:                         # p, ds / sqrt D
+        power = (p(t, i) - y[g, row(i), D]).exp()
+        body.put(p(t, i), body.seen(t0 + t, i).where(power, 0.0))
+        body.put(ds(t, i), p(t, i)*(ds(t, i) - dot(i))*D**-0.5)
+      body.product(dqt, (D, BLOCK, n), lambda d, t: k[g, t0 + t, d], ds, more=True)
+      body.product(so_far_dk, (BLOCK, n, D), ds, lambda i, d: q[g, row(i), d], more=True)
+      body.product(so_far_dv, (BLOCK, n, D), p, lambda i, d: dy[g, row(i), d], more=True)
+    with body.over(n) as i, body.over(D) as d: body.put(dq[g, row(i), d], dqt(d, i))
+  return body.end("attention_grad")
+
+def attention_backward(dy:Tensor, y:Tensor, q:Tensor, k:Tensor, v:Tensor, *place:Tensor,
+                       **options:object) -> tuple[Tensor|None, ...]:
+  "dq, dk, dv; positions get no gradient."
+  kernel = bound(attention_grad_kernel, **options)
+  grads = launch(kernel, [q.shape, k.shape, v.shape], [y, dy, q, k, v, *place],
+                 no_second_gradient("attend"))
+  return *grads, *(None for _ in place)
 
 # ================================================================ embedding
 # tinygrad's own gradient compares every token with every word: 22 s for 1024 tokens of 50264 words,
@@ -584,19 +704,29 @@ def attend(q:Tensor, k:Tensor, v:Tensor, pos:Tensor|None=None, start:Tensor|None
            causal:bool=True) -> Tensor|None:
   """softmax(q k^T / sqrt hd) v: q (B,heads,L,hd), k, v (B,heads,T,hd) -> like q.
 
-  Causal: row i sees columns as in `causal_softmax`. A single query with `pos` is decoding: the time
-  is that of reading the rows that it sees, whatever T, and there is no gradient.
+  pos, start: see h3tiny.attend. Differentiable once. A single query with `pos` is decoding: the
+  time is that of reading the rows that it sees, whatever T, and there is no gradient.
   """
-  B, heads, L, hd = q.shape
-  if not serves(q, k, v) or k.shape[2] > MAX_ROW: return None
+  (B, heads, L, hd), T = q.shape, k.shape[2]
+  if not serves(q, k, v): return None
+  place = [x for x in (pos, start) if x is not None]
   if causal and pos is not None and L == 1:
-    inputs = [q.reshape(-1, hd), k.reshape(-1), v.reshape(-1), pos]
-    if start is not None: inputs.append(start)
+    if T > MAX_ROW: return None
+    inputs = q.reshape(-1, hd), k.reshape(-1), v.reshape(-1), *place
     y, = launch(bound(attend_kernel, m=machine(q.device)), [(B*heads*hd,)], inputs,
                 "attend, for one query at `pos`, is for decoding and has no gradient.")
     return y.reshape(q.shape)
-  s = multiply(q * hd**-0.5, k.transpose(-2, -1))                   # (B,heads,L,T)
-  return multiply(causal_softmax(s, pos, start) if causal else softmax(s), v)
+  m = machine(q.device)
+  if B*heads*L*T*hd < ONE_CORE//4: m = m._replace(cores=1)
+  G = B*heads
+  more = 0 if place else -G % m.cores        # groups, so that the cores have as many each
+  def padded(x:Tensor, block:int) -> Tensor:
+    "(G,L,hd) in whole blocks: zeros behind, as many groups for each core."
+    return x.reshape(G, -1, hd).pad(((0, more), (0, -x.shape[2] % block), None))
+  inputs = padded(q, query_block(L, m)), padded(k, BLOCK), padded(v, BLOCK), *place
+  shape = *inputs[0].shape[:2], hd + 1
+  y = run(attention_kernel, attention_backward, shape, inputs, lengths=(L, T), causal=causal, m=m)
+  return y[:G, :L, :hd].reshape(q.shape)
 
 def h3_step_kernel(y:UOp, shift:UOp, re:UOp, im:UOp,
                    q:UOp, k:UOp, v:UOp,
@@ -694,9 +824,18 @@ def four_words(table:Tensor) -> Tensor:
   "A look-up, for `selfcheck`: one word comes twice, some do not come."
   return flashconv.lookup(table, Tensor([1, 0, 3, 3], device=table.device))
 
+def attend_all(q:Tensor, k:Tensor, v:Tensor) -> Tensor:
+  "Attention that is not causal, for `selfcheck`."
+  y = attend(q, k, v, causal=False)
+  return attend_plainly(q, k, v) if y is None else y
+
+def attend_plainly(q:Tensor, k:Tensor, v:Tensor) -> Tensor:
+  return (q*q.shape[-1]**-0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+
 CHECKS["matmul"] = linear, None, (50, 35), (50, 40), (40, 35), (35,)
 CHECKS["layernorm"] = layernorm, None, (5, 24), (5, 24), (24,), (24,)
 CHECKS["softmax"] = softmax_method, None, (5, 24), (5, 24)
+CHECKS["attend"] = attend_all, attend_plainly, *[(1, 2, 5, 4)]*4
 CHECKS["embedding"] = four_words, None, (4, 8), (5, 8)
 
 # ================================================================ the cores
