@@ -882,9 +882,9 @@ def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None
 
   u, v, q, y (B,H,L); A, B, C discretised modes, pairs (re, im) of (H,M); D (H,); state a pair of
   (B,H,M), None: zeros. Exact for any L, in memory that does not grow with L beyond inputs and
-  outputs, one launch forward and one back, or two and two (`walkers`). Pieces of a sequence, with the state carried from one to
-  the next, give what one call gives. chunk: steps of a chunk, to measure with. Differentiable once
-  in every argument. Raises ValueError when shapes don't fit.
+  outputs, one launch forward and one back, or two and two (`walkers`). Pieces of a sequence, with
+  the state carried from one to the next, give what one call gives. chunk: steps of a chunk, to
+  measure with. Differentiable once in every argument. Raises ValueError when shapes don't fit.
   Source: paper section 4 (state passing); not in the official code.
   """
   tensors = on_one_device(u, D, v, q, *A, *B, *C, *(state or ()))
@@ -1008,7 +1008,7 @@ def walk_tables(A:Pair, B:Pair, C:Pair, D:Tensor|None, c:int) -> list[Tensor]:
 def walk_backward(dout:Tensor, out:Tensor, *inputs:Tensor, spec:WalkSpec) -> list[Tensor]:
   "The gradients of the walk's inputs, in their order."
   x0, Q, P, a, *rows = inputs                                         # P above T: (H,S+c,c)
-  carried = []                                                        # what segments need beside
+  carried = []                                                        # what segments need besides
   if spec.segments > 1: *rows, z, leap = rows
   PT = P[:, :spec.S].transpose(1, 2)
   T = P[:, spec.S:]
