@@ -219,12 +219,31 @@ class ConvArgs(NamedTuple):
   v: Tensor|UOp|None = None
   q: Tensor|UOp|None = None
 
+# How many threads a GPU should have, at least, before work groups share the sequences of a channel.
+# Each makes the filter's spectrum anew. Microseconds on an H200, forward / with gradients, B=8, H=256
+# in 1, 2 and 4 work groups a channel: L=256 (16,384 threads in one) 5.6/8.6, 4.8/7.3, 4.7/8.0; L=1024
+# (32,768) 15.4/39, 17.5/43, 19.9/49.
+ENOUGH_THREADS = 1 << 15
+
+def group_shape(m:Machine, H:int, N:int, count:int) -> tuple[int, int]:
+  """The threads of a GPU's work group, and how many groups share the `count` sequences of each of H
+  channels: a divisor of count."""
+  threads = min(N//RADIX, 256)
+  if not m.gpu: return threads, 1
+  divisors = [n for n in range(1, count + 1) if count % n == 0]
+  shares = next((n for n in divisors if n*H*threads >= ENOUGH_THREADS), count)
+  # two butterflies a thread: 154 and 311 µs where one takes 168 and 379 (B=32, H=768, L=1024)
+  if N == 2048 and shares*H*threads//2 >= ENOUGH_THREADS: threads //= 2
+  return threads, shares
+
 class ConvSpec(NamedTuple):
   "Constants that a kernel of the convolution is compiled for, beside the shapes of its buffers."
   names: tuple[str, ...]        # the fields of ConvArgs that are not None, in order
   machine: Machine
   finish: Finish
   layout: type                  # how sequences lie in memory: RowPairs or ComplexRows
+  threads: int                  # of a GPU's work group
+  shares: int                   # work groups that share the sequences of a channel
   @property
   def gradients(self) -> tuple[str, ...]:
     "The arguments whose gradients the backward kernel writes: dD is dk at lag 0."
@@ -232,6 +251,9 @@ class ConvSpec(NamedTuple):
   def buffer_shape(self, shape:Shape, M:int) -> Shape:
     "The shape of a buffer to store to. A CPU's columns end where the rows end: `Group.borders`."
     return self.layout.buffer_shape(shape, M if self.machine.gpu else 1)
+  def turns(self, shape:Shape) -> int:
+    "The number of sequences that a work group convolves, one after the other."
+    return self.layout.count(shape)//self.shares
   @property
   def buffers(self) -> int:
     "The number of buffers of the backward kernel, which has the most."
@@ -246,7 +268,8 @@ def conv_one_launch(args:ConvArgs, N:int, finish:Finish=Finish(False), layout:ty
   names = tuple(n for n, x in args._asdict().items() if x is not None)
   shape, m = args.u.shape, machine(args.k.device)
   if shape[0]*shape[1]*N < ONE_CORE: m = m._replace(cores=1)
-  spec = ConvSpec(names, m, finish, layout or RowPairs)
+  layout = layout or RowPairs
+  spec = ConvSpec(names, m, finish, layout, *group_shape(m, shape[1], N, layout.count(shape)))
   gates = args.v, args.q
   if any(x is not None for x in gates) and spec.buffers > m.buffers:       # with plain products
     w = args.u if args.v is None else args.u*args.v
@@ -260,14 +283,15 @@ def conv_backward(dy:Tensor, y:Tensor, roots:Tensor, *args:Tensor, spec:ConvSpec
                   ) -> tuple[Tensor|None, ...]:
   "The gradients of `conv_one_launch`'s inputs: None for the roots, which are constants."
   x, layout, M = named(spec.names, args), spec.layout, roots.shape[2]
-  shapes = [x.k.shape if n == "k" else x.u.shape for n in spec.gradients]
-  # dk has a row for each channel, even where they share a filter: it is summed below
-  buffers = [spec.buffer_shape((s[0], x.u.shape[1], *s[2:]), M) for s in shapes]
+  # dk has a row for each channel and work group: they are summed below
+  sums = spec.shares, x.u.shape[1], *x.k.shape[2:]
+  shapes = [sums if n == "k" else x.u.shape for n in spec.gradients]
+  buffers = [spec.buffer_shape(s, M) for s in shapes]
   outputs = launch(bound(conv_gradient_kernel, spec=spec), buffers,
                    [roots, layout.trimmed(dy, x.u.shape), *args], no_second_gradient("fftconv"))
   d = named(spec.gradients, map(layout.trimmed, outputs, shapes))
-  dk = d.k.sum(1, keepdim=True) if x.k.shape[1] == 1 else d.k
-  d = d._replace(k=dk, D=d.k[0, :, 0])
+  dk = d.k.sum(0, keepdim=True)
+  d = d._replace(k=dk.sum(1, keepdim=True) if x.k.shape[1] == 1 else dk, D=dk[0, :, 0])
   return None, *(getattr(d, n) for n in spec.names)
 
 # How a kernel is written. It is a function from UOps, its buffers, to one UOp, the sink, that holds
@@ -292,8 +316,8 @@ def conv_kernel(y:UOp, roots:UOp, *args:UOp, spec:ConvSpec) -> UOp:
   "y = finish.y(c, q) with c = F* (kf · F w), for one channel: its filter, then its sequences."
   x = named(spec.names, args)
   buf, kf = filter_spectrum(x, roots, spec)
-  n = buf.group.loop(spec.layout.count(x.u.shape), AxisType.REDUCE)    # over sequences
-  rows = spec.layout(buf.group, x.u.shape, n)
+  n = buf.group.loop(spec.turns(x.u.shape), AxisType.REDUCE)           # over sequences
+  rows = spec.layout(buf.group, x.u.shape, buf.group.share*spec.turns(x.u.shape) + n)
   buf.forward(lambda j, off: rows.load(j, off, x.u, x.v), n)                       # W = F w
   buf.spectrum(lambda at, W: (times(W, kf.get(at)), []))                           # C = kf · W
   def store(j:UOp, off:int, c:Pair) -> Stores:                                  # c = F* C
@@ -319,8 +343,8 @@ def conv_gradient_kernel(*buffers:UOp, spec:ConvSpec) -> UOp:
   g = buf.group
   W, dkf = Spectrum(g, 2), Spectrum(g, 3)
   dkf.clear()
-  n = g.loop(spec.layout.count(x.u.shape), AxisType.REDUCE)            # over sequences
-  rows = spec.layout(g, x.u.shape, n)
+  n = g.loop(spec.turns(x.u.shape), AxisType.REDUCE)                   # over sequences
+  rows = spec.layout(g, x.u.shape, g.share*spec.turns(x.u.shape) + n)
 
   def apply(f:Callable, j:UOp, off:int, c:Pair=(None, None)) -> Pair:
     return each_row(f, rows.load(j, off, dy), c, rows.load(j, off, x.q))
@@ -355,7 +379,7 @@ def conv_gradient_kernel(*buffers:UOp, spec:ConvSpec) -> UOp:
     buf.inverse(store_dq)                                                          # c = F* C
   buf.free()
   buf.done = dkf.done = buf.done[0].end(n),                            # here the loop over n ends
-  filters = spec.layout(g, x.k.shape, 0)                   # a single row of RowPairs: re is stored
+  filters = spec.layout(g, x.k.shape, g.share)             # a single row of RowPairs: re is stored
   buf.spectrum(lambda at, _: ([scaled(a, 1/g.N) for a in dkf.get(at)], []), back_only=True)
   buf.inverse(lambda j, off, dk: filters.store(j, off, d.k, dk))                   # dk = F* (dkf/N)
   return g.finish(buf.done[0], f"{spec.layout.name}_grad")
@@ -363,7 +387,7 @@ def conv_gradient_kernel(*buffers:UOp, spec:ConvSpec) -> UOp:
 def filter_spectrum(x:ConvArgs, roots:UOp, spec:ConvSpec) -> tuple[FFTBuffer, Spectrum]:
   "The FFT buffer, free for use, and kf = F(k + D δ)/N, which stays in private memory."
   N, lengths = RADIX*roots.shape[2], (x.u.shape[-1], x.k.shape[-1])
-  g = Group(spec.machine, x.u.shape[1], N, lengths)
+  g = Group(spec.machine, x.u.shape[1], N, spec.threads, lengths, spec.shares)
   buf, kf, filters = FFTBuffer(g, roots), Spectrum(g, 1), spec.layout(g, x.k.shape, 0)
   def load(j:UOp, off:int) -> Pair:
     re, im = filters.load(j, off, x.k)
@@ -396,7 +420,7 @@ class RowPairs:
   name = "fftconv"
   def __init__(self, group:Group, shape:Shape, n:UOp|int):
     (B, _, self.L), self.group = shape, group
-    self.rows = [2*n, 2*n + 1][:B]
+    self.rows = [2*n, 2*n + 1] if B > 1 else [n]
     self.loaded = [(b, None) for b in self.rows]             # a row, and what it is multiplied by
     # An odd batch lacks its last row: the one before it is loaded, times 0. To load nothing, under a
     # condition, would keep clang from making vectors: 1.5 to 2.5 times as slow
@@ -473,14 +497,20 @@ class FFTBuffer:
     # a row left free on a CPU, so that the stores to 8 sub-transforms come out in order: clang
     # makes one shuffled store of them, not 8 scattered ones; a twentieth faster
     self.first = 0 if gpu else 1
-    # on a GPU a ninth column, where it fits: with 8, a column's stores meet on 4 of 32 banks
-    fits = 2*4*M*(RADIX+1) <= group.m.shared
-    columns = RADIX + 1 if gpu and fits else RADIX
-    self.mem = UOp.placeholder((2, M + self.first, columns), dtypes.float, slot=0, addrspace=space)
-  def get(self, mem:UOp, i:UOp, sub:UOp|int) -> Pair:
-    return tuple(Real(mem[c, i + self.first, sub]) for c in range(2))
-  def put(self, mem:UOp, i:UOp, sub:UOp|int, z:Pair) -> Stores:
-    return [mem[c, i + self.first, sub].store(z[c].uop) for c in range(2)]
+    # on a GPU a word is left free behind every four rows of 8, where it fits: without it the stores
+    # of a column meet on 4 of 32 banks
+    self.pad = int(8*(group.N + M//4) <= group.m.shared)
+    shape = (2, group.N + self.pad*(M//4)) if gpu else (2, M + self.first, RADIX)
+    self.mem = UOp.placeholder(shape, dtypes.float, slot=0, addrspace=space)
+  def places(self, mem:UOp, i:UOp, step:int, sub:UOp|int) -> list[UOp]:
+    "Where re and im of number i + step of a sub-transform stand."
+    if not self.group.m.gpu: return [mem[c, i + step + self.first, sub] for c in range(2)]
+    row = i + step
+    at = RADIX*row + (row//4)*self.pad + sub
+    return [mem[c, at] for c in range(2)]
+  def get(self, *place) -> Pair: return tuple(map(Real, self.places(*place)))
+  def put(self, *place, z:Pair) -> Stores:
+    return [place.store(x.uop) for place, x in zip(self.places(*place), z)]
   def free(self):
     "Waits until all have read, so that the buffer can be overwritten: a barrier on a GPU."
     if self.group.m.gpu: self.done = UOp.group(*self.done).barrier(),
@@ -515,19 +545,21 @@ class FFTBuffer:
     """
     g, R, mem = self.group, self.group.R, self.mem.after(*self.done)
     def last(slot:int|UOp, t:UOp, sub:UOp) -> Stores:
-      X = None if back_only else dft([self.get(mem, t*R + r, sub) for r in range(R)], -1)
+      X = None if back_only else dft([self.get(mem, t*R, r, sub) for r in range(R)], -1)
       Y, stores = body((slot, sub), X)
       y = dft(Y, +1) if Y else []
-      return stores + [s for r in range(len(y)) for s in self.put(mem, t*R + r, sub, y[r])]
-    self.done = g.subtransforms(g.M//R, last),
+      return stores + [s for r in range(len(y)) for s in self.put(mem, t*R, r, sub, z=y[r])]
+    # 32 rows apart, the four butterflies of a warp meet on no bank: `FFTBuffer.pad`
+    apart = max(1, min(32, g.M//4)//R)
+    self.done = g.subtransforms(g.M//R, last, apart),
 
   def split(self, mem:UOp, j:UOp, x:Sequence[Pair]) -> Stores:
     "The first pass forward, which makes 8 sub-transforms of one transform."
     x = twiddle(self.roots, dft(x, -1), j, -1)                                     # x = T · (F₈ x)
-    return [s for r in range(RADIX) for s in self.put(mem, j, r, x[r])]
+    return [s for r in range(RADIX) for s in self.put(mem, j, 0, r, z=x[r])]
   def join(self, mem:UOp, j:UOp) -> list[Pair]:
     "The last pass back."
-    x = [self.get(mem, j, r) for r in range(RADIX)]
+    x = [self.get(mem, j, 0, r) for r in range(RADIX)]
     return dft(twiddle(self.roots, x, j, +1), +1)                                 # x = F₈* (T* · x)
   def inner_forward(self):
     for n in self.group.passes:
@@ -544,8 +576,8 @@ class FFTBuffer:
     g, S, mem = self.group, n//RADIX, self.mem.after(*self.done)
     def body(slot:int|UOp, t:UOp, sub:UOp) -> Stores:
       j, first = t % S, t//S*n + t % S
-      x = butterfly([self.get(mem, first + r*S, sub) for r in range(RADIX)], j*(g.M//n*RADIX))
-      return [s for r in range(RADIX) for s in self.put(mem, first + r*S, sub, x[r])]
+      x = butterfly([self.get(mem, first, r*S, sub) for r in range(RADIX)], j*(g.M//n*RADIX))
+      return [s for r in range(RADIX) for s in self.put(mem, first, r*S, sub, z=x[r])]
     self.done = g.subtransforms(g.M//RADIX, body),
 
 class Spectrum:
@@ -623,12 +655,13 @@ class Group(Workers):
   N = 8 M: the first pass splits a transform into 8 sub-transforms of length M, which go on side by
   side, as the entries of a vector register (CPU) or in neighbouring threads (GPU).
   """
-  def __init__(self, m:Machine, H:int, N:int, lengths:Sequence[int]=()):
+  def __init__(self, m:Machine, H:int, N:int, threads:int, lengths:Sequence[int]=(), shares:int=1):
     super().__init__(m, H)
+    self.share = UOp.special(shares, "gidx1") if shares > 1 else 0
     self.N, self.M = N, N//RADIX
     # where rows of these lengths end within a block of M
     self.borders = sorted({0, self.M, *(L % self.M for L in lengths)})
-    self.threads = min(self.M, 256)
+    self.threads = threads
     self.passes, n = [], self.M      # lengths of the pieces in the radix-8 passes
     while n > 12:
       self.passes.append(n)
@@ -651,13 +684,18 @@ class Group(Workers):
         loops.append(UOp.group(*body(i + first)).end(i))
       return UOp.group(*loops)
     return UOp.group(*[s for t in range(0, self.M, self.threads) for s in body(self.thread + t)])
-  def subtransforms(self, n:int, body:Body) -> UOp:
-    "body(slot, t, sub) for t < n in each sub-transform; slot counts a worker's own."
+  def subtransforms(self, n:int, body:Body, apart:int=1) -> UOp:
+    """body(slot, t, sub) for t < n in each sub-transform; slot counts a worker's own. On a GPU, four
+    numbers t that are so far apart are worked on by neighbours."""
     if not self.m.gpu:
       t, sub = self.loop(n), self.loop(RADIX)
       return UOp.group(*body(t, t, sub)).end(sub, t)
-    turns = enumerate(range(0, n, self.threads//RADIX))
-    return UOp.group(*[s for slot, t in turns for s in body(slot, self.row + t, self.sub)])
+    stores, rows = [], self.threads//RADIX
+    for slot, first in enumerate(range(0, n, rows)):
+      t = self.row + first
+      t = t % 4*apart + t//4 % apart + t//(4*apart)*(4*apart)
+      stores += body(slot, t, self.sub)
+    return UOp.group(*stores)
   def everywhere(self, P:int, body:Body) -> UOp:
     "body(n, j) for n < P, j < M: columns that don't meet in shared memory."
     if not self.m.gpu:
@@ -801,7 +839,7 @@ def outer_backward(dy:Tensor, y:Tensor, roots:Tensor, x:Tensor, shape:Shape, inv
 @functools.cache
 def outer_kernel(out:UOp, roots:UOp, x:UOp, m:Machine, shape:Shape, inverse:bool) -> UOp:
   _, R, M = roots.shape
-  g = Group(m, shape[1], RADIX*M)
+  g = Group(m, shape[1], RADIX*M, min(M, 256))
   def column(X:UOp, n:UOp, r:int, j:UOp) -> list[UOp]:
     "Number j of sub-transform r: re, im."
     return [X[n, g.h*R + r, c, j] for c in range(2)]
@@ -1703,8 +1741,8 @@ def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, i
   """
   r = renderer_of(backend)
   m, N = machine_of(r), fft_length(L, L)
-  gated = ConvSpec(("k", "u", "D", "v", "q"), m, Finish(True), RowPairs)
-  parts = ConvSpec(("k", "u"), m, Finish(False), ComplexRows)
+  gated = ConvSpec(("k", "u", "D", "v", "q"), m, Finish(True), RowPairs, *group_shape(m, H, N, B//2))
+  parts = ConvSpec(("k", "u"), m, Finish(False), ComplexRows, *group_shape(m, 4*H, N, B//2))
   roots = 2, RADIX, N//RADIX
   k, u, D = (1, H, L), (B, H, L), (H,)
   outer_roots, far = (2, 4, N), (B, H, 2*N)
@@ -1720,11 +1758,11 @@ def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, i
   z, line = (cut.segments*H*S,), (64*H*L,)
   kernels = [  # and the shapes of its buffers, outputs first
     (bound(conv_kernel, spec=gated), u, roots, k, u, D, u, u),
-    (bound(conv_gradient_kernel, spec=gated), k, u, u, u, roots, u, k, u, D, u, u),
+    (bound(conv_gradient_kernel, spec=gated), (gated.shares, *k[1:]), u, u, u, roots, u, k, u, D, u, u),
     (bound(outer_kernel, m=m, shape=far, inverse=False), X, outer_roots, far),
     (bound(outer_kernel, m=m, shape=far, inverse=True), far, outer_roots, X),
     (bound(conv_kernel, spec=parts), X, roots, K, X),
-    (bound(conv_gradient_kernel, spec=parts), K, X, roots, X, K, X),
+    (bound(conv_gradient_kernel, spec=parts), (parts.shares, *K[1:]), X, roots, X, K, X),
     (bound(walk_kernel, spec=walk), out, x0, Q, P, a, *rows),
     (bound(walk_gradient_kernel, spec=walk), *flat, kept, *rows,
      out, x0, Q, a, (H, c, S), P, *rows, P),

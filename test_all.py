@@ -399,6 +399,7 @@ LAST = {"fftconv": [7]}
 WALK_GRAD = [0, 1, 2, 3, 4, 5, 8, 10, 11, 14, 15, 18, 19, 20, 21, 23]
 GPU_CASES = {
   "gates": (lambda _: check_fftconv(3, 2, 50, 50, "Dvq"), LAST),
+  "shared rows": (lambda _: check_fftconv(7, 2, 50, 50, "Dvq"), LAST),
   "one filter": (lambda _: check_fftconv(2, 2, 50, 20, "1"), {}),
   "long rows": (lambda _: check_fftconv(2, 1, 500, 500, "Dvq"), {}),
   "any finish": (test_kernel_finish_may_be_any_function, LAST),
@@ -416,7 +417,7 @@ GPU_CASES = {
                 "ssm_walk_grad": [0, 1, 2, 4, 6, 7, 10, 12, 13, 16, 17, 20, 21, 22, 23, 25]}),
   "adamw": (lambda _: check_adamw(lambda f: f, 2), {}),
   "cache": (lambda _: test_kernel_attend_over_a_cache(5, 70, 16, (3, 0, 6), 1), {})}
-GPU_QUICK = [("cuda", "gates"), ("cuda", "two levels"), ("cuda", "segments"), ("cuda", "cache"),
+GPU_QUICK = [("cuda", "shared rows"), ("cuda", "two levels"), ("cuda", "segments"), ("cuda", "cache"),
              ("metal", "gates"), ("metal", "states")]
 
 @pytest.mark.parametrize("backend,case", and_slow(
@@ -431,6 +432,8 @@ def test_kernel_executed_as_on_a_gpu(backend, case, monkeypatch, tmp_path):
   monkeypatch.setattr(training, "GPU_SLICES", 100)
   if case != "long chunks": monkeypatch.setattr(flashconv, "WALK_THREADS", 32)
   if case == "two levels": monkeypatch.setattr(flashconv, "levels", lambda device, N: 4)
+  # two work groups a channel, or one
+  monkeypatch.setattr(flashconv, "ENOUGH_THREADS", 64 if case == "shared rows" else 1)
   check, may_go = GPU_CASES[case]
   check(monkeypatch)
   launches = {launch.program: launch for launch in gpu.launches}.values()
@@ -720,8 +723,9 @@ def test_kernels_for_decoding_have_no_gradient():
 
 def test_kernel_embedding(flash):
   layer = nn.Embedding(11, 6)
-  for ids in (toks(rng.integers(0, 11, (3, 7))).realize(), Tensor(3), Tensor.arange(4)):
-    assert (layer(ids).numpy() == layer.weight.numpy()[ids.numpy()]).all()
+  drawn_ids, weight = rng.integers(0, 11, (3, 7)), layer.weight.numpy()
+  for ids, at in ((toks(drawn_ids).realize(), drawn_ids), (Tensor(3), 3), (Tensor.arange(4), range(4))):
+    assert (layer(ids).numpy() == weight[np.array(at)]).all()
 
 def test_rounding_to_bfloat16():
   "to the nearest; of two as near to the one that ends in 0; zeros, infinities, tiny numbers stay"
