@@ -23,7 +23,7 @@ Run: `python flashconv.py` checks the kernels on your device; `python flashconv.
 (or cuda, opencl) prints their sources; FLASH=0 turns them off. `python support/bench.py conv` and
 `states` time them.
 
-Not here: half precision; any filter but an SSM's past a length of 2^15 (plain ops do them). The
+Not here: any filter but an SSM's past a length of 2^15 (plain ops do them). The
 shift SSM of an H3 layer is a launch of its own: one kernel for both convolutions took 1.59, 7.3,
 16.9 and 39.7 ms forward at L = 256, 1024, 2048 and 4096 where two launches take 1.57, 8.1, 20.0 and
 41.4 (B=8, H=256, CPU), and its backward pass would need two transforms more.
@@ -34,7 +34,7 @@ from typing import Callable, NamedTuple, Sequence
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit, UOp, dtypes, tensor
 from tinygrad.codegen import to_program
-from tinygrad.dtype import AddrSpace, strong_dtype
+from tinygrad.dtype import AddrSpace, DType, strong_dtype
 from tinygrad.engine.realize import capturing
 from tinygrad.helpers import MAX_KERNEL_BUFFERS, Context, ContextVar, Target, prod
 from tinygrad.renderer import Renderer, cstyle
@@ -43,6 +43,8 @@ from tinygrad.uop.ops import (AxisType, KernelInfo, Ops, ParamArg, PatternMatche
                               graph_rewrite, shape_to_shape_arg)
 
 FLASH = ContextVar("FLASH", 1)  # 0: plain tinygrad ops everywhere
+
+HALF = dtypes.half, dtypes.bfloat16
 
 Shape = tuple[int, ...]
 Stores = list[UOp]
@@ -124,7 +126,18 @@ class Finish(NamedTuple):
 def fftconv_ref(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None,
                 q:Tensor|None=None) -> Tensor:
   "The definition of `fftconv`, with its arguments but channels_last, in plain tinygrad ops."
-  return Finish(q is not None).y(conv_ref(u if v is None else u*v, k, D), q)
+  return gated(lambda w: conv_ref(w, wide(k), wide(D)), u, v, q, Finish(q is not None))
+
+def gated(conv:Callable[[Tensor], Tensor], u:Tensor, v:Tensor|None, q:Tensor|None, finish:Finish
+          ) -> Tensor:
+  "Returns y, of u's type, by a convolution c = conv(w) that knows no gates. All else is float32."
+  w = wide(u) if v is None else wide(u)*wide(v)
+  y = finish.y(conv(w), wide(q))
+  return y.cast(u.dtype) if u.dtype in HALF else y
+
+def wide(x:Tensor|None) -> Tensor|None:
+  "Returns half precision as float32, all else as it is."
+  return x if x is None or x.dtype not in HALF else x.float()
 
 # ---------------------------------------------------------------- the public function
 def direct(u:Tensor, k:Tensor, D:Tensor, v:Tensor, q:Tensor) -> Tensor:
@@ -139,8 +152,9 @@ def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor
             channels_last:bool=False) -> Tensor:
   """y = q * (k ∗ (u*v) + D*(u*v)): the causal convolution along the last axis, gated before, after.
 
-  u, v, q, y (B,H,L) float32, or (B,L,H) with channels_last; k (H,K), or (1,K), one filter for all
-  channels; taps past L do nothing; D (H,). Left out, v and q are 1 and D is 0. Any B, H, L, K ≥ 1.
+  u, v, q, y (B,H,L), or (B,L,H) with channels_last; k (H,K), or (1,K), one filter for all channels;
+  taps past L do nothing; D (H,). Left out, v and q are 1 and D is 0. Any B, H, L, K ≥ 1. float32,
+  or float16 or bfloat16, which is rounded to where y and gradients are written, and nowhere else.
   Differentiable in every argument, works in TinyJit. Raises ValueError when shapes don't fit.
   It runs in one launch where the transform fits into shared memory; in two levels where it does
   not; by overlap-save where the filter is far shorter than the sequence; and in plain ops,
@@ -151,7 +165,7 @@ def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor
   if channels_last: u, v, q = (None if x is None else x.transpose(1, 2) for x in (u, v, q))
   u, k, D, v, q = on_one_device(u, k, D, v, q)
   L = u.shape[2]
-  k = k[:, :L]
+  k, D = wide(k[:, :L]), wide(D)
   N = transform_length(u.device, L + k.shape[1] - 1)
   N_short = max(SHORT, fft_length(8*k.shape[1], 1))
   serve, finish = kernels_serve(u, k, D, v, q), Finish(q is not None)
@@ -160,11 +174,10 @@ def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor
   if R == 1 and not overlap_save:
     y = conv_one_launch(ConvArgs(k.unsqueeze(0), u, D, v, q), N, finish)
   else:
-    w = u if v is None else u*v
-    if overlap_save: c = conv_overlap_save(w, k, D, N_short)
-    elif R: c = conv_two_levels(w, k, D, N, R)
-    else: c = conv_ref(w, k, D)
-    y = finish.y(c, q)
+    def conv(w:Tensor) -> Tensor:
+      if overlap_save: return conv_overlap_save(w, k, D, N_short)
+      return conv_two_levels(w, k, D, N, R) if R else conv_ref(w, k, D)
+    y = gated(conv, u, v, q, finish)
   return y.transpose(1, 2) if channels_last else y
 
 def check_shapes(u:Tensor, k:Tensor, D:Tensor|None, v:Tensor|None, q:Tensor|None,
@@ -183,9 +196,9 @@ def whole(*tensors:Tensor|None) -> bool:
              for t in tensors)
 
 def kernels_serve(*tensors:Tensor|None) -> bool:
-  "Whether the kernels can take these Tensors: FLASH is on, and all are float32 and `whole`."
-  exact = all(t is None or t.dtype == dtypes.float for t in tensors)
-  return bool(FLASH) and whole(*tensors) and exact
+  "Whether the kernels can take these Tensors: FLASH is on, all are `whole` and float32 or HALF."
+  known = all(t is None or t.dtype in (dtypes.float, *HALF) for t in tensors)
+  return bool(FLASH) and whole(*tensors) and known
 
 MAX_N = 1 << 16                 # FFT length on a CPU: 2 MB of stack in the backward pass
 SHORT = 1 << 12                 # length of a short filter's transform on a long sequence
@@ -272,11 +285,11 @@ def conv_one_launch(args:ConvArgs, N:int, finish:Finish=Finish(False), layout:ty
   spec = ConvSpec(names, m, finish, layout, *group_shape(m, shape[1], N, layout.count(shape)))
   gates = args.v, args.q
   if any(x is not None for x in gates) and spec.buffers > m.buffers:       # with plain products
-    w = args.u if args.v is None else args.u*args.v
-    return finish.y(conv_one_launch(ConvArgs(args.k, w, args.D), N), args.q)
+    return gated(lambda w: conv_one_launch(ConvArgs(args.k, w, args.D), N), args.u, *gates, finish)
   roots = roots_of_unity(RADIX, N//RADIX, args.k.device)
   y, = launch(bound(conv_kernel, spec=spec), [spec.buffer_shape(shape, N//RADIX)],
-              [roots, *(x for x in args if x is not None)], bound(conv_backward, spec=spec))
+              [roots, *(x for x in args if x is not None)], bound(conv_backward, spec=spec),
+              [args.u.dtype])
   return spec.layout.trimmed(y, shape)
 
 def conv_backward(dy:Tensor, y:Tensor, roots:Tensor, *args:Tensor, spec:ConvSpec
@@ -288,7 +301,8 @@ def conv_backward(dy:Tensor, y:Tensor, roots:Tensor, *args:Tensor, spec:ConvSpec
   shapes = [sums if n == "k" else x.u.shape for n in spec.gradients]
   buffers = [spec.buffer_shape(s, M) for s in shapes]
   outputs = launch(bound(conv_gradient_kernel, spec=spec), buffers,
-                   [roots, layout.trimmed(dy, x.u.shape), *args], no_second_gradient("fftconv"))
+                   [roots, layout.trimmed(dy, x.u.shape), *args], no_second_gradient("fftconv"),
+                   [getattr(x, n).dtype for n in spec.gradients])
   d = named(spec.gradients, map(layout.trimmed, outputs, shapes))
   dk = d.k.sum(0, keepdim=True)
   d = d._replace(k=dk.sum(1, keepdim=True) if x.k.shape[1] == 1 else dk, D=dk[0, :, 0])
@@ -452,7 +466,7 @@ class RowPairs:
     channels = [0 if f.shape[1] == 1 else self.group.h for f in factors]
     pair = []
     for b, there in self.loaded:
-      x = product([f[b, h, at] for f, h in zip(factors, channels)])
+      x = product([f[b, h, at].cast(dtypes.float) for f, h in zip(factors, channels)])
       if there is not None: x = x * there
       pair.append(Real(x if inside is None else inside.where(x, 0.0)))
     return *pair, *[ZERO]*(2 - len(pair))
@@ -460,7 +474,7 @@ class RowPairs:
     at = j + off
     if at.vmin >= self.L: return []
     places = [out[b, self.group.h, at] for b in self.rows]
-    return [place.store(x.uop) for place, x in zip(places, z)]
+    return [place.store(x.uop.cast(place.dtype)) for place, x in zip(places, z)]
 
 class ComplexRows:
   "Complex sequences, (P,H,2,N), between the launches of a two-level transform."
@@ -1492,12 +1506,13 @@ class Vandermonde:
 # CONTIGUOUS. `precompile` lets the kernel write straight into the buffer that the caller realises;
 # without it there would be a copy.
 def launch(kernel:Callable, outputs:Sequence[Shape|Tensor], inputs:Sequence[Tensor],
-           gradient:Callable|str) -> list[Tensor]:
+           gradient:Callable|str, types:Sequence[DType]=()) -> list[Tensor]:
   """Runs one kernel and returns its outputs, differentiable, whatever is read before the gradient.
 
   kernel(*outputs, *inputs) gets UOps to index, `x[i, j]`, and returns
   `stores.end(*ranges).sink(arg=KernelInfo(name=..., opts_to_apply=()))`.
-  outputs: shapes, as tuples, of new float32 Tensors; or Tensors, which are overwritten.
+  outputs: shapes, as tuples, of new Tensors of these types, float32 without; or Tensors, which are
+  overwritten.
   inputs: of any type; views and expressions are written to memory first, in each realisation.
   gradient(dy, y, *inputs) returns a Tensor for each input, usually by another `launch`, or None
   where there is no gradient; y is the output and dy its gradient. A str is the message of the
@@ -1519,7 +1534,7 @@ def launch(kernel:Callable, outputs:Sequence[Shape|Tensor], inputs:Sequence[Tens
     written = Tensor.custom_kernel(*outputs, *inputs, fxn=kernel, grad_fxn=gradient)
     return written[:len(outputs)]
   params = tuple(x.uop.param_like(i) for i, x in enumerate(inputs))
-  body = function_body(kernel, tuple(outputs), params)
+  body = function_body(kernel, tuple(outputs), tuple(types) or (dtypes.float,)*len(outputs), params)
   call = body.call(*(x.uop for x in inputs), grad_fxn=gradient, precompile=True)
   # tinygrad 0.14.0 replaces no GETTUPLE by the buffer it was realised in, and would compute it
   # again at each use. It replaces an op that stands on it, and contiguous_backward costs nothing.
@@ -1528,13 +1543,14 @@ def launch(kernel:Callable, outputs:Sequence[Shape|Tensor], inputs:Sequence[Tens
 def stored_whole(x:UOp) -> bool: return x.has_buffer_identity(after_ok=True)
 
 @functools.cache
-def function_body(kernel:Callable, shapes:tuple[Shape, ...], params:tuple[UOp, ...]) -> UOp:
-  "The body of a FUNCTION: float32 buffers of these shapes, after the kernel has written them."
-  def buffer(i:int, shape:Shape) -> UOp:
+def function_body(kernel:Callable, shapes:tuple[Shape, ...], types:tuple[DType, ...],
+                  params:tuple[UOp, ...]) -> UOp:
+  "The body of a FUNCTION: buffers of these shapes and types, after the kernel has written them."
+  def buffer(i:int, shape:Shape, dtype:DType) -> UOp:
     # tinygrad puts the buffers of a caller in their place; slots below 0 are those of no other
-    arg = ParamArg(-1-i, dtypes.float, device=params[0].device)
+    arg = ParamArg(-1-i, dtype, device=params[0].device)
     return UOp(Ops.BUFFER, src=(shape_to_shape_arg(shape),), arg=arg)
-  buffers = itertools.starmap(buffer, enumerate(shapes))
+  buffers = map(buffer, itertools.count(), shapes, types)
   written = UOp.custom_kernel(*buffers, *params, fxn=kernel)[:len(shapes)]
   _, call = written[0].src
   if not isinstance(call.src[0].arg, KernelInfo):
