@@ -24,6 +24,7 @@ check_kernels, cpu.check_kernels = cpu.check_kernels, lambda: None      # has it
 cpu.setup_device()
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit, UOp, codegen, dtypes, helpers, nn
 from tinygrad.device import Buffer
+from tinygrad.dtype import DType
 from tinygrad.engine import realize
 from tinygrad.helpers import Context
 from tinygrad.nn.optim import AdamW
@@ -96,17 +97,27 @@ def np_fftconv(u, k, D, v, q, dy) -> dict[str, np.ndarray]:
   dD = (w*e).sum((0, 2))
   return {"y": q*c, "u": dw*v, "k": dk, "D": dD, "v": dw*u, "q": dy*c}
 
-def check_fftconv(B:int, H:int, L:int, K:int, what:str) -> None:
+# How far a number is at most, of its own size, from the nearest one of a type
+ROUNDING = {dtypes.float: 0.0, dtypes.half: 2**-11, dtypes.bfloat16: 2**-8}
+
+def of_type(x:np.ndarray, dtype:DType) -> Tensor: return Tensor(x).cast(dtype).realize()
+
+def check_fftconv(B:int, H:int, L:int, K:int, what:str, dtype:DType=dtypes.float) -> None:
+  "dtype: of sequences, which are rounded where they are written, and nowhere else"
   shape, names = (B, H, L), [n for n in "ukDvq" if n in "uk" + what]
   shapes = {"u": shape, "k": (1 if "1" in what else H, K), "D": (H,), "v": shape, "q": shape}
   x = {n: normal(*s) if n in names else np.full(s, n != "D") for n, s in shapes.items()}
   dy, last = normal(*shape), "T" in what
+  types = dict.fromkeys("uvqy", dtype) | dict.fromkeys("kD", dtypes.float)
+  dy = of_type(dy, dtype).float().numpy()
+  x = {n: of_type(a, types[n]).float().numpy() for n, a in x.items()}
   turned = lambda a: a.swapaxes(1, 2).copy() if last and a.ndim == 3 else a
   f = lambda *t: fftconv(**dict(zip(names, t)), channels_last=last)
-  inputs = [Tensor(turned(x[n])).realize() for n in names]
-  got = with_gradients(f, inputs, Tensor(turned(dy)))
+  inputs = [of_type(turned(x[n]), types[n]) for n in names]
+  got = with_gradients(f, inputs, of_type(turned(dy), dtype))
   want = np_fftconv(**x, dy=dy)
-  for n, g in zip(["y", *names], got): near(turned(g), want[n], 2e-6 if n == "y" else 1e-5, n)
+  for n, g in zip(["y", *names], got):
+    near(turned(g), want[n], ROUNDING[types[n]] + (2e-6 if n == "y" else 1e-5), n)
 
 # B, H, L, K, and what optional arguments are given; 1: one filter for all channels; T: channels
 # last.
@@ -137,6 +148,12 @@ def test_kernel_fftconv(B, H, L, K, what): check_fftconv(B, H, L, K, what)
 def test_fftconv_ref():
   with Context(FLASH=0): check_fftconv(3, 5, 100, 130, "1Dvq")
 
+@pytest.mark.parametrize("dtype", [dtypes.half, dtypes.bfloat16])
+def test_kernel_fftconv_in_half_precision(dtype, flash):
+  "in one launch, and cut: a short filter on a long sequence"
+  check_fftconv(3, 2, 50, 50, "Dvq", dtype)
+  if flash: check_fftconv(2, 3, 9000, 64, "DvqT", dtype)
+
 @on_cpu
 def test_kernel_fftconv_on_all_cores(monkeypatch):
   "4 threads take part, at the same time: each waits for the others; and the result is right"
@@ -159,6 +176,7 @@ def test_kernel_fftconv_in_two_levels(monkeypatch):
   monkeypatch.setattr(flashconv, "levels", lambda device, N: 4)
   check_fftconv(3, 2, 100, 100, "Dvq")
   check_fftconv(2, 3, 130, 100, "1")
+  check_fftconv(3, 2, 100, 100, "Dvq", dtypes.half)
 
 def test_fftconv_of_float64_is_exact_to_float64():
   shape = 2, 3, 300
@@ -291,7 +309,8 @@ def test_render_ends_quietly_when_nobody_reads(monkeypatch):
 # kernels stay on the CPU device.
 
 EXECUTED = HERE/"golden"/"gpu_on_cpu"/"run.cpp"
-TSAN = ["clang++", "-std=c++17", "-O1", "-g", "-w", "-fsanitize=thread", f"-I{EXECUTED.parent}"]
+TSAN = ["clang++", "-std=c++17", "-O1", "-g", "-w", "-fsanitize=thread", "-march=native",
+        f"-I{EXECUTED.parent}"]
 
 @functools.cache
 def lacks_tsan() -> str:
@@ -402,6 +421,7 @@ GPU_CASES = {
   "shared rows": (lambda _: check_fftconv(7, 2, 50, 50, "Dvq"), LAST),
   "one filter": (lambda _: check_fftconv(2, 2, 50, 20, "1"), {}),
   "long rows": (lambda _: check_fftconv(2, 1, 500, 500, "Dvq"), {}),
+  "half": (lambda _: check_fftconv(1, 2, 50, 50, "vq", dtypes.half), {}),
   "any finish": (test_kernel_finish_may_be_any_function, LAST),
   "overlap-save": (lambda _: check_fftconv(1, 2, 300, 5, "D"), {"fftconv": [4]}),
   "two levels": (lambda _: check_fftconv(3, 2, 100, 100, "D"), {"fftconv_complex": [4]}),
@@ -418,7 +438,7 @@ GPU_CASES = {
   "adamw": (lambda _: check_adamw(lambda f: f, 2), {}),
   "cache": (lambda _: test_kernel_attend_over_a_cache(5, 70, 16, (3, 0, 6), 1), {})}
 GPU_QUICK = [("cuda", "shared rows"), ("cuda", "two levels"), ("cuda", "segments"), ("cuda", "cache"),
-             ("metal", "gates"), ("metal", "states")]
+             ("cuda", "half"), ("metal", "gates"), ("metal", "states")]
 
 @pytest.mark.parametrize("backend,case", and_slow(
   GPU_QUICK, sorted({*itertools.product(("cuda", "metal"), GPU_CASES)} - {*GPU_QUICK})))
@@ -465,9 +485,9 @@ def test_kernels_of_more_buffers_than_a_device_binds_are_done_without(monkeypatc
   few = flashconv.machine(Device.DEFAULT)._replace(buffers=8)
   monkeypatch.setattr(flashconv, "machine", lambda device: few)
   launched, launch = {}, flashconv.launch
-  def count(kernel:Callable, outputs:list, inputs:list, gradient:Callable|str) -> list[Tensor]:
+  def count(kernel:Callable, outputs:list, inputs:list, *rest) -> list[Tensor]:
     launched[kernel.func.__name__] = len(outputs) + len(inputs)
-    return launch(kernel, outputs, inputs, gradient)
+    return launch(kernel, outputs, inputs, *rest)
   monkeypatch.setattr(flashconv, "launch", count)
   check_fftconv(3, 5, 100, 130, "1Dq")
   check_ssm_conv(1, 2, 16, 40, 33, "Dvqx")

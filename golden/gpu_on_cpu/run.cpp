@@ -81,6 +81,12 @@ struct alignas(16) float4 {
 };
 static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct half {
+  __fp16 x;
+  half(float f): x(f) {}
+  half() = default;
+  operator float() const { return x; }
+};
 static float __int_as_float(int i) { float f; memcpy(&f, &i, 4); return f; }
 #define blockIdx group_at()
 #define threadIdx thread_at()
