@@ -911,7 +911,7 @@ def ssm_conv_ref(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|
                  q:Tensor|None=None, state:Pair|None=None, chunk:int|None=None
                  ) -> tuple[Tensor, Pair]:
   "The definition of `ssm_conv`, same arguments: a convolution for each chunk (of 4096 steps)."
-  w = u if v is None else u*v
+  w = wide(u) if v is None else wide(u)*wide(v)
   c, ys = chunk or 4096, []
   zeros = Tensor.zeros(u.shape[0], *A[0].shape, device=u.device)
   x = state or (zeros, zeros)
@@ -926,22 +926,24 @@ def ssm_conv_ref(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|
     A_n = power(A, n)
     x = tuple(map(operator.add, cmul(A_n, x), zero_state))                          # A^n x + …
   y = Tensor.cat(*ys, dim=-1)
-  return y if q is None else q*y, x
+  return Finish(q is not None).y(y, wide(q)).cast(u.dtype), x
 
 def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None=None,
              q:Tensor|None=None, state:Pair|None=None, chunk:int|None=None) -> tuple[Tensor, Pair]:
   """`fftconv` with the filter k[l] = 2 Re Σ C B A^l of a diagonal SSM, and the SSM's final state.
 
-  u, v, q, y (B,H,L); A, B, C discretised modes, pairs (re, im) of (H,M); D (H,); state a pair of
-  (B,H,M), None: zeros. Exact for any L, in memory that does not grow with L beyond inputs and
-  outputs, one launch forward and one back, or two and two (`walkers`). Pieces of a sequence, with
-  the state carried from one to the next, give what one call gives. chunk: steps of a chunk, to
-  measure with. Differentiable once in every argument. Raises ValueError when shapes don't fit.
+  u, v, q, y (B,H,L), float32 or of half precision as in `fftconv`, all else float32; A, B, C
+  discretised modes, pairs (re, im) of (H,M); D (H,); state a pair of (B,H,M), None: zeros. Exact
+  for any L, in memory that does not grow with L beyond inputs and outputs, one launch forward and
+  one back, or two and two (`walkers`). Pieces of a sequence, with the state carried from one to
+  the next, give what one call gives. chunk: steps of a chunk, to measure with. Differentiable once
+  in every argument. Raises ValueError when shapes don't fit.
   Source: paper section 4 (state passing); not in the official code.
   """
   tensors = on_one_device(u, D, v, q, *A, *B, *C, *(state or ()))
   check_ssm_shapes(tensors, chunk)
   u, D, v, q, *parts = tensors
+  D, *parts = map(wide, (D, *parts))
   A, B, C, *states = zip(parts[0::2], parts[1::2])
   state = states[0] if states else None
   rows = {name: x for name, x in zip("uvq", (u, v, q)) if x is not None}
@@ -963,11 +965,11 @@ def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None
   size = spec.state_at + prod(shape)
   kernel, backward = bound(walk_kernel, spec=spec), bound(walk_backward, spec=spec)
   out, = launch(kernel, [(size,)], inputs, backward)
-  y = out[:u.numel()].reshape(u.shape)
+  y = out[:u.numel()].reshape(u.shape).cast(u.dtype)
   x = out[spec.state_at:].reshape(shape)
   x = x[..., :M], x[..., M:]
   if rest := spec.L % spec.c:        # after the last whole chunk: A^rest x + Σ_j A^(rest-1-j) B w_j
-    w = product([t[..., -rest:] for t in (u, v) if t is not None])
+    w = product([wide(t[..., -rest:]) for t in (u, v) if t is not None])
     zero_state = (w.unsqueeze(-1)*Q[:, spec.c-rest:]).sum(2)                        # (B,H,S)
     re, im = cmul(power(A, rest), x)
     x = re + zero_state[..., :M], im + zero_state[..., M:]
@@ -1075,38 +1077,8 @@ def walk_backward(dout:Tensor, out:Tensor, *inputs:Tensor, spec:WalkSpec) -> lis
   kernel = bound(walk_gradient_kernel, spec=spec)
   dx0, dQ, dP, da, _, *drows = launch(
     kernel, [x0.shape, *tables, kept, *(x.shape for x in rows)],
-    [dout, x0, Q, a, PT, TQ, *rows, *last, *carried], no_second_gradient("ssm_conv"))
-  sums = [d.reshape(spec.walkers, *x.shape).sum(0) for d, x in zip((dQ, dP, da), (Q, P, a))]
-  return [dx0, *sums, *drows, *[None]*(len(inputs) - 4 - len(rows))]
-
-def segment_shares(kernel:Callable, spec:WalkSpec, *inputs:Tensor) -> Tensor:
-  "The shares of each segment, (B,segments,H,S), by `segment_kernel` or `segment_gradient_kernel`."
-  size = spec.B*spec.segments*spec.H*spec.S
-  z, = launch(bound(kernel, spec=spec), [(size,)], inputs, no_second_gradient("ssm_conv"))
-  return z
-
-@functools.cache
-def segment_kernel(z:UOp, Q:UOp, a:UOp, *rows:UOp, spec:WalkSpec) -> UOp:
-  "The state after each segment that begins with a zero state."
-  w, x = Walk(spec), named([n for n in spec.names if n != "q"], rows)
-  X = Matrix(w, spec.R+1, spec.S+spec.c)
-  with w.over_segments():
-    w.fill(X.part(spec.R, 0), 1, spec.S, zero)
-    with w.over(w.groups()) as w.g: w.advance(X, Q, a, x)
-    w.copy(w.share(z, w.p), X.row(spec.R))
-  return w.finish("ssm_segments")
-
-@functools.cache
-def segment_gradient_kernel(dz:UOp, dout:UOp, PT:UOp, a:UOp, *q:UOp, spec:WalkSpec) -> UOp:
-  "The gradient of the state before each segment, from its outputs and the final state alone."
-  w = Walk(spec)
-  E = Matrix(w, spec.R+1, spec.S+spec.c)
-  dx = E.part(0, spec.c)
-  with w.over_segments():
-    w.fill(dx, 1, spec.S, zero)
-    with w.over_back() as back: w.retreat(E, back, PT, a, dout, *q)
-    w.copy(w.share(dz, w.p), dx.row(0))
-  return w.finish("ssm_segments_grad")
+    [dout, x0, Q, a, PT, TQ, *rows, *last, *carried], no_second_gradient("ssm_conv"),
+    [dtypes.float]*5 + [x.dtype for x in rows])
 
 @functools.cache
 def walk_kernel(out:UOp, x0:UOp, Q:UOp, P:UOp, a:UOp, *rows:UOp, spec:WalkSpec) -> UOp:
@@ -1277,12 +1249,13 @@ class Walk(Workers):
   def load(self, r:UOp, j:UOp, *factors:UOp|None) -> UOp:
     "The product of the factors at step j of chunk r, 0 past the end."
     i, ok = self.place(r, j)
-    factors = [f for f in factors if f is not None]
-    if ok is None: return product([f[i] for f in factors])
-    return product([ok.where(f[i.valid(ok)], 0.0) for f in factors])
+    if ok is not None: i = i.valid(ok)
+    factors = [f[i].cast(dtypes.float) for f in factors if f is not None]
+    return product(factors if ok is None else [ok.where(x, 0.0) for x in factors])
   def store(self, r:UOp, j:UOp, out:UOp, x:UOp) -> Stores:
     i, ok = self.place(r, j)
-    return [only_if(ok, out[i].store(x))]
+    place = out[i]
+    return [only_if(ok, place.store(x.cast(place.dtype)))]
 
   def fill(self, to:Callable, rows:int, cols:int, value:Value):
     "to(row, col) = value(row, col), for all."

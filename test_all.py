@@ -427,6 +427,8 @@ GPU_CASES = {
   "two levels": (lambda _: check_fftconv(3, 2, 100, 100, "D"), {"fftconv_complex": [4]}),
   "states": (lambda _: check_ssm_conv(2, 2, 6, 50, 4, "Dvqx"),
              {"ssm_walk": [0, 1, 4, 6], "ssm_walk_grad": WALK_GRAD}),
+  "states, half": (lambda _: check_ssm_conv(1, 2, 6, 50, 4, "Dvqx", dtypes.half),
+                   {"ssm_walk": [0, 1, 4, 6], "ssm_walk_grad": WALK_GRAD}),
   "states, ungated": (lambda _: check_ssm_conv(1, 2, 8, 20, 3, ""),
                       {"ssm_walk": [0, 1, 4, 5, 6], "ssm_walk_grad": WALK_GRAD}),
   "long chunks": (lambda _: check_ssm_conv(1, 1, 64, 300, "None", "Dvqx"),
@@ -904,7 +906,13 @@ def test_kernel_ssm_conv(B, H, N, L, chunk, given, flash):
   if HAS_LOCAL and not flash: pytest.skip("the same in plain ops takes long")
   with Context(FLASH=flash): check_ssm_conv(B, H, N, L, chunk, given)
 
-def check_ssm_conv(B:int, H:int, N:int, L:int, chunk:int|str, given:str) -> None:
+@pytest.mark.parametrize("dtype", [dtypes.half, dtypes.bfloat16])
+def test_kernel_ssm_conv_in_half_precision(dtype, flash):
+  check_ssm_conv(2, 2, 8, 50, 15, "Dvqx", dtype)
+
+def check_ssm_conv(B:int, H:int, N:int, L:int, chunk:int|str, given:str, dtype:DType=dtypes.float
+                   ) -> None:
+  "dtype: of sequences, which are rounded where they are written, and nowhere else"
   given, chunk = given.strip("-"), None if chunk == "None" else chunk
   seq, state = (B, H, L), (B, H, N//2)
   a = dict(zip("ABC", ssm(H, N))) | {"u": normal(*seq)}
@@ -912,17 +920,21 @@ def check_ssm_conv(B:int, H:int, N:int, L:int, chunk:int|str, given:str) -> None
   a["v"], a["q"] = (normal(*seq) if n in given else np.ones(seq) for n in "vq")
   a["D"] = normal(H) if "D" in given else np.zeros(H)
   a["x"] = complex_normal(*state) if "x" in given else np.zeros(state, complex)
+  types = dict.fromkeys(("u", "v", "q", "y", "dy"), dtype)
+  a |= {k: of_type(a[k], dtype).float().numpy() for k in types if k in a}
   want = np_ssm_conv(**a)
   t = {k: tensors_of(a[k]) for k in "uABC" + given}
+  t |= {k: [of_type(a[k], dtype)] for k in types if k in t}
   args = {k: tuple(z) if k in "ABCx" else z[0] for k, z in t.items()}
   y, last = ssm_conv(state=args.pop("x", None), chunk=chunk, **args)
   outputs, weights = (y, *last), tensors_of(a["dy"]) + tensors_of(a["dx"])
-  loss = sum((p*r).sum() for p, r in zip(outputs, weights))
+  loss = sum((p.float()*r).sum() for p, r in zip(outputs, weights))
   flat = [p for z in t.values() for p in z]
   grads = dict(zip(flat, loss.gradient(*flat)))
   Tensor.realize(*outputs, *grads.values())
   got = {"y": [y], "state": last} | {k: [grads[p] for p in z] for k, z in t.items()}
-  for name, g in got.items(): near(joined(g), want[name], 1e-4, name)
+  for name, g in got.items():
+    near(joined(g), want[name], 1e-4 + ROUNDING[types.get(name, dtypes.float)], name)
 
 @slow
 def test_kernel_ssm_conv_on_a_million_steps(monkeypatch):
