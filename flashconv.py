@@ -926,7 +926,8 @@ def ssm_conv_ref(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|
     A_n = power(A, n)
     x = tuple(map(operator.add, cmul(A_n, x), zero_state))                          # A^n x + …
   y = Tensor.cat(*ys, dim=-1)
-  return Finish(q is not None).y(y, wide(q)).cast(u.dtype), x
+  if q is not None: y = y*wide(q)
+  return y.cast(u.dtype) if u.dtype in HALF else y, x
 
 def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None=None,
              q:Tensor|None=None, state:Pair|None=None, chunk:int|None=None) -> tuple[Tensor, Pair]:
@@ -1079,6 +1080,37 @@ def walk_backward(dout:Tensor, out:Tensor, *inputs:Tensor, spec:WalkSpec) -> lis
     kernel, [x0.shape, *tables, kept, *(x.shape for x in rows)],
     [dout, x0, Q, a, PT, TQ, *rows, *last, *carried], no_second_gradient("ssm_conv"),
     [dtypes.float]*5 + [x.dtype for x in rows])
+  sums = [d.reshape(spec.walkers, *x.shape).sum(0) for d, x in zip((dQ, dP, da), (Q, P, a))]
+  return [dx0, *sums, *drows, *[None]*(len(inputs) - 4 - len(rows))]
+
+def segment_shares(kernel:Callable, spec:WalkSpec, *inputs:Tensor) -> Tensor:
+  "The shares of each segment, (B,segments,H,S), by `segment_kernel` or `segment_gradient_kernel`."
+  size = spec.B*spec.segments*spec.H*spec.S
+  z, = launch(bound(kernel, spec=spec), [(size,)], inputs, no_second_gradient("ssm_conv"))
+  return z
+
+@functools.cache
+def segment_kernel(z:UOp, Q:UOp, a:UOp, *rows:UOp, spec:WalkSpec) -> UOp:
+  "The state after each segment that begins with a zero state."
+  w, x = Walk(spec), named([n for n in spec.names if n != "q"], rows)
+  X = Matrix(w, spec.R+1, spec.S+spec.c)
+  with w.over_segments():
+    w.fill(X.part(spec.R, 0), 1, spec.S, zero)
+    with w.over(w.groups()) as w.g: w.advance(X, Q, a, x)
+    w.copy(w.share(z, w.p), X.row(spec.R))
+  return w.finish("ssm_segments")
+
+@functools.cache
+def segment_gradient_kernel(dz:UOp, dout:UOp, PT:UOp, a:UOp, *q:UOp, spec:WalkSpec) -> UOp:
+  "The gradient of the state before each segment, from its outputs and the final state alone."
+  w = Walk(spec)
+  E = Matrix(w, spec.R+1, spec.S+spec.c)
+  dx = E.part(0, spec.c)
+  with w.over_segments():
+    w.fill(dx, 1, spec.S, zero)
+    with w.over_back() as back: w.retreat(E, back, PT, a, dout, *q)
+    w.copy(w.share(dz, w.p), dx.row(0))
+  return w.finish("ssm_segments_grad")
 
 @functools.cache
 def walk_kernel(out:UOp, x0:UOp, Q:UOp, P:UOp, a:UOp, *rows:UOp, spec:WalkSpec) -> UOp:

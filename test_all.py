@@ -148,11 +148,13 @@ def test_kernel_fftconv(B, H, L, K, what): check_fftconv(B, H, L, K, what)
 def test_fftconv_ref():
   with Context(FLASH=0): check_fftconv(3, 5, 100, 130, "1Dvq")
 
-@pytest.mark.parametrize("dtype", [dtypes.half, dtypes.bfloat16])
-def test_kernel_fftconv_in_half_precision(dtype, flash):
-  "in one launch, and cut: a short filter on a long sequence"
-  check_fftconv(3, 2, 50, 50, "Dvq", dtype)
-  if flash: check_fftconv(2, 3, 9000, 64, "DvqT", dtype)
+@pytest.mark.parametrize("dtype,L,K,flash", and_slow(
+  [(dtypes.half, 50, 50, 1), (dtypes.bfloat16, 50, 50, 1)],
+  [(dtypes.half, 9000, 64, 1), (dtypes.bfloat16, 9000, 64, 1),
+   (dtypes.half, 50, 50, 0), (dtypes.bfloat16, 50, 50, 0)]))
+def test_kernel_fftconv_in_half_precision(dtype, L, K, flash):
+  "in one launch, cut (a short filter on a long sequence), and in plain ops"
+  with Context(FLASH=flash): check_fftconv(3, 2, L, K, "DvqT", dtype)
 
 @on_cpu
 def test_kernel_fftconv_on_all_cores(monkeypatch):
@@ -906,9 +908,10 @@ def test_kernel_ssm_conv(B, H, N, L, chunk, given, flash):
   if HAS_LOCAL and not flash: pytest.skip("the same in plain ops takes long")
   with Context(FLASH=flash): check_ssm_conv(B, H, N, L, chunk, given)
 
-@pytest.mark.parametrize("dtype", [dtypes.half, dtypes.bfloat16])
+@pytest.mark.parametrize("dtype,flash", and_slow(
+  [(dtypes.half, 1)], [(dtypes.bfloat16, 1), (dtypes.half, 0), (dtypes.bfloat16, 0)]))
 def test_kernel_ssm_conv_in_half_precision(dtype, flash):
-  check_ssm_conv(2, 2, 8, 50, 15, "Dvqx", dtype)
+  with Context(FLASH=flash): check_ssm_conv(2, 2, 8, 20, 15, "Dvqx", dtype)
 
 def check_ssm_conv(B:int, H:int, N:int, L:int, chunk:int|str, given:str, dtype:DType=dtypes.float
                    ) -> None:
