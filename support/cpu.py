@@ -3,11 +3,11 @@
 A program calls `setup_device()` before it touches a device. From then on, on a CPU,
   nn.Linear, `@`                       run the matrix product below, a bias in the same launch;
   nn.LayerNorm, nn.Embedding, softmax  take one launch forward and one backward;
-  attend, write_cache, h3_step         (`replaceable`, in h3tiny.py) overwrite states in place, and
-                                       keep no matrix of scores;
+  attend, write_cache, h3_step         (`replaceable`, in h3tiny.py) overwrite states in place, the
+                                       last two on every device, and keep no matrix of scores;
   every kernel                         is shared by the cores, and a TinyJit replays without Python;
   a second process                     finds its lowered kernels on disk.
-On GPUs none of these kernels run, and products store what they read twice. FLASH=0 turns all of
+On GPUs no other of these kernels runs, and products store what they read twice. FLASH=0 turns all of
 them off.
 
 The file in order: what kernels share · the matrix product · layer norm · softmax · attention ·
@@ -57,18 +57,18 @@ from tinygrad.uop.ops import AxisType, KernelInfo, Ops, graph_rewrite
 import flashconv
 from flashconv import (CHECKS, FAST, FLASH, LOCK, ONE_CORE, VECTORS, WEIGHTS, Machine, Value,
                        Workers, bound, cmul, divisor, launch, machine, no_second_gradient,
-                       on_one_device, selfcheck, stored, stored_backward, whole, widened)
+                       on_one_device, only_if, selfcheck, stored, stored_backward, whole, widened)
 from support.text import SIGNALS, waiting
 
 # ================================================================ what the kernels share
 
-def serves(*tensors:Tensor, weights:Sequence[Tensor]=()) -> bool:
-  """Whether the CPU's kernels take these: not empty, whole on a device that is no GPU, float32.
+def serves(*tensors:Tensor, weights:Sequence[Tensor]=(), gpu:bool=False) -> bool:
+  """Whether a kernel takes these: not empty, whole on a device, float32.
 
-  weights: Tensors that may be of any type of WEIGHTS, or bfloat16.
+  weights: Tensors that may be of any type of WEIGHTS, or bfloat16. gpu: the device may be a GPU.
   """
   every = *tensors, *weights
-  return bool(FLASH) and whole(*every) and not machine(every[0].device).gpu \
+  return bool(FLASH) and whole(*every) and (gpu or not machine(every[0].device).gpu) \
     and all(t.dtype == dtypes.float for t in tensors) \
     and all(t.dtype in (*WEIGHTS.values(), dtypes.bfloat16) for t in weights) \
     and all(all_int(t.shape) and 0 not in t.shape for t in every)
@@ -79,10 +79,28 @@ def few_or_all_cores(x:Tensor) -> Machine:
   return m._replace(cores=1) if x.numel() < ONE_CORE//8 else m
 
 class Body(Workers):
-  "The body of a kernel while it is written, in the order in which it runs."
+  """The body of a kernel while it is written, in the order in which it runs.
+
+  threads: of a GPU's work group; loops over what they share divide by it.
+  """
+  def __init__(self, m:Machine, n:int, threads:int=1):
+    super().__init__(m, n)
+    self.threads = threads if m.gpu else 1
+    self.t = UOp.special(threads, "lidx0") if m.gpu else 0
+
+  @contextlib.contextmanager
+  def share(self, n:int):
+    "A loop over i < n, shared by the threads of a group; i is the same thread's each time."
+    with self.over(n//self.threads, barrier=False) as turn: yield turn*self.threads + self.t
+
   def put(self, place:UOp, x:UOp|float):
     "place = x"
     self.done = *self.done, place.store(x)
+
+  def put_once(self, place:UOp, x:UOp):
+    "place = x, by one thread of a group; place is in memory of one axis."
+    ok = self.t.eq(0) if self.m.gpu else None
+    self.done = *self.done, only_if(ok, place.store(x))
 
   def add(self, place:UOp, x:UOp):
     "place += x"
@@ -93,24 +111,28 @@ class Body(Workers):
     return lambda *i: memory.after(*self.done)[i]
 
   def array(self, *shape:int) -> Value:
-    "Private float32s: registers where they fit, else the stack."
-    return self.ordered(self.memory(*shape))
+    "A core's own float32s, in registers where they fit, else on the stack; shared by a GPU's group."
+    return self.ordered(self.memory(*shape, shared=True))
 
   def totals(self, n:int, *terms:Callable[[UOp], UOp], both:Callable=operator.add,
              start:float=0.0, vectors:int=1) -> list[UOp]:
     """The sum over i < n of each of the terms(i); with UOp.maximum and -inf the largest.
 
     As many sums side by side as fill so many vectors, then halves are added to halves: a compiler
-    may not reorder the additions of a single sum to fill its vector registers.
+    may not reorder the additions of a single sum to fill its vector registers. On a GPU one a
+    thread, and each thread adds up all of them.
     """
-    width, each = math.gcd(n, vectors*self.m.lanes), range(len(terms))
+    width = self.threads if self.m.gpu else math.gcd(n, vectors*self.m.lanes)
+    each = range(len(terms))
     sums = self.array(len(terms), width)
-    with self.over(width) as i:
+    with self.share(width) as i:
       for t in each: self.put(sums(t, i), start)
-    with self.over(n//width) as turn, self.over(width) as i:
+    with self.over(n//width, barrier=False) as turn, self.share(width) as i:
       for t in each:
         x = terms[t](turn*width + i)
         self.put(sums(t, i), both(sums(t, i), x))
+    if self.m.gpu:
+      return [functools.reduce(both, [sums(t, i) for i in range(width)]) for t in each]
     while width := width//2:
       with self.over(width) as i:
         for t in each:
@@ -733,49 +755,52 @@ def h3_step_kernel(y:UOp, shift:UOp, re:UOp, im:UOp,
                    B:UOp, C:UOp, skip:UOp, D:UOp, *modes:UOp, m:Machine) -> UOp:
   """y = q (2 Re C x' + D kv), kv = (C s' + skip k) v, s' = shift s + B k, x' = dA x + dB kv.
 
-  modes: the real and the imaginary part of dA, dB, and C.
+  y (batch channels,); modes: the real and the imaginary part of dA, dB, and C. A channel of a row
+  is a GPU's group, whose threads share its state: each number has one thread that touches it.
   """
   batch, channels, N = shift.shape
-  M, body = re.shape[2], Body(m, channels)
-  h = body.h
+  M = re.shape[2]
+  body = Body(m, channels*batch, divisor(M, STEP_THREADS))
+  h, r = body.h//batch, body.h % batch
   pair = lambda n, i: tuple(x[h, i] for x in modes[2*n:2*n + 2])      # of dA, dB, C
-  # the new state goes through registers: the compiler can't tell that it does not overwrite what is
-  # read next
-  s, *x = (body.array(n) for n in (N, M, M))
-  with body.over(batch) as r:
-    key = k[r, h]
-    body.put(s(0), B[h, 0]*key)                                       # s' = shift s + B k
-    if N > 1:
-      with body.over(N - 1) as j:
-        body.put(s(j+1), shift[r, h, j] + B[h, j+1]*key)
-    [shifted] = body.totals(N, lambda i: s(i)*C[h, i])
-    kv = (shifted + skip[h]*key)*v[r, h]
-    with body.over(M) as i:                                           # x' = dA x + dB kv
-      turned = cmul(pair(0, i), (re[r, h, i], im[r, h, i]))
-      for new, a, b in zip(x, turned, pair(1, i)):
-        body.put(new(i), a + b*kv)
-    def output(i:UOp) -> UOp:
-      re, _ = cmul(pair(2, i), [new(i) for new in x])
-      return re
-    [half] = body.totals(M, output)
-    body.put(y[r, h], q[r, h]*(half*2 + D[h]*kv))
-    for old, new in zip((shift, re, im), (s, *x)):
-      with body.over(old.shape[2]) as i: body.put(old[r, h, i], new(i))
+  key = k[r, h]
+  # the state goes through memory of its own: on a CPU the compiler can't tell that the new one does
+  # not overwrite what is read next, on a GPU a thread needs its neighbour's number
+  s, *x = (body.array(n) for n in (N + 1, M, M))
+  with body.share(N) as j: body.put(s(j+1), shift[r, h, j])
+  def pushed(j:UOp) -> UOp:                                           # s' = shift s + B k
+    return j.eq(0).where(0.0, s(j)) + B[h, j]*key
+  [shifted] = body.totals(N, lambda j: pushed(j)*C[h, j])
+  kv = (shifted + skip[h]*key)*v[r, h]
+  with body.share(M) as i:                                            # x' = dA x + dB kv
+    turned = cmul(pair(0, i), (re[r, h, i], im[r, h, i]))
+    for new, a, b in zip(x, turned, pair(1, i)):
+      body.put(new(i), a + b*kv)
+  def output(i:UOp) -> UOp:
+    re, _ = cmul(pair(2, i), [new(i) for new in x])
+    return re
+  [half] = body.totals(M, output)
+  body.put_once(y[r*channels + h], q[r, h]*(half*2 + D[h]*kv))
+  for old, new in zip((shift, re, im), (pushed, *x)):
+    with body.share(old.shape[2]) as i: body.put(old[r, h, i], new(i))
   return body.finish(f"h3_step_{batch}x{channels}x{N}")
+
+STEP_THREADS = 32        # at most: of a GPU's work group
 
 def h3_step(q:Tensor, k:Tensor, v:Tensor, state:tuple, weights:tuple) -> tuple[Tensor, tuple]|None:
   """y (B,D) of an H3 layer with heads of one channel, and its state, which is overwritten.
 
   q, k, v (B,D); state: shift (B,D,N), re and im (B,D,M); weights: the shift SSM, the diagonal SSM,
-  and the latter's dA, dB, C, pairs of (D,M). Not differentiable.
+  and the latter's dA, dB, C, pairs of (D,M). On any device. Not differentiable.
   """
   shift, diag, (dA, dB, C) = weights
   inputs = [q, k, v, shift.B, shift.C[0], shift.D, diag.D, *dA, *dB, *C]
-  if state[1].shape[:2] != q.shape or not serves(*inputs, *state): return None
-  kernel = bound(h3_step_kernel, m=machine(q.device))
-  y, *new = launch(kernel, [q.shape, *state], inputs,
+  if state[1].shape[:2] != q.shape or not serves(*inputs, *state, gpu=True): return None
+  m = machine(q.device)
+  if 1 + len(state) + len(inputs) > m.buffers: return None
+  y, *new = launch(bound(h3_step_kernel, m=m), [(q.numel(),), *state], inputs,
                    "h3_step, which overwrites a state, has no gradient.")
-  return y, type(state)(*new)
+  return y.reshape(q.shape), type(state)(*new)
 
 # ================================================================ tinygrad's own words
 # Each of these answers a method of tinygrad's: by a kernel where one serves, else as before.
