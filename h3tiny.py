@@ -36,7 +36,8 @@ Glossary. B batch, L length, V vocabulary, and then
   S           (D,N)         filter of the shift SSM, S[i] = sum_m B[m] C[m+i]
 With p > 1 the diagonal SSM runs on all p*p entries of k v^T, so re and im are (B p p,H,M).
 A complex tensor is a pair (re, im): tinygrad has no complex dtype. A function marked @replaceable
-is a definition in plain ops; on a CPU, support/cpu.py runs a faster version of it.
+is a definition in plain ops; on a CPU, and `h3_step` and `write_cache` on a GPU too, support/cpu.py
+runs a faster version of it.
 
 Not here: ZOH discretisation and HiPPO measures other than diag-lin: no released model uses them.
 """

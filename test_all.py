@@ -440,9 +440,10 @@ GPU_CASES = {
                 "ssm_walk": [2, 5, 7],
                 "ssm_walk_grad": [0, 1, 2, 4, 6, 7, 10, 12, 13, 16, 17, 20, 21, 22, 23, 25]}),
   "adamw": (lambda _: check_adamw(lambda f: f, 2), {}),
+  "token": (lambda _: check_h3_step(lambda f: f, 2, 2, 32), {"h3_step": [0, 3, 4, 5]}),
   "cache": (lambda _: test_kernel_attend_over_a_cache(5, 70, 16, (3, 0, 6), 1), {})}
 GPU_QUICK = [("cuda", "shared rows"), ("cuda", "two levels"), ("cuda", "segments"), ("cuda", "cache"),
-             ("cuda", "half"), ("metal", "gates"), ("metal", "states")]
+             ("cuda", "half"), ("cuda", "token"), ("metal", "gates"), ("metal", "states")]
 
 @pytest.mark.parametrize("backend,case", and_slow(
   GPU_QUICK, sorted({*itertools.product(("cuda", "metal"), GPU_CASES)} - {*GPU_QUICK})))
@@ -454,6 +455,7 @@ def test_kernel_executed_as_on_a_gpu(backend, case, monkeypatch, tmp_path):
   monkeypatch.setattr(flashconv, "SHORT", 64)
   monkeypatch.setattr(flashconv, "SEGMENT", 2)
   monkeypatch.setattr(training, "GPU_SLICES", 100)
+  monkeypatch.setattr(cpu, "STEP_THREADS", 8)
   if case != "long chunks": monkeypatch.setattr(flashconv, "WALK_THREADS", 32)
   if case == "two levels": monkeypatch.setattr(flashconv, "levels", lambda device, N: 4)
   # two work groups a channel, or one
@@ -485,14 +487,14 @@ def test_kernel_of_wide_groups_executed_as_on_a_gpu(backend, monkeypatch, tmp_pa
 
 @slow
 def test_kernels_of_more_buffers_than_a_device_binds_are_done_without(monkeypatch):
-  "WebGPU's eight: the gates go out of the convolution, state passing is done in plain ops."
+  """WebGPU's eight: the gates go out of the convolution, state passing and a token are done in plain
+  ops."""
   few = flashconv.machine(Device.DEFAULT)._replace(buffers=8)
-  monkeypatch.setattr(flashconv, "machine", lambda device: few)
+  for module in (flashconv, cpu): monkeypatch.setattr(module, "machine", lambda device: few)
   launched, launch = {}, flashconv.launch
   def count(kernel:Callable, outputs:list, inputs:list, *rest) -> list[Tensor]:
     launched[kernel.func.__name__] = len(outputs) + len(inputs)
-    return launch(kernel, outputs, inputs, *rest)
-  monkeypatch.setattr(flashconv, "launch", count)
+             ("cuda", "half"), ("cuda", "token"), ("metal", "gates"), ("metal", "states")]
   check_fftconv(3, 5, 100, 130, "1Dq")
   check_ssm_conv(1, 2, 16, 40, 33, "Dvqx")
   assert launched == {"conv_kernel": 5, "conv_gradient_kernel": 7}
@@ -736,6 +738,40 @@ def test_kernel_attend_of_low_scores(flash):
   pos, start = (Tensor([i], dtype=dtypes.int) for i in (4, 2))
   y = h3tiny.attend(q.contiguous(), k.contiguous(), Tensor(v), pos, start)
   np.testing.assert_allclose(y.numpy()[0, 0, 0], v[0, 0, 2:5].mean(0), atol=1e-5)
+
+def check_h3_step(jit:Callable, batch:int, D:int, N:int) -> None:
+  "Three tokens against the recurrences in float64: outputs, and the state, which is overwritten."
+  shift, diag = h3tiny.ShiftSSM(D, N, rng), h3tiny.DiagSSM(D, N, rng)
+  shift.B, = drawn((D, N))
+  modes = h3tiny.Modes(*((re.realize(), im.realize()) for re, im in diag.discretize()))
+  state = h3tiny.H3State(*drawn((batch, D, N), *[(batch, D, N//2)]*2))
+  weights = h3tiny.StepWeights(shift, diag, modes)
+  @jit
+  def step(q:Tensor, k:Tensor, v:Tensor) -> Tensor:
+    y, new = h3tiny.h3_step(q, k, v, state, weights)
+    Tensor.realize(y, *new)
+    flashconv.overwrite(state, new)
+    return y
+  exact = lambda x: x.numpy().astype(np.float64)
+  pair = lambda re, im: exact(re) + 1j*exact(im)
+  B, C, skip, skip_kv = map(exact, (shift.B, shift.C[0], shift.D, diag.D))
+  dA, dB, C_diag = itertools.starmap(pair, modes)
+  s, x = exact(state.shift), pair(state.re, state.im)
+  for _ in range(3):
+    q, k, v = inputs = [normal(batch, D) for _ in range(3)]
+    y = step(*(Tensor(i).realize() for i in inputs))
+    s = np.pad(s, ((0, 0), (0, 0), (1, 0)))[..., :-1] + B*k[..., None]
+    kv = ((s*C).sum(-1) + skip*k)*v
+    x = dA*x + dB*kv[..., None]
+    # no more roundings than a sum has terms, each of at most EPS of the terms' magnitudes
+    kv_terms = (abs(s*C).sum(-1) + abs(skip*k))*abs(v)
+    terms = abs(q)*(2*abs(C_diag*x).sum(-1) + abs(skip_kv)*kv_terms)
+    assert_close(y, q*(2*(C_diag*x).sum(-1).real + skip_kv*kv), (N + 10)*EPS*terms.max())
+  for got, want in zip(state, (s, x.real, x.imag)):
+    assert_close(got, want, (N + 10)*EPS*max(1, abs(want).max()))
+
+@pytest.mark.parametrize("sizes", [(1, 1, 2), (3, 5, 26), (2, 4, 128)])
+def test_kernel_h3_step(sizes, flash): check_h3_step(capture, *sizes)
 
 @on_cpu
 def test_kernels_for_decoding_have_no_gradient():
