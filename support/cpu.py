@@ -7,8 +7,8 @@ A program calls `setup_device()` before it touches a device. From then on, on a 
                                        last two on every device, and keep no matrix of scores;
   every kernel                         is shared by the cores, and a TinyJit replays without Python;
   a second process                     finds its lowered kernels on disk.
-On GPUs no other of these kernels runs, and products store what they read twice. FLASH=0 turns all of
-them off.
+On GPUs no other of these kernels runs, and products store what they read twice. FLASH=0 turns all
+of them off.
 
 The file in order: what kernels share · the matrix product · layer norm · softmax · attention ·
 embedding · decoding · tinygrad's own words · the cores · threads, forks and Ctrl-C · programs on
@@ -97,7 +97,7 @@ class Body(Workers):
     "place = x"
     self.done = *self.done, place.store(x)
 
-  def put_once(self, place:UOp, x:UOp):
+  def put_once(self, place:UOp, x:UOp|float):
     "place = x, by one thread of a group; place is in memory of one axis."
     ok = self.t.eq(0) if self.m.gpu else None
     self.done = *self.done, only_if(ok, place.store(x))
@@ -111,7 +111,7 @@ class Body(Workers):
     return lambda *i: memory.after(*self.done)[i]
 
   def array(self, *shape:int) -> Value:
-    "A core's own float32s, in registers where they fit, else on the stack; shared by a GPU's group."
+    "A core's own float32s, in registers or on the stack; shared by a GPU's group."
     return self.ordered(self.memory(*shape, shared=True))
 
   def totals(self, n:int, *terms:Callable[[UOp], UOp], both:Callable=operator.add,
@@ -767,10 +767,12 @@ def h3_step_kernel(y:UOp, shift:UOp, re:UOp, im:UOp,
   # the state goes through memory of its own: on a CPU the compiler can't tell that the new one does
   # not overwrite what is read next, on a GPU a thread needs its neighbour's number
   s, *x = (body.array(n) for n in (N + 1, M, M))
+  new_shift = body.ordered(shift)
+  body.put_once(s(0), 0.0)
   with body.share(N) as j: body.put(s(j+1), shift[r, h, j])
-  def pushed(j:UOp) -> UOp:                                           # s' = shift s + B k
-    return j.eq(0).where(0.0, s(j)) + B[h, j]*key
-  [shifted] = body.totals(N, lambda j: pushed(j)*C[h, j])
+  with body.share(N) as j:                                            # s' = shift s + B k
+    body.put(new_shift(r, h, j), s(j) + B[h, j]*key)
+  [shifted] = body.totals(N, lambda j: new_shift(r, h, j)*C[h, j])
   kv = (shifted + skip[h]*key)*v[r, h]
   with body.share(M) as i:                                            # x' = dA x + dB kv
     turned = cmul(pair(0, i), (re[r, h, i], im[r, h, i]))
@@ -781,8 +783,8 @@ def h3_step_kernel(y:UOp, shift:UOp, re:UOp, im:UOp,
     return re
   [half] = body.totals(M, output)
   body.put_once(y[r*channels + h], q[r, h]*(half*2 + D[h]*kv))
-  for old, new in zip((shift, re, im), (pushed, *x)):
-    with body.share(old.shape[2]) as i: body.put(old[r, h, i], new(i))
+  for old, new in zip((re, im), x):
+    with body.share(M) as i: body.put(old[r, h, i], new(i))
   return body.finish(f"h3_step_{batch}x{channels}x{N}")
 
 STEP_THREADS = 32        # at most: of a GPU's work group
