@@ -173,10 +173,10 @@ def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor
   overlap_save = serve and N > 2*N_short and levels(u.device, N_short) == 1
   if R == 1 and not overlap_save:
     y = conv_one_launch(ConvArgs(k.unsqueeze(0), u, D, v, q), N, finish)
+  elif R and not overlap_save: y = conv_two_levels(ConvArgs(k, u, D, v, q), N, R, finish)
   else:
     def conv(w:Tensor) -> Tensor:
-      if overlap_save: return conv_overlap_save(w, k, D, N_short)
-      return conv_two_levels(w, k, D, N, R) if R else conv_ref(w, k, D)
+      return conv_overlap_save(w, k, D, N_short) if overlap_save else conv_ref(w, k, D)
     y = gated(conv, u, v, q, finish)
   return y.transpose(1, 2) if channels_last else y
 
@@ -821,37 +821,66 @@ def machine_of(r:Renderer) -> Machine:
 
 # -------------------------------------------------------- longer sequences: two levels, and pieces
 # A transform of length N = R M that does not fit into shared memory; here M is N/R, not N/8. An
-# outer pass of radix R, a launch of its own, leaves R transforms of length M. Each convolves as a
-# complex sequence (`ComplexRows`) in a channel of its own. The inverse pass joins them. The two are
-# each other's adjoint, hence each other's gradient.
-def conv_two_levels(w:Tensor, k:Tensor, D:Tensor|None, N:int, R:int) -> Tensor:
-  "c = k ∗ w + D w, by R transforms of length N/R."
-  M, taps = N//R, k.shape[1]
-  k = k.expand(w.shape[1], taps)
-  if D is not None: k = k + D.unsqueeze(-1).pad((0, taps-1))
-  k = k.unsqueeze(0)                                                              # one row (1,H,K)
-  W, K = (outer_pass(x, x.shape, R, M) for x in (w, k))
+# outer pass of radix R, a launch of its own, leaves R transforms of length M: `split`. Each convolves
+# as a complex sequence (`ComplexRows`) in a channel of its own. The inverse pass joins them: `join`.
+# The two are each other's adjoint, hence each other's gradient. The gates are applied on the way: the
+# product u v is never stored, nor is c.
+def conv_two_levels(args:ConvArgs, N:int, R:int, finish:Finish) -> Tensor:
+  "y, by R transforms of length N/R; k is (H,K) or (1,K)."
+  M, (_, H, _), taps = N//R, args.u.shape, args.k.shape[1]
+  k = args.k.expand(H, taps)
+  if args.D is not None: k = k + args.D.unsqueeze(-1).pad((0, taps-1))
+  K = split((k/R).unsqueeze(0), None, R, M)                                       # one row (1,H,K)
+  W = split(args.u, args.v, R, M)
   C = conv_one_launch(ConvArgs(K, W), M, layout=ComplexRows)
-  return outer_pass(C, w.shape, R, M, inverse=True)/R
+  rows = [] if args.q is None else [args.q]
+  backward = bound(join_backward, shape=args.u.shape, finish=finish)
+  return outer_pass(C, args.u.shape, R, M, rows, bound(y_of, finish=finish), True, backward,
+                    args.u.dtype)
 
-def outer_pass(x:Tensor, shape:Shape, R:int, M:int, inverse:bool=False) -> Tensor:
-  "Rows of this shape (B,H,L) -> R sub-transforms (⌈B/2⌉,H R,2,M); inverse: R times the rows."
+def split(x:Tensor, gate:Tensor|None, R:int, M:int) -> Tensor:
+  "Rows (B,H,L), times a gate -> R sub-transforms of them (⌈B/2⌉,H R,2,M)."
+  rows = [] if gate is None else [gate]
+  return outer_pass(x, x.shape, R, M, rows, product_of, False, split_backward)
+
+def split_backward(dX:Tensor, X:Tensor, roots:Tensor, x:Tensor, *gate:Tensor) -> list[Tensor|None]:
+  _, R, M = roots.shape
+  return [None, *(outer_pass(dX, x.shape, R, M, rows, product_of, True, dtype=t.dtype)
+                  for t, rows in zip((x, *gate), (gate, [x])))]
+
+def join_backward(dy:Tensor, y:Tensor, roots:Tensor, C:Tensor, *q:Tensor, shape:Shape, finish:Finish
+                  ) -> list[Tensor|None]:
+  _, R, M = roots.shape
+  dy = RowPairs.trimmed(dy, shape)
+  def join(rows:Sequence[Tensor], f:Callable, dtype:DType) -> Tensor:
+    return outer_pass(C, shape, R, M, rows, f, True, dtype=dtype)
+  c = [join([], product_of, dtypes.float)] if finish.needs_c else []
+  dC = outer_pass(dy, shape, R, M, [*c, *q], bound(dc_of, finish=finish), False)
+  return [None, dC, *(join([dy, x], bound(dq_of, finish=finish), x.dtype) for x in q)]
+
+# What is done to a number of a row on its way, given what stands there in other rows
+def product_of(*x:UOp) -> UOp: return product(x)
+def y_of(c:UOp, *q:UOp, finish:Finish) -> UOp: return finish.y(c, *(q or [None]))
+def dq_of(c:UOp, dy:UOp, q:UOp, finish:Finish) -> UOp: return finish.dq(dy, c, q)
+def dc_of(dy:UOp, *rows:UOp, finish:Finish) -> UOp:
+  rows = iter(rows)
+  c = next(rows) if finish.needs_c else None
+  return finish.dc(dy, c, next(rows, None))
+
+def outer_pass(x:Tensor, shape:Shape, R:int, M:int, rows:Sequence[Tensor], f:Callable, inverse:bool,
+               gradient:Callable|str="", dtype:DType=dtypes.float) -> Tensor:
+  """f(x, *rows), all of this shape (B,H,L) -> R sub-transforms (⌈B/2⌉,H R,2,M). inverse: x are such
+  -> f(x', *rows) of R times the rows x' that they are of."""
   subtransforms = RowPairs.count(shape), shape[1]*R, 2, M
   output = RowPairs.buffer_shape(shape, M) if inverse else subtransforms
-  kernel = bound(outer_kernel, m=machine(x.device), shape=shape, inverse=inverse)
-  backward = bound(outer_backward, shape=shape, inverse=inverse)
-  roots = roots_of_unity(R, M, x.device)
-  y, = launch(kernel, [output], [roots, x], backward)
+  kernel = bound(outer_kernel, m=machine(x.device), shape=shape, inverse=inverse, of=f)
+  gradient = gradient or no_second_gradient("fftconv")
+  y, = launch(kernel, [output], [roots_of_unity(R, M, x.device), x, *rows], gradient, [dtype])
   return RowPairs.trimmed(y, shape) if inverse else y
 
-def outer_backward(dy:Tensor, y:Tensor, roots:Tensor, x:Tensor, shape:Shape, inverse:bool
-                   ) -> tuple[Tensor|None, ...]:
-  if inverse: dy = RowPairs.trimmed(dy, shape)
-  _, R, M = roots.shape
-  return None, outer_pass(dy, shape, R, M, not inverse)
-
 @functools.cache
-def outer_kernel(out:UOp, roots:UOp, x:UOp, m:Machine, shape:Shape, inverse:bool) -> UOp:
+def outer_kernel(out:UOp, roots:UOp, x:UOp, *others:UOp, m:Machine, shape:Shape, inverse:bool,
+                 of:Callable) -> UOp:
   _, R, M = roots.shape
   g = Group(m, shape[1], RADIX*M, min(M, 256))
   def column(X:UOp, n:UOp, r:int, j:UOp) -> list[UOp]:
@@ -859,8 +888,8 @@ def outer_kernel(out:UOp, roots:UOp, x:UOp, m:Machine, shape:Shape, inverse:bool
     return [X[n, g.h*R + r, c, j] for c in range(2)]
   def split(n:UOp, j:UOp) -> Stores:
     rows = RowPairs(g, shape, n)
-    z = dft([rows.load(j, r*M, x) for r in range(R)], -1)
-    z = twiddle(roots, z, j, -1)                                                     # T · (F_R x)
+    z = [each_row(of, *(rows.load(j, r*M, a) for a in (x, *others))) for r in range(R)]
+    z = twiddle(roots, dft(z, -1), j, -1)                                            # T · (F_R x)
     stores = []
     for r in range(R):
       stores += [place.store(part.uop) for place, part in zip(column(out, n, r, j), z[r])]
@@ -870,7 +899,12 @@ def outer_kernel(out:UOp, roots:UOp, x:UOp, m:Machine, shape:Shape, inverse:bool
     z = [tuple(map(Real, column(x, n, r, j))) for r in range(R)]
     z = twiddle(roots, z, j, +1)
     z = dft(z, +1)                                                                # F_R* (T* · x)
-    return [s for r in range(R) for s in rows.store(j, r*M, out, z[r])]
+    stores = []
+    for r in range(R):
+      if (j + r*M).vmin >= shape[2]: continue
+      y = each_row(of, z[r], *(rows.load(j, r*M, a) for a in others))
+      stores += rows.store(j, r*M, out, y)
+    return stores
   name, body = ("fft_join", join) if inverse else ("fft_split", split)
   return g.finish(g.everywhere(RowPairs.count(shape), body), name)
 
@@ -1767,6 +1801,7 @@ def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, i
   roots = 2, RADIX, N//RADIX
   k, u, D = (1, H, L), (B, H, L), (H,)
   outer_roots, far = (2, 4, N), (B, H, 2*N)
+  outer = dict(m=m, shape=far, of=product_of)
   X = B//2, 4*H, 2, N                                # far rows, in sub-transforms
   K = 1, 4*H, 2, N                                   # and their filter
   walk = walk_spec(("u", "v", "q"), m, u, 64, None)
@@ -1780,8 +1815,8 @@ def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, i
   kernels = [  # and the shapes of its buffers, outputs first
     (bound(conv_kernel, spec=gated), u, roots, k, u, D, u, u),
     (bound(conv_gradient_kernel, spec=gated), (gated.shares, *k[1:]), u, u, u, roots, u, k, u, D, u, u),
-    (bound(outer_kernel, m=m, shape=far, inverse=False), X, outer_roots, far),
-    (bound(outer_kernel, m=m, shape=far, inverse=True), far, outer_roots, X),
+    (bound(outer_kernel, **outer, inverse=False), X, outer_roots, far, far),
+    (bound(outer_kernel, **outer, inverse=True), far, outer_roots, X, far),
     (bound(conv_kernel, spec=parts), X, roots, K, X),
     (bound(conv_gradient_kernel, spec=parts), (parts.shares, *K[1:]), X, roots, X, K, X),
     (bound(walk_kernel, spec=walk), out, x0, Q, P, a, *rows),

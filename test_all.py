@@ -217,8 +217,12 @@ def test_kernel_finish_may_be_any_function(monkeypatch):
   shape = 3, 4, 40
   dy, *x = drawn(shape, shape, (4, 40), (4,), shape, shape)
   monkeypatch.setattr(flashconv, "Finish", Tanh)
-  got = with_gradients(fftconv, x, dy)
-  with Context(FLASH=0): all_near(got, with_gradients(fftconv, x, dy), 1e-5)
+  with Context(FLASH=0): want = with_gradients(fftconv, x, dy)
+  all_near(with_gradients(fftconv, x, dy), want, 1e-5)
+
+def test_kernel_finish_in_two_levels(monkeypatch):
+  monkeypatch.setattr(flashconv, "levels", lambda device, N: 2)
+  test_kernel_finish_may_be_any_function(monkeypatch)
 
 @pytest.mark.parametrize("R,sign", [(2, 1), (8, -1), (8, 1), (16, -1)])
 def test_kernel_butterflies_keep_signs(R, sign):
@@ -426,7 +430,7 @@ GPU_CASES = {
   "half": (lambda _: check_fftconv(1, 2, 50, 50, "vq", dtypes.half), {}),
   "any finish": (test_kernel_finish_may_be_any_function, LAST),
   "overlap-save": (lambda _: check_fftconv(1, 2, 300, 5, "D"), {"fftconv": [4]}),
-  "two levels": (lambda _: check_fftconv(3, 2, 100, 100, "D"), {"fftconv_complex": [4]}),
+  "two levels": (lambda _: check_fftconv(3, 2, 100, 100, "Dvq"), {"fftconv_complex": [4]}),
   "states": (lambda _: check_ssm_conv(2, 2, 6, 50, 4, "Dvqx"),
              {"ssm_walk": [0, 1, 4, 6], "ssm_walk_grad": WALK_GRAD}),
   "states, half": (lambda _: check_ssm_conv(1, 2, 6, 50, 4, "Dvqx", dtypes.half),
