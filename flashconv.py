@@ -118,10 +118,12 @@ class Finish(NamedTuple):
   would be one more field, set by `fftconv` and `fftconv_ref`; no kernel would know of it.
   """
   gated: bool                   # whether there is a q
-  needs_c = False               # whether dc uses c (if not, it is None there): not a field
+  # not fields: whether dc uses c, and dq q; if not, they are None there
+  needs_c = False
+  needs_q = False
   def y(self, c:Tensor|UOp, q:Tensor|UOp|None) -> Tensor|UOp: return c*q if self.gated else c
   def dc(self, dy:UOp, c:UOp|None, q:UOp|None) -> UOp: return dy*q if self.gated else dy
-  def dq(self, dy:UOp, c:UOp, q:UOp) -> UOp: return c*dy
+  def dq(self, dy:UOp, c:UOp, q:UOp|None) -> UOp: return c*dy
 
 def fftconv_ref(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None,
                 q:Tensor|None=None) -> Tensor:
@@ -233,9 +235,10 @@ class ConvArgs(NamedTuple):
   q: Tensor|UOp|None = None
 
 # How many threads a GPU should have, at least, before work groups share the sequences of a channel.
-# Each makes the filter's spectrum anew. Microseconds on an H200, forward / with gradients, B=8, H=256
-# in 1, 2 and 4 work groups a channel: L=256 (16,384 threads in one) 5.6/8.6, 4.8/7.3, 4.7/8.0; L=1024
-# (32,768) 15.4/39, 17.5/43, 19.9/49.
+# Each makes the filter's spectrum anew. Microseconds on an H200, forward / with gradients, B=8,
+# H=256, in 1, 2 and 4 work groups a channel:
+#   L=256    16,384 threads with one    5.6/8.6   4.8/7.3   4.7/8.0
+#   L=1024   32,768                     15.4/39   17.5/43   19.9/49
 ENOUGH_THREADS = 1 << 15
 
 def group_shape(m:Machine, H:int, N:int, count:int) -> tuple[int, int]:
@@ -856,12 +859,13 @@ def join_backward(dy:Tensor, y:Tensor, roots:Tensor, C:Tensor, *q:Tensor, shape:
     return outer_pass(C, shape, R, M, rows, f, True, dtype=dtype)
   c = [join([], product_of, dtypes.float)] if finish.needs_c else []
   dC = outer_pass(dy, shape, R, M, [*c, *q], bound(dc_of, finish=finish), False)
-  return [None, dC, *(join([dy, x], bound(dq_of, finish=finish), x.dtype) for x in q)]
+  used = q if finish.needs_q else ()             # see `walk_backward`
+  return [None, dC, *(join([dy, *used], bound(dq_of, finish=finish), x.dtype) for x in q)]
 
 # What is done to a number of a row on its way, given what stands there in other rows
 def product_of(*x:UOp) -> UOp: return product(x)
 def y_of(c:UOp, *q:UOp, finish:Finish) -> UOp: return finish.y(c, *(q or [None]))
-def dq_of(c:UOp, dy:UOp, q:UOp, finish:Finish) -> UOp: return finish.dq(dy, c, q)
+def dq_of(c:UOp, dy:UOp, *q:UOp, finish:Finish) -> UOp: return finish.dq(dy, c, *(q or [None]))
 def dc_of(dy:UOp, *rows:UOp, finish:Finish) -> UOp:
   rows = iter(rows)
   c = next(rows) if finish.needs_c else None
@@ -1102,7 +1106,8 @@ def walk_backward(dout:Tensor, out:Tensor, *inputs:Tensor, spec:WalkSpec) -> lis
   PT = P[:, :spec.S].transpose(1, 2)
   T = P[:, spec.S:]
   TQ = Tensor.cat(T.transpose(1, 2), Q.transpose(1, 2), dim=1)
-  # tinygrad's OpenCL counts an argument that a kernel does not use wrongly: only dq needs P
+  # an argument that a kernel does not use is counted wrongly by tinygrad, on OpenCL and in CUDA's
+  # graphs: only dq needs P
   last = [P] if "q" in spec.names else []
   if spec.segments > 1:
     q = rows[-1:] if last else []
@@ -1467,10 +1472,12 @@ def only_if(ok:UOp|None, store:UOp) -> UOp:
 # gradients 39, 32, 39, 51, 76.
 CHUNK = 32
 WALK_THREADS = 128                   # of a GPU's work group
-# Work groups wanted in all: 64 of them, H=64, L=2^20, B=1, took 8.7 ms on a GPU of 132
-# multiprocessors where 256, H=256, L=2^16, took 0.67 for a quarter of the steps: one a
-# multiprocessor is not enough, each waits at its barriers.
-WALKERS = 512
+# Work groups wanted in all. Milliseconds on an H200 (132 multiprocessors), forward / with gradients,
+# with one a channel, 512, 1,024 and 2,048 in all:
+#   B=1  H=64   L=262,144   2.32/10.5   0.93/2.93   0.69/2.63   0.76/2.60
+#   B=1  H=256  L=65,536    0.74/3.27   0.93/2.92   0.69/2.66   0.80/2.62
+#   B=8  H=256  L=4,096     0.42/1.75   0.41/1.31   0.27/1.23   0.24/1.14
+WALKERS = 1024
 SEGMENT = 8                          # least groups of chunks in a segment, some 20 µs
 
 # --------------------------------------------------- powers of complex numbers, and sums over them

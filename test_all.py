@@ -207,7 +207,7 @@ class Tanh(NamedTuple):
   "y = tanh(c) q: what else might follow the convolution"
   gated: bool
   activation: str = "tanh"
-  needs_c = True
+  needs_c, needs_q = True, False
   def y(self, c, q): return c.tanh()*q
   def dc(self, dy, c, q): return dy*q*(1 - c.tanh()*c.tanh())
   def dq(self, dy, c, q): return dy*c.tanh()
@@ -258,8 +258,8 @@ def test_kernel_selfcheck(monkeypatch, capsys):
   with Context(FLASH=1, NOOPT=1):
     check_kernels()
     assert not flashconv.FLASH
-    said = capsys.readouterr().err
-    assert said.startswith("warning: kernel fftconv is wrong on") and said.count("\n") == 1
+    *_, said = capsys.readouterr().err.splitlines()          # before it, that it takes a while
+    assert said.startswith("warning: kernel fftconv is wrong on")
 
 # ---------------------------------------------------------------- the sources for other devices
 
@@ -373,6 +373,8 @@ class GPU:
       if call.src[0].arg.name == "test": continue          # tinygrad's own have no name yet
       with Context(NOOPT=0): program = codegen.do_to_program(call.src[0], self.renderer)
       self.patch.setitem(realize.runtime_cache, (program.key, "CPU"), self.runtime(program))
+      # an argument that it does not use would end a graph of CUDA's with "invalid argument"
+      assert len(program.arg.globals) == len(call.src) - 1, program.arg.name
       programs[call] = call.replace(src=(program, *call.src[1:]))
     return self.compile_others(linear.substitute(programs))
 
