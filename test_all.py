@@ -278,7 +278,7 @@ def test_sources_have_the_same_barriers():
   for name, n in cuda.items(): assert (n > 0) == ("split" not in name and "join" not in name)
   m = flashconv.machine_of(flashconv.renderer_of("metal"))
   roots = UOp.placeholder((2, 8, 512), dtypes.float, slot=9)
-  assert flashconv.FFTBuffer(flashconv.Group(m, 1, 4096), roots).mem.max_numel()*4 == 32768
+  assert flashconv.FFTBuffer(flashconv.Group(m, 1, 4096, 256), roots).mem.max_numel()*4 == 32768
 
 @slow
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
