@@ -23,9 +23,9 @@ Run: `python flashconv.py` checks the kernels on your device; `python flashconv.
 (or cuda, opencl) prints their sources; FLASH=0 turns them off. `python support/bench.py conv` and
 `states` time them.
 
-Not here: any filter but an SSM's past a length of 2^15 (plain ops do them). The
-shift SSM of an H3 layer is a launch of its own: one kernel for both convolutions took 1.59, 7.3,
-16.9 and 39.7 ms forward at L = 256, 1024, 2048 and 4096 where two launches take 1.57, 8.1, 20.0 and
+Not here: a long filter on more than 2^15 steps, unless it is an SSM's (plain ops do it). The shift
+SSM of an H3 layer is a launch of its own: one kernel for both convolutions took 1.59, 7.3, 16.9 and
+39.7 ms forward at L = 256, 1024, 2048 and 4096 where two launches take 1.57, 8.1, 20.0 and
 41.4 (B=8, H=256, CPU), and its backward pass would need two transforms more.
 """
 from __future__ import annotations
@@ -44,7 +44,7 @@ from tinygrad.uop.ops import (AxisType, KernelInfo, Ops, ParamArg, PatternMatche
 
 FLASH = ContextVar("FLASH", 1)  # 0: plain tinygrad ops everywhere
 
-HALF = dtypes.half, dtypes.bfloat16
+HALF = dtypes.half, dtypes.bfloat16   # half precision: read and written, never computed in
 
 Shape = tuple[int, ...]
 Stores = list[UOp]
@@ -118,7 +118,7 @@ class Finish(NamedTuple):
   would be one more field, set by `fftconv` and `fftconv_ref`; no kernel would know of it.
   """
   gated: bool                   # whether there is a q
-  # not fields: whether dc uses c, and dq q; if not, they are None there
+  # not fields: whether dc uses c, and dq uses q; if not, these may be None there
   needs_c = False
   needs_q = False
   def y(self, c:Tensor|UOp, q:Tensor|UOp|None) -> Tensor|UOp: return c*q if self.gated else c
@@ -128,11 +128,11 @@ class Finish(NamedTuple):
 def fftconv_ref(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None,
                 q:Tensor|None=None) -> Tensor:
   "The definition of `fftconv`, with its arguments but channels_last, in plain tinygrad ops."
-  return gated(lambda w: conv_ref(w, wide(k), wide(D)), u, v, q, Finish(q is not None))
+  return with_gates(lambda w: conv_ref(w, wide(k), wide(D)), u, v, q, Finish(q is not None))
 
-def gated(conv:Callable[[Tensor], Tensor], u:Tensor, v:Tensor|None, q:Tensor|None, finish:Finish
-          ) -> Tensor:
-  "Returns y, of u's type, by a convolution c = conv(w) that knows no gates. All else is float32."
+def with_gates(conv:Callable[[Tensor], Tensor], u:Tensor, v:Tensor|None, q:Tensor|None,
+               finish:Finish) -> Tensor:
+  "Returns y, of u's type, with c = conv(u v) from an ungated convolution in float32."
   w = wide(u) if v is None else wide(u)*wide(v)
   y = finish.y(conv(w), wide(q))
   return y.cast(u.dtype) if u.dtype in HALF else y
@@ -179,7 +179,7 @@ def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor
   else:
     def conv(w:Tensor) -> Tensor:
       return conv_overlap_save(w, k, D, N_short) if overlap_save else conv_ref(w, k, D)
-    y = gated(conv, u, v, q, finish)
+    y = with_gates(conv, u, v, q, finish)
   return y.transpose(1, 2) if channels_last else y
 
 def check_shapes(u:Tensor, k:Tensor, D:Tensor|None, v:Tensor|None, q:Tensor|None,
@@ -212,7 +212,7 @@ def transform_length(device:str|tuple, least:int) -> int:
 
   At L = 9,000 to 12,288 that saves a quarter of the time; short transforms take longer to compile
   and gain little. Five eighths of one, with a last pass of radix 5 or 10, are slower than the next
-  of these lengths. GPUs: not measured.
+  of these lengths. On GPUs three quarters are not measured.
   """
   N = fft_length(least, 1)
   return N*3//4 if N*3//4 >= max(least, 384) and not machine(device).gpu else N
@@ -227,15 +227,16 @@ def levels(device:str|tuple, N:int) -> int:
 # ---------------------------------------------------------------- the convolution in one launch
 class ConvArgs(NamedTuple):
   """The arguments of a convolution, or their gradients, as Tensors or as a kernel's buffers; those
-  left out are None. k is (1,H,K) or (1,1,K), or (1,H,2,N) where the layout is `ComplexRows`."""
+  left out are None. k is (1,H,K) or (1,1,K), or (1,H,2,N) where the layout is `ComplexRows`; its
+  gradient has a row for each of the work groups that share a channel."""
   k: Tensor|UOp|None = None
   u: Tensor|UOp|None = None
   D: Tensor|UOp|None = None
   v: Tensor|UOp|None = None
   q: Tensor|UOp|None = None
 
-# How many threads a GPU should have, at least, before work groups share the sequences of a channel.
-# Each makes the filter's spectrum anew. Microseconds on an H200, forward / with gradients, B=8,
+# Work groups share the sequences of a channel where one a channel would have fewer threads in all.
+# Each computes the filter's spectrum anew. Microseconds on an H200, forward / with gradients, B=8,
 # H=256, in 1, 2 and 4 work groups a channel:
 #   L=256    16,384 threads with one    5.6/8.6   4.8/7.3   4.7/8.0
 #   L=1024   32,768                     15.4/39   17.5/43   19.9/49
@@ -248,7 +249,8 @@ def group_shape(m:Machine, H:int, N:int, count:int) -> tuple[int, int]:
   if not m.gpu: return threads, 1
   divisors = [n for n in range(1, count + 1) if count % n == 0]
   shares = next((n for n in divisors if n*H*threads >= ENOUGH_THREADS), count)
-  # two butterflies a thread: 154 and 311 µs where one takes 168 and 379 (B=32, H=768, L=1024)
+  # two butterflies a thread: the kernels of forward and backward take 154 and 311 µs, with one 168
+  # and 379 (H200, B=32, H=768, L=1024)
   if N == 2048 and shares*H*threads//2 >= ENOUGH_THREADS: threads //= 2
   return threads, shares
 
@@ -288,7 +290,8 @@ def conv_one_launch(args:ConvArgs, N:int, finish:Finish=Finish(False), layout:ty
   spec = ConvSpec(names, m, finish, layout, *group_shape(m, shape[1], N, layout.count(shape)))
   gates = args.v, args.q
   if any(x is not None for x in gates) and spec.buffers > m.buffers:       # with plain products
-    return gated(lambda w: conv_one_launch(ConvArgs(args.k, w, args.D), N), args.u, *gates, finish)
+    def conv(w:Tensor) -> Tensor: return conv_one_launch(ConvArgs(args.k, w, args.D), N)
+    return with_gates(conv, args.u, *gates, finish)
   roots = roots_of_unity(RADIX, N//RADIX, args.k.device)
   y, = launch(bound(conv_kernel, spec=spec), [spec.buffer_shape(shape, N//RADIX)],
               [roots, *(x for x in args if x is not None)], bound(conv_backward, spec=spec),
@@ -439,8 +442,8 @@ class RowPairs:
     (B, _, self.L), self.group = shape, group
     self.rows = [2*n, 2*n + 1] if B > 1 else [n]
     self.loaded = [(b, None) for b in self.rows]             # a row, and what it is multiplied by
-    # An odd batch lacks its last row: the one before it is loaded, times 0. To load nothing, under a
-    # condition, would keep clang from making vectors: 1.5 to 2.5 times as slow
+    # An odd batch lacks its last row: the one before it is loaded, times 0. To load nothing, under
+    # a condition, would keep clang from making vectors: 1.5 to 2.5 times as slow
     if B % 2 and B > 1:
       b = self.rows[1]
       self.loaded[1] = b.minimum(B - 1), (b < B).cast(dtypes.float)
@@ -469,7 +472,7 @@ class RowPairs:
     channels = [0 if f.shape[1] == 1 else self.group.h for f in factors]
     pair = []
     for b, there in self.loaded:
-      x = product([f[b, h, at].cast(dtypes.float) for f, h in zip(factors, channels)])
+      x = product(*(f[b, h, at].cast(dtypes.float) for f, h in zip(factors, channels)))
       if there is not None: x = x * there
       pair.append(Real(x if inside is None else inside.where(x, 0.0)))
     return *pair, *[ZERO]*(2 - len(pair))
@@ -495,7 +498,7 @@ class ComplexRows:
   def store(self, j:UOp, off:int, out:UOp, z:Pair) -> Stores:
     return [out[self.n, self.group.h, c, j + off].store(z[c].uop) for c in range(2)]
 
-def product(factors:Sequence[UOp]) -> UOp: return functools.reduce(operator.mul, factors)
+def product(*factors:UOp) -> UOp: return functools.reduce(operator.mul, factors)
 
 # ---------------------------------------------------------------- the block FFT
 class FFTBuffer:
@@ -514,8 +517,8 @@ class FFTBuffer:
     # a row left free on a CPU, so that the stores to 8 sub-transforms come out in order: clang
     # makes one shuffled store of them, not 8 scattered ones; a twentieth faster
     self.first = 0 if gpu else 1
-    # on a GPU a word is left free behind every four rows of 8, where it fits: without it the stores
-    # of a column meet on 4 of 32 banks
+    # on a GPU a float is left free behind every four rows of 8, where it fits: without it a warp's
+    # stores of a column, 8 floats apart, meet on 4 of the 32 banks of shared memory
     self.pad = int(8*(group.N + M//4) <= group.m.shared)
     shape = (2, group.N + self.pad*(M//4)) if gpu else (2, M + self.first, RADIX)
     self.mem = UOp.placeholder(shape, dtypes.float, slot=0, addrspace=space)
@@ -566,7 +569,8 @@ class FFTBuffer:
       Y, stores = body((slot, sub), X)
       y = dft(Y, +1) if Y else []
       return stores + [s for r in range(len(y)) for s in self.put(mem, t*R, r, sub, z=y[r])]
-    # 32 rows apart, the four butterflies of a warp meet on no bank: `FFTBuffer.pad`
+    # 32 rows with their `pad` end 8 banks further: a warp, four butterflies of each of 8
+    # sub-transforms, meets on no bank
     apart = max(1, min(32, g.M//4)//R)
     self.done = g.subtransforms(g.M//R, last, apart),
 
@@ -702,8 +706,10 @@ class Group(Workers):
       return UOp.group(*loops)
     return UOp.group(*[s for t in range(0, self.M, self.threads) for s in body(self.thread + t)])
   def subtransforms(self, n:int, body:Body, apart:int=1) -> UOp:
-    """body(slot, t, sub) for t < n in each sub-transform; slot counts a worker's own. On a GPU, four
-    numbers t that are so far apart are worked on by neighbours."""
+    """body(slot, t, sub) for t < n in each sub-transform; slot counts a worker's own.
+
+    apart: on a GPU, the distance between the four numbers t that a warp of 32 threads works on.
+    """
     if not self.m.gpu:
       t, sub = self.loop(n), self.loop(RADIX)
       return UOp.group(*body(t, t, sub)).end(sub, t)
@@ -810,7 +816,7 @@ class Machine(NamedTuple):
   lanes: int = 4                     # floats in a CPU's vector register,
   registers: int = 16                # and how many of those it has
 
-VECTORS: dict[str, int] = {}         # lanes and registers, where support/cpu.py has asked the compiler
+VECTORS: dict[str, int] = {}         # lanes and registers, if support/cpu.py has asked the compiler
 
 @functools.cache
 def machine(device:str|tuple[str, ...]) -> Machine:
@@ -823,17 +829,17 @@ def machine_of(r:Renderer) -> Machine:
   return Machine(r.has_local, cores, r.shared_max, Ops.SUB in r.code_for_op, buffers, **VECTORS)
 
 # -------------------------------------------------------- longer sequences: two levels, and pieces
-# A transform of length N = R M that does not fit into shared memory; here M is N/R, not N/8. An
-# outer pass of radix R, a launch of its own, leaves R transforms of length M: `split`. Each convolves
-# as a complex sequence (`ComplexRows`) in a channel of its own. The inverse pass joins them: `join`.
-# The two are each other's adjoint, hence each other's gradient. The gates are applied on the way: the
-# product u v is never stored, nor is c.
+# A transform of length N = R M that does not fit into shared memory; here M is N/R, not N/8.
+# An outer pass of radix R, a launch of its own, splits it into R transforms of length M. Each of
+# these convolves as a complex sequence (`ComplexRows`) in a channel of its own, and an inverse
+# outer pass joins them. The two passes are each other's adjoint, hence each other's gradient. The
+# gates are applied on the way: the product u v is never stored, nor is c.
 def conv_two_levels(args:ConvArgs, N:int, R:int, finish:Finish) -> Tensor:
   "y, by R transforms of length N/R; k is (H,K) or (1,K)."
   M, (_, H, _), taps = N//R, args.u.shape, args.k.shape[1]
   k = args.k.expand(H, taps)
   if args.D is not None: k = k + args.D.unsqueeze(-1).pad((0, taps-1))
-  K = split((k/R).unsqueeze(0), None, R, M)                                       # one row (1,H,K)
+  K = split((k/R).unsqueeze(0), None, R, M)        # one row (1,H,K); the launch below divides by M
   W = split(args.u, args.v, R, M)
   C = conv_one_launch(ConvArgs(K, W), M, layout=ComplexRows)
   rows = [] if args.q is None else [args.q]
@@ -844,11 +850,11 @@ def conv_two_levels(args:ConvArgs, N:int, R:int, finish:Finish) -> Tensor:
 def split(x:Tensor, gate:Tensor|None, R:int, M:int) -> Tensor:
   "Rows (B,H,L), times a gate -> R sub-transforms of them (⌈B/2⌉,H R,2,M)."
   rows = [] if gate is None else [gate]
-  return outer_pass(x, x.shape, R, M, rows, product_of, False, split_backward)
+  return outer_pass(x, x.shape, R, M, rows, product, False, split_backward)
 
 def split_backward(dX:Tensor, X:Tensor, roots:Tensor, x:Tensor, *gate:Tensor) -> list[Tensor|None]:
   _, R, M = roots.shape
-  return [None, *(outer_pass(dX, x.shape, R, M, rows, product_of, True, dtype=t.dtype)
+  return [None, *(outer_pass(dX, x.shape, R, M, rows, product, True, dtype=t.dtype)
                   for t, rows in zip((x, *gate), (gate, [x])))]
 
 def join_backward(dy:Tensor, y:Tensor, roots:Tensor, C:Tensor, *q:Tensor, shape:Shape, finish:Finish
@@ -857,13 +863,13 @@ def join_backward(dy:Tensor, y:Tensor, roots:Tensor, C:Tensor, *q:Tensor, shape:
   dy = RowPairs.trimmed(dy, shape)
   def join(rows:Sequence[Tensor], f:Callable, dtype:DType) -> Tensor:
     return outer_pass(C, shape, R, M, rows, f, True, dtype=dtype)
-  c = [join([], product_of, dtypes.float)] if finish.needs_c else []
+  c = [join([], product, dtypes.float)] if finish.needs_c else []
   dC = outer_pass(dy, shape, R, M, [*c, *q], bound(dc_of, finish=finish), False)
-  used = q if finish.needs_q else ()             # see `walk_backward`
+  used = q if finish.needs_q else ()             # no argument without use: see `walk_backward`
   return [None, dC, *(join([dy, *used], bound(dq_of, finish=finish), x.dtype) for x in q)]
 
-# What is done to a number of a row on its way, given what stands there in other rows
-def product_of(*x:UOp) -> UOp: return product(x)
+# Functions for `outer_pass`, beside `product`: of a number and those at its step in other rows.
+# `dc_of` gets c only where it is used.
 def y_of(c:UOp, *q:UOp, finish:Finish) -> UOp: return finish.y(c, *(q or [None]))
 def dq_of(c:UOp, dy:UOp, *q:UOp, finish:Finish) -> UOp: return finish.dq(dy, c, *(q or [None]))
 def dc_of(dy:UOp, *rows:UOp, finish:Finish) -> UOp:
@@ -873,8 +879,10 @@ def dc_of(dy:UOp, *rows:UOp, finish:Finish) -> UOp:
 
 def outer_pass(x:Tensor, shape:Shape, R:int, M:int, rows:Sequence[Tensor], f:Callable, inverse:bool,
                gradient:Callable|str="", dtype:DType=dtypes.float) -> Tensor:
-  """f(x, *rows), all of this shape (B,H,L) -> R sub-transforms (⌈B/2⌉,H R,2,M). inverse: x are such
-  -> f(x', *rows) of R times the rows x' that they are of."""
+  """The R sub-transforms (⌈B/2⌉,H R,2,M) of f(x, *rows), x and rows being (B,H,L), `shape`.
+
+  inverse: x holds sub-transforms, of rows x'. The result is f(R x', *rows), (B,H,L) of type dtype.
+  """
   subtransforms = RowPairs.count(shape), shape[1]*R, 2, M
   output = RowPairs.buffer_shape(shape, M) if inverse else subtransforms
   kernel = bound(outer_kernel, m=machine(x.device), shape=shape, inverse=inverse, of=f)
@@ -905,7 +913,6 @@ def outer_kernel(out:UOp, roots:UOp, x:UOp, *others:UOp, m:Machine, shape:Shape,
     z = dft(z, +1)                                                                # F_R* (T* · x)
     stores = []
     for r in range(R):
-      if (j + r*M).vmin >= shape[2]: continue
       y = each_row(of, z[r], *(rows.load(j, r*M, a) for a in others))
       stores += rows.store(j, r*M, out, y)
     return stores
@@ -1008,7 +1015,7 @@ def ssm_conv(u:Tensor, A:Pair, B:Pair, C:Pair, D:Tensor|None=None, v:Tensor|None
   x = out[spec.state_at:].reshape(shape)
   x = x[..., :M], x[..., M:]
   if rest := spec.L % spec.c:        # after the last whole chunk: A^rest x + Σ_j A^(rest-1-j) B w_j
-    w = product([wide(t[..., -rest:]) for t in (u, v) if t is not None])
+    w = product(*(wide(t[..., -rest:]) for t in (u, v) if t is not None))
     zero_state = (w.unsqueeze(-1)*Q[:, spec.c-rest:]).sum(2)                        # (B,H,S)
     re, im = cmul(power(A, rest), x)
     x = re + zero_state[..., :M], im + zero_state[..., M:]
@@ -1206,7 +1213,7 @@ def walk_gradient_kernel(dx0:UOp, dQ:UOp, dP:UOp, da:UOp, kept:UOp, *buffers:UOp
     w.copy(X.row(R), w.state(x0))
     w.add_shares(X.part(R, 0), *carried[:2])
     w.fill(dx, 1, S, zero)
-    w.add_shares(dx, *reversed(carried[1:]), back=True)
+    w.add_shares(dx, *reversed(carried[1:]), back=True)                             # dz, leap
     with w.over(w.groups()) as w.g:
       w.copy(kept_state(kept), X.row(R))
       w.advance(X, Q, a, x)
@@ -1322,7 +1329,7 @@ class Walk(Workers):
     i, ok = self.place(r, j)
     if ok is not None: i = i.valid(ok)
     factors = [f[i].cast(dtypes.float) for f in factors if f is not None]
-    return product(factors if ok is None else [ok.where(x, 0.0) for x in factors])
+    return product(*(factors if ok is None else [ok.where(x, 0.0) for x in factors]))
   def store(self, r:UOp, j:UOp, out:UOp, x:UOp) -> Stores:
     i, ok = self.place(r, j)
     place = out[i]
@@ -1426,8 +1433,11 @@ class Walk(Workers):
     self.product(s.R, s.S, s.c, e, self.table(PT), dx.put, own)                    # Pᵀ e_n
     self.scan(dx, a, back=True)                                                    # += a* dx_(n+1)
   def add_shares(self, x:Matrix, z:UOp|None=None, leap:UOp|None=None, back:bool=False):
-    """Row 0 of x, a state before the first segment, becomes that before segment p; or back: one
-    after the last segment that after segment p. leap: a to the power of a segment's chunks."""
+    """Turns row 0 of x, the state before the first segment, into the one before segment p.
+
+    back: turns a gradient of the state after the last segment into that of the one after p. z: the
+    segments' shares; leap: a^n, n chunks in a segment. Without them there is one segment.
+    """
     if z is None: return
     last = self.spec.segments - 1
     # all of them, under a condition: around a loop of p turns tinygrad misplaces what is before it
@@ -1472,13 +1482,13 @@ def only_if(ok:UOp|None, store:UOp) -> UOp:
 # gradients 39, 32, 39, 51, 76.
 CHUNK = 32
 WALK_THREADS = 128                   # of a GPU's work group
-# Work groups wanted in all. Milliseconds on an H200 (132 multiprocessors), forward / with gradients,
-# with one a channel, 512, 1,024 and 2,048 in all:
+# Work groups wanted in all. Milliseconds on an H200 (132 multiprocessors), forward / with
+# gradients, with one a channel, 512, 1,024 and 2,048 in all:
 #   B=1  H=64   L=262,144   2.32/10.5   0.93/2.93   0.69/2.63   0.76/2.60
 #   B=1  H=256  L=65,536    0.74/3.27   0.93/2.92   0.69/2.66   0.80/2.62
 #   B=8  H=256  L=4,096     0.42/1.75   0.41/1.31   0.27/1.23   0.24/1.14
 WALKERS = 1024
-SEGMENT = 8                          # least groups of chunks in a segment, some 20 µs
+SEGMENT = 8                          # least groups of chunks in a segment: a walk of some 20 µs
 
 # --------------------------------------------------- powers of complex numbers, and sums over them
 def power(a:Pair, n:int) -> Pair:
@@ -1744,7 +1754,7 @@ WEIGHTS = {"float32": dtypes.float, "float16": dtypes.half, "bfloat16": dtypes.u
 
 def widened(x:Tensor|UOp) -> Tensor|UOp:
   "Returns weights as float32."
-  if x.dtype in (dtypes.half, dtypes.bfloat16): return x.cast(dtypes.float)
+  if x.dtype in HALF: return x.cast(dtypes.float)
   if x.dtype != dtypes.ushort: return x
   return (x.cast(dtypes.uint) << 16).bitcast(dtypes.float)
 
@@ -1803,13 +1813,14 @@ def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, i
   """
   r = renderer_of(backend)
   m, N = machine_of(r), fft_length(L, L)
-  gated = ConvSpec(("k", "u", "D", "v", "q"), m, Finish(True), RowPairs, *group_shape(m, H, N, B//2))
-  parts = ConvSpec(("k", "u"), m, Finish(False), ComplexRows, *group_shape(m, 4*H, N, B//2))
+  every, pairs = ConvArgs._fields, B//2
+  gated = ConvSpec(every, m, Finish(True), RowPairs, *group_shape(m, H, N, pairs))
+  parts = ConvSpec(("k", "u"), m, Finish(False), ComplexRows, *group_shape(m, 4*H, N, pairs))
   roots = 2, RADIX, N//RADIX
   k, u, D = (1, H, L), (B, H, L), (H,)
   outer_roots, far = (2, 4, N), (B, H, 2*N)
-  outer = dict(m=m, shape=far, of=product_of)
-  X = B//2, 4*H, 2, N                                # far rows, in sub-transforms
+  outer = dict(m=m, shape=far, of=product)
+  X = pairs, 4*H, 2, N                               # far rows, in sub-transforms
   K = 1, 4*H, 2, N                                   # and their filter
   walk = walk_spec(("u", "v", "q"), m, u, 64, None)
   S, c = walk.S, walk.c
@@ -1821,7 +1832,8 @@ def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, i
   z, line = (cut.segments*H*S,), (64*H*L,)
   kernels = [  # and the shapes of its buffers, outputs first
     (bound(conv_kernel, spec=gated), u, roots, k, u, D, u, u),
-    (bound(conv_gradient_kernel, spec=gated), (gated.shares, *k[1:]), u, u, u, roots, u, k, u, D, u, u),
+    (bound(conv_gradient_kernel, spec=gated), (gated.shares, *k[1:]), u, u, u, roots,
+     u, k, u, D, u, u),
     (bound(outer_kernel, **outer, inverse=False), X, outer_roots, far, far),
     (bound(outer_kernel, **outer, inverse=True), far, outer_roots, X, far),
     (bound(conv_kernel, spec=parts), X, roots, K, X),

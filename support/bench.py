@@ -142,7 +142,7 @@ class TorchLM:
     return state
 
 def torch_device() -> str:
-  "Returns PyTorch's name for tinygrad's device, of the CPU where PyTorch can't use that; or ''."
+  "Returns PyTorch's name for tinygrad's device, 'cpu' where it can't use that; '': no PyTorch."
   if not torch: return ""
   name = {"CUDA": "cuda", "NV": "cuda", "METAL": "mps"}.get(Device.DEFAULT, "cpu")
   return name if torch.get_device_module(name).device_count() else "cpu"

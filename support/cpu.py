@@ -3,12 +3,12 @@
 A program calls `setup_device()` before it touches a device. From then on, on a CPU,
   nn.Linear, `@`                       run the matrix product below, a bias in the same launch;
   nn.LayerNorm, nn.Embedding, softmax  take one launch forward and one backward;
-  attend, write_cache, h3_step         (`replaceable`, in h3tiny.py) overwrite states in place, the
-                                       last two on every device, and keep no matrix of scores;
+  attend                               (`replaceable`, in h3tiny.py) stores no matrix of scores;
+  write_cache, h3_step                 (likewise) overwrite states in place, on every device;
   every kernel                         is shared by the cores, and a TinyJit replays without Python;
   a second process                     finds its lowered kernels on disk.
-On GPUs no other of these kernels runs, and products store what they read twice. FLASH=0 turns all
-of them off.
+On GPUs, of these kernels only the last two run, and products store what they read twice. FLASH=0
+turns all of them off.
 
 The file in order: what kernels share · the matrix product · layer norm · softmax · attention ·
 embedding · decoding · tinygrad's own words · the cores · threads, forks and Ctrl-C · programs on
@@ -81,7 +81,7 @@ def few_or_all_cores(x:Tensor) -> Machine:
 class Body(Workers):
   """The body of a kernel while it is written, in the order in which it runs.
 
-  threads: of a GPU's work group; loops over what they share divide by it.
+  threads: of a GPU's work group; a loop that they `share` has a multiple of as many turns.
   """
   def __init__(self, m:Machine, n:int, threads:int=1):
     super().__init__(m, n)
@@ -492,7 +492,7 @@ def softmax(s:Tensor) -> Tensor:
 # and values are read as they lie. With the scores s = k q / sqrt D, largest and total so far:
 #   p = exp(s - largest),  total = Σ p,  y = Σ p v / total
 # and what has been summed is scaled by exp(old - new) when a larger score comes. Each row of the
-# output has behind y its log Σ exp s, by which the backward pass finds p again:
+# output has behind y its log Σ exp s, by which the backward pass finds p / total, its p:
 #   dv = p dy,  ds = p (dy v - dy y),  dq = ds k / sqrt D,  dk = ds q / sqrt D
 BLOCK = 64                           # keys in a block, and most queries
 
@@ -755,8 +755,9 @@ def h3_step_kernel(y:UOp, shift:UOp, re:UOp, im:UOp,
                    B:UOp, C:UOp, skip:UOp, D:UOp, *modes:UOp, m:Machine) -> UOp:
   """y = q (2 Re C x' + D kv), kv = (C s' + skip k) v, s' = shift s + B k, x' = dA x + dB kv.
 
-  y (batch channels,); modes: the real and the imaginary part of dA, dB, and C. A channel of a row
-  is a GPU's group, whose threads share its state: each number has one thread that touches it.
+  y (batch channels,); modes: the real and the imaginary part of dA, dB, and C. On a GPU a work
+  group takes a channel of a row. Its threads share the state, 2 M = N numbers of the shift SSM and
+  M modes: what divides M divides both, and each number in memory is touched by one thread only.
   """
   batch, channels, N = shift.shape
   M = re.shape[2]
