@@ -250,7 +250,7 @@ def group_shape(m:Machine, H:int, N:int, count:int) -> tuple[int, int]:
   divisors = [n for n in range(1, count + 1) if count % n == 0]
   shares = next((n for n in divisors if n*H*threads >= ENOUGH_THREADS), count)
   # two butterflies a thread: the kernels of forward and backward take 154 and 311 µs, with one 168
-  # and 379 (H200, B=32, H=768, L=1024)
+  # and 379 (H200, B=32, H=768, L=1024); shorter transforms were not measured, N = 4096 has two
   if N == 2048 and shares*H*threads//2 >= ENOUGH_THREADS: threads //= 2
   return threads, shares
 

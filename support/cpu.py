@@ -91,6 +91,7 @@ class Body(Workers):
   @contextlib.contextmanager
   def share(self, n:int):
     "A loop over i < n, shared by the threads of a group; i is the same thread's each time."
+    assert n % self.threads == 0
     with self.over(n//self.threads, barrier=False) as turn: yield turn*self.threads + self.t
 
   def put(self, place:UOp, x:UOp|float):
