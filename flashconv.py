@@ -45,6 +45,7 @@ from tinygrad.uop.ops import (AxisType, KernelInfo, Ops, ParamArg, PatternMatche
 FLASH = ContextVar("FLASH", 1)  # 0: plain tinygrad ops everywhere
 
 HALF = dtypes.half, dtypes.bfloat16   # half precision: read and written, never computed in
+narrow: DType|None = None        # the type as which `fftconv` on a GPU takes float32: `--dtype`
 
 Shape = tuple[int, ...]
 Stores = list[UOp]
@@ -166,6 +167,9 @@ def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor
   check_shapes(u, k, D, v, q, channels_last)
   if channels_last: u, v, q = (None if x is None else x.transpose(1, 2) for x in (u, v, q))
   u, k, D, v, q = on_one_device(u, k, D, v, q)
+  original = u.dtype
+  if narrow and original == dtypes.float and machine(u.device).gpu:
+    u, v, q = (None if x is None else x.cast(narrow) for x in (u, v, q))
   L = u.shape[2]
   k, D = wide(k[:, :L]), wide(D)
   N = transform_length(u.device, L + k.shape[1] - 1)
@@ -180,6 +184,7 @@ def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor
     def conv(w:Tensor) -> Tensor:
       return conv_overlap_save(w, k, D, N_short) if overlap_save else conv_ref(w, k, D)
     y = with_gates(conv, u, v, q, finish)
+  y = y.cast(original)
   return y.transpose(1, 2) if channels_last else y
 
 def check_shapes(u:Tensor, k:Tensor, D:Tensor|None, v:Tensor|None, q:Tensor|None,

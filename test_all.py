@@ -156,6 +156,20 @@ def test_kernel_fftconv_in_half_precision(dtype, L, K, flash):
   "in one launch, cut (a short filter on a long sequence), and in plain ops"
   with Context(FLASH=flash): check_fftconv(3, 2, L, K, "DvqT", dtype)
 
+def test_kernel_fftconv_narrowed_on_a_gpu(monkeypatch):
+  "float32 comes in and goes out, once rounded on the way; a CPU leaves it alone"
+  x = drawn(*[(2, 3, 50)]*4, (3, 50))
+  def results() -> list[Tensor]:
+    u, v, q, dy, k = x
+    y = fftconv(u, k, None, v, q)
+    return [y, *y.gradient(u, v, q, k, gradient=dy)]
+  want = results()
+  with training.half_precision("float16"): got = results()
+  assert all(g.dtype == dtypes.float for g in got)
+  got, want = ([t.numpy() for t in ts] for ts in (got, want))
+  all_near(got, want, 4*2**-11)                              # u, v and q are rounded, then y
+  assert (got[0] != want[0]).any() == HAS_LOCAL
+
 @on_cpu
 def test_kernel_fftconv_on_all_cores(monkeypatch):
   "4 threads take part, at the same time: each waits for the others; and the result is right"

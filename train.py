@@ -432,7 +432,8 @@ def parser(program:str, task:str) -> Parser:
       "of all weights but biases, norms, and in causal models embeddings and the SSMs' dynamics")
   add("--clip X", above_0, 1.0, "largest norm of the whole gradient")
   add("--seed N", whole, 0, "of weights, batches and the sample")
-  add("--dtype", str, "float32", "of the factors in products with weights; all else stays float32",
+  add("--dtype", str, "float32", "of the factors in products with weights, on a GPU of what is "
+      "convolved, too; all else stays float32",
       choices=PRECISIONS)
   add("--accumulate N", positive, 1, "parts that a step's sequences take turns in, for less memory")
   add("--truncate N", positive, None, "tokens after which the gradient is cut, for less memory: "

@@ -19,6 +19,7 @@ from tinygrad.helpers import Context
 from tinygrad.nn.state import get_parameters, get_state_dict
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 from bigs_tiny import BiGS
+import flashconv
 from flashconv import capture, machine, overwrite
 from h3tiny import H3LM
 from support.checkpoints import (CHECKPOINT, CheckpointError, Weights, read_weights,
@@ -172,15 +173,17 @@ PRECISIONS = ("float32", "float16", "bfloat16")
 
 @contextlib.contextmanager
 def half_precision(dtype:str) -> Iterator[None]:
-  "While active, products with weights take in numbers of this type; their sums stay float32."
+  """While active, products with weights take in numbers of this type, and on a GPU the convolutions
+  do, half the bytes; all sums stay float32."""
   linear, low = Tensor.linear, {"float16": dtypes.half, "bfloat16": dtypes.bfloat16}.get(dtype)
   def low_linear(x:Tensor, weight:Tensor, bias:Tensor|None=None, dtype:DType|None=None) -> Tensor:
     if dtype is None and x.dtype == weight.dtype == dtypes.float:
       x, weight, dtype = x.cast(low), weight.cast(low), dtypes.float
     return linear(x, weight, bias, dtype)
   if low: Tensor.linear = low_linear
+  flashconv.narrow = low
   try: yield
-  finally: Tensor.linear = linear
+  finally: Tensor.linear, flashconv.narrow = linear, None
 
 class LossScale:
   """The factor of the loss that keeps small gradients from vanishing in float16: half as much after a
