@@ -180,10 +180,10 @@ def half_precision(dtype:str) -> Iterator[None]:
     if dtype is None and x.dtype == weight.dtype == dtypes.float:
       x, weight, dtype = x.cast(low), weight.cast(low), dtypes.float
     return linear(x, weight, bias, dtype)
-  if low: Tensor.linear = low_linear
-  flashconv.narrow = low
+  narrow = flashconv.narrow
+  if low: Tensor.linear, flashconv.narrow = low_linear, low
   try: yield
-  finally: Tensor.linear, flashconv.narrow = linear, None
+  finally: Tensor.linear, flashconv.narrow = linear, narrow
 
 class LossScale:
   """The factor of the loss that keeps small gradients from vanishing in float16: half as much after a
