@@ -274,9 +274,11 @@ class ConvSpec(NamedTuple):
   def buffer_shape(self, shape:Shape, M:int) -> Shape:
     "The shape of a buffer to store to. A CPU's columns end where the rows end: `Group.borders`."
     return self.layout.buffer_shape(shape, M if self.machine.gpu else 1)
-  def turns(self, shape:Shape) -> int:
-    "The number of sequences that a work group convolves, one after the other."
-    return self.layout.count(shape)//self.shares
+  def sequences(self, group:Group, shape:Shape) -> tuple[UOp, RowPairs|ComplexRows]:
+    "A loop over the sequences that are this work group's, and where the one of a turn lies."
+    turns = self.layout.count(shape)//self.shares
+    n = group.loop(turns, AxisType.REDUCE)
+    return n, self.layout(group, shape, group.share*turns + n)
   @property
   def buffers(self) -> int:
     "The number of buffers of the backward kernel, which has the most."
@@ -341,8 +343,7 @@ def conv_kernel(y:UOp, roots:UOp, *args:UOp, spec:ConvSpec) -> UOp:
   "y = finish.y(c, q) with c = F* (kf · F w), for one channel: its filter, then its sequences."
   x = named(spec.names, args)
   buf, kf = filter_spectrum(x, roots, spec)
-  n = buf.group.loop(spec.turns(x.u.shape), AxisType.REDUCE)           # over sequences
-  rows = spec.layout(buf.group, x.u.shape, buf.group.share*spec.turns(x.u.shape) + n)
+  n, rows = spec.sequences(buf.group, x.u.shape)
   buf.forward(lambda j, off: rows.load(j, off, x.u, x.v), n)                       # W = F w
   buf.spectrum(lambda at, W: (times(W, kf.get(at)), []))                           # C = kf · W
   def store(j:UOp, off:int, c:Pair) -> Stores:                                  # c = F* C
@@ -368,8 +369,7 @@ def conv_gradient_kernel(*buffers:UOp, spec:ConvSpec) -> UOp:
   g = buf.group
   W, dkf = Spectrum(g, 2), Spectrum(g, 3)
   dkf.clear()
-  n = g.loop(spec.turns(x.u.shape), AxisType.REDUCE)                   # over sequences
-  rows = spec.layout(g, x.u.shape, g.share*spec.turns(x.u.shape) + n)
+  n, rows = spec.sequences(g, x.u.shape)
 
   def apply(f:Callable, j:UOp, off:int, c:Pair=(None, None)) -> Pair:
     return each_row(f, rows.load(j, off, dy), c, rows.load(j, off, x.q))
