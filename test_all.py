@@ -46,6 +46,9 @@ HERE = Path(__file__).resolve().parent
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes long: SLOW=1 runs it too")
 EPS = np.finfo(np.float32).eps
 rng = np.random.default_rng(0)
+FIRST_STATE = rng.bit_generator.state
+@pytest.fixture(autouse=True)
+def same_numbers_in_any_order() -> None: rng.bit_generator.state = FIRST_STATE
 def normal(*shape:int) -> np.ndarray: return rng.standard_normal(shape).astype(np.float32)
 def drawn(*shapes:tuple) -> list[Tensor]: return [Tensor(normal(*s)).realize() for s in shapes]
 HAS_LOCAL = Device[Device.DEFAULT].renderer.has_local
@@ -995,7 +998,10 @@ def check_ssm_conv(B:int, H:int, N:int, L:int, chunk:int|str, given:str, dtype:D
   Tensor.realize(*outputs, *grads.values())
   got = {"y": [y], "state": last} | {k: [grads[p] for p in z] for k, z in t.items()}
   for name, g in got.items():
-    near(joined(g), want[name], 1e-4 + ROUNDING[types.get(name, dtypes.float)], name)
+    # u and v of the steps after the last whole chunk have two gradients, of y and of the state:
+    # both are rounded, then their sum
+    roundings = 3 if name in "uv" else 1
+    near(joined(g), want[name], 1e-4 + roundings*ROUNDING[types.get(name, dtypes.float)], name)
 
 @slow
 def test_kernel_ssm_conv_on_a_million_steps(monkeypatch):
