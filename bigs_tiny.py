@@ -27,12 +27,13 @@ Glossary. B batch, L length, V vocabulary, and then
   K           (1,L)      its filter, K[l] = Re sum_n C (exp(dt A) - 1)/A exp(dt A l)
   K_f, K_b    (1,L)      the filters of the forward SSM fs4 and the backward SSM bs4; in the code D
                          is added to their first tap, so that fs4(u) = K_f ∗ u
-The four blocks, `BiGSConfig.block`, and their weights in a layer:
+The paper's blocks, `BiGSConfig.block`, and their weights in a layer:
   "gated"            13 D^2  GatedSSM        BiGS
   "gated-attention"  13 D^2  GatedAttention  GatedSSM with self-attention in place of the SSMs
   "attention"        12 D^2  StackAttention  BERT's layer with the norms in front
   "stack"            12 D^2  StackSSM        StackAttention with two SSMs for attention: STACK/SSM
-A fifth, for the Long Range Arena, is "s4d", 2 D^2, S4DLayer: the layer of S4 models, with a
+  "stack-serial"     12 D^2  SerialSSM       STACK/SSM, or this: its two SSMs one after the other
+One more, for the Long Range Arena, is "s4d", 2 D^2, S4DLayer: the layer of S4 models, with a
 `DiagSSM` of h3tiny's for each channel and direction.
 
 Not here: attention masks (the official encoder takes one and drops it: padding is text like any
@@ -49,7 +50,7 @@ from flashconv import Vandermonde, cmul, fftconv, lookup, stored
 from h3tiny import (Attention, Blank, DiagSSM, Embedding, LayerNorm, Linear, check_choice,
                     check_whole, filters_of, param, require)
 
-BLOCKS = ("gated", "stack", "gated-attention", "attention")
+BLOCKS = ("gated", "stack", "stack-serial", "gated-attention", "attention")
 HEADS = ("mlm", "classify", "choose", "span", "tag")
 BY_TOEPLITZ = 128        # up to this length a convolution is a matrix product, past it `fftconv`
 
@@ -62,7 +63,7 @@ class BiGSConfig:
   d_model: int = 768
   n_layer: int = 12
   block: str = "gated"
-  d_inner: int = 0                   # 0: 3 times d_model if gated, 4 in "attention", 5 in "stack"
+  d_inner: int = 0                   # 0: 3 times d_model if gated, 4 in "attention", 5 in stacks
   n_heads: int = 12                  # of attention blocks
   d_state: int = 64                  # N
   max_length: int = 512              # rows of the position table
@@ -77,7 +78,7 @@ class BiGSConfig:
   def __post_init__(self):
     check_choice(self, block=(*BLOCKS, "s4d"), gelu=("tanh", "erf"),
                  pooler=("non_padding_mean", "mean"))
-    mult = {"stack": 5, "attention": 4}.get(self.block, 3)
+    mult = {"stack": 5, "stack-serial": 5, "attention": 4}.get(self.block, 3)
     self.d_inner = self.d_inner or mult * self.d_model
     check_whole(self, "vocab_size", "d_model", "n_layer", "d_inner", "n_heads", "d_state",
                 "max_length", "n_types", "n_labels")
@@ -154,7 +155,7 @@ def convolve(u:Tensor, K:Tensor, backward:bool=False) -> Tensor:
   if backward: return convolve(u.flip(1), K).flip(1)
   return fftconv(u, K, channels_last=True)
 
-# ---------------------------------------------------------------- the four blocks, and S4's
+# ---------------------------------------------------------------- the blocks, and S4's
 
 def initial_std(n_in:int) -> float:
   """Standard deviation of a linear layer's initial weights: 1/sqrt(n_in), but at least 0.02.
@@ -190,7 +191,7 @@ class Gated:
     return self.do(self.gelu(self.dol(mixed)) * self.gelu(self.dv(h)))
 
 class Stack:
-  "The MLP that both stacked layers end in; its weights are drawn last."
+  "The MLP that all stacked layers end in; its weights are drawn last."
   def __init__(self, cfg:BiGSConfig, rng:Generator):
     D, I = cfg.d_model, cfg.d_inner
     self.gelu = gelu(cfg)
@@ -270,6 +271,27 @@ class StackSSM(Stack):
     x = x + self.mix(both)
     return x + self.mlp(x)
 
+class SerialSSM(Stack):
+  """y = x + duc_forward(fs4(LayerNorm x)), then y + duc_backward(bs4(norm_backward y)), then MLP.
+
+  Notes on the paper's prose speak of "sequential forward + backward SSM layers" where the figure has
+  them side by side: hence this reading of STACK/SSM beside `StackSSM`. What stands between the two
+  is not said. Here each is a layer of its own, with the norm and the residual of all layers: bare,
+  one after the other, they would be a single two-sided filter that all channels share.
+  """
+  def __init__(self, cfg:BiGSConfig, rng:Generator):
+    D = cfg.d_model
+    self.LayerNorm, self.norm_backward = (LayerNorm(D, cfg.norm_eps) for _ in range(2))
+    self.fs4 = SharedSSM(cfg.d_state, rng)
+    self.bs4 = SharedSSM(cfg.d_state, rng)
+    self.duc_forward, self.duc_backward = dense(D, D, rng), dense(D, D, rng)
+    super().__init__(cfg, rng)
+
+  def __call__(self, x:Tensor, K_f:Tensor, K_b:Tensor) -> Tensor:
+    x = x + self.duc_forward(convolve(self.LayerNorm(x), K_f))
+    x = x + self.duc_backward(convolve(self.norm_backward(x), K_b, backward=True))
+    return x + self.mlp(x)
+
 class S4DLayer:
   """x + GLU( mix( gelu( K_f ∗ h + K_b ∗ h in reversed time + D h ))), h = LayerNorm(x), where
   GLU([value, gate]) = value * sigmoid(gate): the layer that S4D runs on the Long Range Arena (Gu,
@@ -289,8 +311,8 @@ class S4DLayer:
     value, gate = self.mix((forward + backward).gelu()).chunk(2, dim=-1)
     return x + value * gate.sigmoid()
 
-LAYERS = {"gated": GatedSSM, "stack": StackSSM, "gated-attention": GatedAttention,
-          "attention": StackAttention, "s4d": S4DLayer}
+LAYERS = {"gated": GatedSSM, "stack": StackSSM, "stack-serial": SerialSSM,
+          "gated-attention": GatedAttention, "attention": StackAttention, "s4d": S4DLayer}
 
 # ---------------------------------------------------------------- the model
 

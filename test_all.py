@@ -1527,7 +1527,8 @@ def masked_model(block:str) -> Callable:
 MODELS = {"hybrid": language_model(1, head_dim=2), "transformer": language_model(0, 1),
           "BiGS": masked_model("gated"), "STACK/SSM": masked_model("stack")}
 MORE_MODELS = {"h3": language_model(), "s4d": language_model(ssm="s4d"),
-               "S4D both ways": masked_model("s4d")}
+               "S4D both ways": masked_model("s4d"),
+               "STACK/SSM in series": masked_model("stack-serial")}
 
 @pytest.mark.parametrize("name", and_slow(MODELS, MORE_MODELS))
 def test_gradients_of_models_survive_what_is_read(name):
@@ -2429,7 +2430,7 @@ def np_s4d(w, u, reverse=False):
     y.append((C*x).sum(-1).real + w["D"]*u[:, t])
   return np.stack(y, 1)
 
-def np_mixed(w, h, act, c):
+def np_mixed(w, x, h, act, c):
   "The part of a layer that lets positions see each other."
   if "attention" in c.block:
     return np_attention(below(w, "attention."), h, c.n_heads, causal=False)
@@ -2437,6 +2438,10 @@ def np_mixed(w, h, act, c):
   if c.block == "stack":
     both = np.concatenate([np_s4d(fs4, h), np_s4d(bs4, h, True)], -1)
     return np_dense(w, both, "mix")
+  if c.block == "stack-serial":
+    forward = np_dense(w, np_s4d(fs4, h), "duc_forward")
+    h = np_norm(w, x + forward, "norm_backward", c.norm_eps)
+    return forward + np_dense(w, np_s4d(bs4, h, True), "duc_backward")
   forward, backward = (act(np_dense(w, h, f"du_{way}ward")) for way in ("for", "back"))
   forward = np_dense(w, np_s4d(fs4, forward), "duc_forward")
   return forward * np_dense(w, np_s4d(bs4, backward, True), "duc_backward")
@@ -2449,7 +2454,7 @@ def np_layer(w, x, act, c):
     y = y + np_diag(bs4 | {"D": 0}, h[:, ::-1])[:, ::-1]
     value, gate = np.split(np_dense(w, np_gelu(y), "mix"), 2, -1)
     return x + value/(1 + np.exp(-gate))
-  u = np_mixed(w, h, act, c)
+  u = np_mixed(w, x, h, act, c)
   if c.block.startswith("gated"):
     gated = act(np_dense(w, u, "dol")) * act(np_dense(w, h, "dv"))
     return x + np_dense(w, gated, "do")
@@ -2484,7 +2489,8 @@ def exchange(layer:object, a:str, b:str) -> None:
 @pytest.mark.parametrize("block", bigs_tiny.LAYERS)
 def test_bigs_blocks(block):
   """Each against float64, BiGS by FFT too; each output depends on each input, before and after; and
-  with its two directions swapped a model gives, of flipped input, the flipped output."""
+  with its two directions swapped a model gives, of flipped input, the flipped output, unless one
+  direction reads what the other has written."""
   model = small_bigs(block, gelu="erf" if block == "stack" else "tanh")
   for L in (9, 140) if block == "gated" else (9,):
     t = tokens_of(23, 9, L)
@@ -2500,6 +2506,7 @@ def test_bigs_blocks(block):
   Tensor.realize(y, grad)
   reach = np.abs(grad.numpy()).max(-1)                     # (output, input)
   assert (reach > 1e-6*reach.max(-1, keepdims=True)).all(), reach
+  if block == "stack-serial": return
   for a, b in (("fs4", "bs4"), ("du_forward", "du_backward"), ("duc_forward", "duc_backward")):
     exchange(layer, a, b)
   if block == "stack":
@@ -2527,6 +2534,17 @@ def test_bigs_config_and_size():
              dict(d_model=0), dict(pooler="cls")):
     with pytest.raises(ValueError, match=next(iter(kw))): BiGSConfig(**kw)
   np.testing.assert_allclose(bigs_tiny.hippo(64)[-1], 1303, atol=1)  # the largest |A_im| of N = 64
+
+def test_bigs_checkpoints(tmp_path):
+  "Every block's numbers come back; what the config of an older file lacks has its default."
+  for block in bigs_tiny.LAYERS:
+    model = small_bigs(block)
+    config = dataclasses.asdict(model.config)
+    del config["n_labels"]
+    meta = {"model": "bigs", "config": json.dumps(config)}
+    again = BiGS.from_pretrained(str(saved(tmp_path/block, get_state_dict(model), meta)))
+    assert again.config == model.config
+    assert_same(get_state_dict(again), get_state_dict(model))
 
 def test_bigs_more_positions():
   model = small_bigs("gated")

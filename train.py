@@ -344,6 +344,7 @@ CAUSAL = {"h3": "H3 in all layers",
           "s4d": "S4D, an ungated SSM, in all layers"}
 BIDIRECTIONAL = {"bigs": "BiGS, gated SSMs in both directions",
                  "stack": "ungated SSMs in both directions",
+                 "stack-serial": "the same, the backward SSM after the forward one",
                  "gated-attention": "BiGS with attention in place of its SSMs",
                  "bert": "attention in all layers"}
 # options that make a model's shape, and those that are taken from a checkpoint and can't be changed
@@ -414,7 +415,7 @@ def parser(program:str, task:str) -> Parser:
   add("--d-state N", positive, 64, "state size of the SSMs")
   add("--head-dim N", positive, 1, "size of an H3 head")
   add("--mlp-mult N", positive, None, "width of the MLP, or the gate, over --d-model (default: 4; "
-      "bigs 3, stack 5)")
+      "bigs 3, stack and stack-serial 5)")
   add("--embed-dropout X", fraction, 0.0, "dropout after the embedding")
   add("--resid-dropout X", fraction, 0.0, "dropout in the blocks of a causal model")
 
