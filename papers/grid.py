@@ -29,7 +29,7 @@ from support.training import PREVIOUS, check_writable, read_newest
 from train import Batch, Parser, Task, always, cross_entropy, duration, number, read_evals
 
 CSV_COLUMNS = "model task seed steps figure paper minutes".split()
-COLORS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2")
+COLORS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2", "#f58518")
 ONE_CORE = {"NUM_CPU_THREADS": "1"}
 RECIPE = 2      # raised where other data or defaults make a finished run another one
 UNVERIFIED = "the paper's figures come from notes on it, unverified"
