@@ -75,6 +75,7 @@ class H3Config:
   norm_eps: float = 1e-5
   embed_dropout: float = 0.0
   resid_dropout: float = 0.0
+  attn_dropout: float = 0.0          # of the attention's weights, after the softmax
   init_std: float = 0.02             # standard deviation of initial matrices and embeddings
   pad_vocab_multiple: int = 8
   # output channel of coordinate d2 of head h, if p > 1: "d2h" d2*H + h, "hd2" h*p + d2
@@ -102,7 +103,7 @@ class H3Config:
     for name in ("norm_eps", "init_std"):
       value = getattr(self, name)
       require(value > 0, f"{name} must be above 0, not {value}.")
-    for name in ("embed_dropout", "resid_dropout"):
+    for name in ("embed_dropout", "resid_dropout", "attn_dropout"):
       rate = getattr(self, name)
       require(0 <= rate < 1, f"{name} must be at least 0 and below 1, not {rate}.")
     check_choice(self, ssm=("h3", "s4d"), head_order=("d2h", "hd2"))
@@ -499,7 +500,7 @@ class S4DMixer:
 
 @replaceable
 def attend(q:Tensor, k:Tensor, v:Tensor, pos:Tensor|None=None, start:Tensor|None=None,
-           causal:bool=True) -> Tensor:
+           causal:bool=True, dropout:float=0.0) -> Tensor:
   """Softmax attention of q (B,heads,L,hd) over k, v (B,heads,T,hd) -> like q.
 
   Causal: query i sees keys up to pos + i; pos (1,) int, by default T - L. With left padding, start
@@ -513,7 +514,7 @@ def attend(q:Tensor, k:Tensor, v:Tensor, pos:Tensor|None=None, start:Tensor|None
     seen = row <= own
     if start is not None: seen = seen & ((row >= start.reshape(-1, 1, 1, 1)) | (row == own))
     scores = seen.where(scores, -math.inf)
-  return scores.softmax(-1) @ v
+  return scores.softmax(-1).dropout(dropout) @ v
 
 @replaceable
 def write_cache(cache:Tensor, x:Tensor, pos:Tensor) -> Tensor:
@@ -545,9 +546,9 @@ class Attention:
   flash-attention 33e0860c, flash_attn/modules/mha.py:346-522 and layers/rotary.py:125-202.
   """
   def __init__(self, d_model:int, n_heads:int, rng:Generator, std:float, out_std:float,
-               rotary_dim:int=0, causal:bool=True):
+               rotary_dim:int=0, causal:bool=True, dropout:float=0.0):
     self.n_heads, self.head_size = n_heads, d_model // n_heads
-    self.rotary_dim, self.causal = rotary_dim, causal
+    self.rotary_dim, self.causal, self.dropout = rotary_dim, causal, dropout
     self.Wqkv = Linear(d_model, 3*d_model, rng, std)
     self.out_proj = Linear(d_model, d_model, rng, out_std)
 
@@ -574,7 +575,7 @@ class Attention:
   def __call__(self, u:Tensor, cache:State=None, positions:Positions|None=None,
                weights:Weights=None) -> Mixed:
     q, k, v = self.qkv(u, positions)
-    if cache is None: y = attend(q, k, v, causal=self.causal)
+    if cache is None: y = attend(q, k, v, causal=self.causal, dropout=self.dropout)
     else:
       first, start, visible = positions
       cache = KVCache(write_cache(cache.keys, k, first), write_cache(cache.values, v, first))
@@ -599,7 +600,8 @@ class Block:
     self.dropout = cfg.resid_dropout
     self.norm1, self.norm2 = (LayerNorm(cfg.d_model, cfg.norm_eps) for _ in range(2))
     if i in cfg.attn_layers:
-      self.mixer = Attention(cfg.d_model, cfg.n_heads, rng, cfg.init_std, cfg.out_std, cfg.rotary_dim)
+      self.mixer = Attention(cfg.d_model, cfg.n_heads, rng, cfg.init_std, cfg.out_std, cfg.rotary_dim,
+                             dropout=cfg.attn_dropout)
     else: self.mixer = {"h3": H3Mixer, "s4d": S4DMixer}[cfg.ssm](cfg, rng)
     self.mlp = MLP(cfg, rng)
 

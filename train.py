@@ -40,11 +40,11 @@ from support.checkpoints import (CHECKPOINT, CheckpointError, bigs_model, find, 
 from support.text import (TEXT_KEY, TOKENIZERS, Interrupt, Parser, Tokenizer, UserError, command,
                           counted, is_jsonl, make_tokenizer, near, number, paper_of, peak_memory,
                           read_tokens, shown, split, waiting)
-from support.training import (MASKED, PRECISIONS, PREVIOUS, AdamW, Batch, CarriedState, Feed,
+from support.training import (BETA2, MASKED, PRECISIONS, PREVIOUS, AdamW, Batch, CarriedState, Feed,
                               Gradients, LossScale, Model, Saved, Step, accumulated,
                               check_memory, check_precision, check_writable, duration, estimate,
-                              fill, gradient_checkpointing, half_precision, lock_run_directory,
-                              on_devices, open_devices, pieces, read_newest, restore,
+                              fill, gradient_checkpointing, half_precision, has_dropout,
+                              lock_run_directory, on_devices, open_devices, pieces, read_newest, restore,
                               save_beside_previous, set_aside, tensor_on, training_state, truncated,
                               truncated_eval, weigh, weighted)
 
@@ -78,6 +78,8 @@ class Task:
   sample: Callable|None = None                  # (model) prints what the model does
   # (metric, value): the run ends once the metric is at least that in three evaluations in a row
   stop_at: tuple[str, float]|None = None
+  # weights that training leaves alone, by the end of their names, and the number they all are
+  fixed: dict[str, float] = dataclasses.field(default_factory=dict)
   # how many targets a batch has: its mean loss is the mean over these; 0: for `metrics` alone
   count: Callable[[Batch], int] = lambda batch: int((batch[-1] >= 0).sum())
 
@@ -349,7 +351,7 @@ BIDIRECTIONAL = {"bigs": "BiGS, gated SSMs in both directions",
                  "bert": "attention in all layers"}
 # options that make a model's shape, and those that are taken from a checkpoint and can't be changed
 SHAPE = ("d_model", "n_layer", "n_heads", "attn_layers", "rotary_dim", "max_positions", "d_state",
-         "head_dim", "mlp_mult", "init_std", "embed_dropout", "resid_dropout")
+         "head_dim", "mlp_mult", "init_std", "embed_dropout", "resid_dropout", "attn_dropout")
 INHERITED = ("model", "size", "tokenizer", *SHAPE)      # with --init
 PATHS = ("data", "dev", "vocab", "init", "log", "plot", "out")      # absolute in a checkpoint
 FIXED = ("task", "seed", *INHERITED)                    # with --resume
@@ -418,6 +420,7 @@ def parser(program:str, task:str) -> Parser:
       "bigs 3, stack and stack-serial 5)")
   add("--embed-dropout X", fraction, 0.0, "dropout after the embedding")
   add("--resid-dropout X", fraction, 0.0, "dropout in the blocks of a causal model")
+  add("--attn-dropout X", fraction, 0.0, "dropout of its attention's weights")
 
   add = option_adder(p, "training")
   add("--steps N", positive, 1000, "updates of the weights in all")
@@ -431,7 +434,9 @@ def parser(program:str, task:str) -> Parser:
       "(default: a tenth of --schedule-steps, at most 1000)")
   add("--weight-decay X", number(float, 0), 0.1,
       "of all weights but biases, norms, and in causal models embeddings and the SSMs' dynamics")
-  add("--clip X", above_0, 1.0, "largest norm of the whole gradient")
+  add("--clip X", number(float, 0), 1.0, "largest norm of the whole gradient; 0: any")
+  add("--beta2 X", number(float, 0.5, 0.9999), None, "how slowly AdamW forgets the gradients' squares "
+      f"(default: {BETA2}, of masked models {MASKED['beta2']})")
   add("--seed N", whole, 0, "of weights, batches and the sample")
   add("--dtype", str, "float32", "of the factors in products with weights, on a GPU of what is "
       "convolved, too; all else stays float32",
@@ -541,7 +546,8 @@ def saved_args(start:Saved, resume:bool) -> dict[str, object]:
     saved = {"task": saved["task"]} | saved
     if resume:
       read_losses(meta), read_evals(meta), int(meta["step"])
-      saved.setdefault("schedule_steps", saved.get("steps"))        # older ones had no other
+      older = dict(schedule_steps=saved.get("steps"), beta2=None)   # older ones had no other
+      saved = older | saved
     out = saved.get("out", ".")
     moved = {k: v and of_paths(v, lambda p: located(p, out, path.parent))
              for k, v in saved.items() if k in PATHS}
@@ -601,12 +607,12 @@ def check_options(args:Namespace) -> None:
     raise UserError(f"--task {args.task} is not for --model {model}: give {' or '.join(fitting)}")
   if not is_causal(args):
     unset = dict(attn_layers=None, rotary_dim=None, max_positions=0, head_dim=1, init_std=None,
-                 resid_dropout=0)
+                 resid_dropout=0, attn_dropout=0)
     for key, value in unset.items():
       if getattr(args, key) != value:
         raise UserError(f"{flag_of(key)} is for models that are causal, not for {model} here")
   parts, cut = args.accumulate*args.devices, args.truncate
-  dropout = args.embed_dropout or args.resid_dropout
+  dropout = has_dropout(args)
   checks = [
     (args.head_dim != 1 and model in ("transformer", "s4d"),
      f"--head-dim is for --model h3 or hybrid, not for {model}"),
@@ -663,6 +669,7 @@ def h3_config(args:Namespace, vocab_size:int) -> H3Config:
                   rotary_dim=rotary_dim, d_state=args.d_state, head_dim=args.head_dim,
                   mlp_mult=args.mlp_mult or 4, ssm="s4d" if args.model == "s4d" else "h3",
                   embed_dropout=args.embed_dropout, resid_dropout=args.resid_dropout,
+                  attn_dropout=args.attn_dropout,
                   init_std=args.init_std or 0.02, max_length=max(2048, 2*args.length),
                   max_positions=args.max_positions)
 
@@ -695,6 +702,17 @@ def make_model(args:Namespace, task:Task, start:Saved|None=None) -> Model:
                     f"{args.tokenizer}'s {task.vocab_size}: give the tokenizer it was trained with")
   if isinstance(model, BiGS): model.lengthen(args.length)
   else: model.config.max_length = max(model.config.max_length, 2*args.length)
+  return model
+
+def fixed_weights(model:Model, task:Task) -> dict[str, float]:
+  "Weights that the task leaves alone, by name, and the number they all are."
+  return {name: value for name in get_state_dict(model)
+          for end, value in task.fixed.items() if name.endswith(end)}
+
+def with_fixed_weights(model:Model, task:Task) -> Model:
+  params = get_state_dict(model)
+  for name, value in fixed_weights(model, task).items():
+    fill(params[name], np.full(params[name].shape, value, np.float32))
   return model
 
 def check_positions(model:Model, task:Task) -> None:
@@ -941,14 +959,18 @@ class Run:
   def __init__(self, program:str, args:Namespace, task:Task, start:Saved|None):
     self.program, self.args, self.task = program, args, task
     self.out, self.path = Path(args.out), Path(args.out)/CHECKPOINT
-    self.new_model = lambda: make_model(args, task, start)
+    self.new_model = lambda: with_fixed_weights(make_model(args, task, start), task)
     self.devices = open_devices(args.devices)
     self.model = self.new_model()
     check_positions(self.model, task)
     if self.devices:
       for p in get_state_dict(self.model).values(): p.shard_(self.devices).realize()
     self.params = get_state_dict(self.model)
-    self.opt = AdamW(self.params, **(MASKED if isinstance(self.model, BiGS) else {}))
+    fixed = fixed_weights(self.model, task)
+    trained = {name: p for name, p in self.params.items() if name not in fixed}
+    betas = MASKED if isinstance(self.model, BiGS) else {}
+    if args.beta2: betas = betas | {"beta2": args.beta2}
+    self.opt = AdamW(trained, **betas)
     self.state = training_state(self.model, self.opt)
     self.scale, self.log = LossScale(args.dtype), Log(args, task)
     bert = task.tokenizer and args.tokenizer == "bert"  # its file goes beside the checkpoint
@@ -981,7 +1003,7 @@ class Run:
   def hyper(self, step:int) -> list[Tensor]:
     args = self.args
     ssm_scale = min(1e-3, args.lr) / args.lr            # the SSMs' dynamics learn at 1e-3 at most
-    return self.opt.hyper(step, self.rate(step), args.weight_decay, args.clip, ssm_scale,
+    return self.opt.hyper(step, self.rate(step), args.weight_decay, args.clip or math.inf, ssm_scale,
                           self.scale.value)
 
   def rate(self, step:int) -> float:
@@ -1194,7 +1216,7 @@ class Run:
 def train(program:str, interrupt:Interrupt, args:Namespace, start:Saved|None=None) -> int:
   "Does one run. start: the checkpoint that --resume or --init names."
   Tensor.manual_seed(args.seed)                         # dropout's; weights and batches are numpy's
-  if args.embed_dropout or args.resid_dropout:
+  if has_dropout(args):
     Tensor.rand(1).realize()                            # makes the counter that is saved
   task = TASKS[args.task].make(args)
   fill_step_defaults(args, start)

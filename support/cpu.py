@@ -49,7 +49,7 @@ from tinygrad.codegen.opt.postrange import Scheduler
 from tinygrad.device import Compiled, TinyELF
 from tinygrad.dtype import DType
 from tinygrad.engine import jit as tinyjit, realize, worker
-from tinygrad.helpers import (CCACHE, EMULATED_DTYPES, NOOPT, all_int, cache_dir, ceildiv,
+from tinygrad.helpers import (CCACHE, EMULATED_DTYPES, NOOPT, TRAINING, all_int, cache_dir, ceildiv,
                               diskcache_get, diskcache_put, prod)
 from tinygrad.renderer import Estimates, cstyle
 from tinygrad.runtime.ops_cpu import BufferSpec, CPUAllocator, CPUProgram, HCQBuffer
@@ -724,14 +724,14 @@ def attend_kernel(y:UOp, q:UOp, k:UOp, v:UOp, pos:UOp, *start:UOp, m:Machine) ->
   return body.finish(f"attend_{G}x{T}x{D}", estimates=work).replace(tag=1)
 
 def attend(q:Tensor, k:Tensor, v:Tensor, pos:Tensor|None=None, start:Tensor|None=None,
-           causal:bool=True) -> Tensor|None:
+           causal:bool=True, dropout:float=0.0) -> Tensor|None:
   """softmax(q k^T / sqrt hd) v: q (B,heads,L,hd), k, v (B,heads,T,hd) -> like q.
 
   pos, start: see h3tiny.attend. Differentiable once. A single query with `pos` is decoding: the
   time is that of reading the rows that it sees, whatever T, and there is no gradient.
   """
   (B, heads, L, hd), T = q.shape, k.shape[2]
-  if not serves(q, k, v): return None
+  if not serves(q, k, v) or (dropout and TRAINING): return None
   place = [x for x in (pos, start) if x is not None]
   if causal and pos is not None and L == 1:
     if T > MAX_ROW: return None

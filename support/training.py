@@ -391,6 +391,9 @@ def check_memory(args:Namespace, shape:tuple[int, int], vocab_size:int, start:Sa
                   f"{n/1e6:,.0f} M parameters with their gradients and moments, and {size(free)} "
                   f"of memory are free: take a smaller {smaller}")
 
+def has_dropout(args:Namespace) -> bool:
+  return bool(args.embed_dropout or args.resid_dropout or args.attn_dropout)
+
 def estimate(run, before:float) -> int:
   """Tries four steps and an evaluation of train.py's Run; prints what the whole of it will take.
   before: bytes of memory at the peak until the model was made."""
@@ -422,7 +425,7 @@ def estimate(run, before:float) -> int:
   less = []
   if args.batch % (2*args.accumulate*args.devices) == 0:
     less.append(f"--accumulate {2*args.accumulate}")
-  dropout = args.embed_dropout or args.resid_dropout
+  dropout = has_dropout(args)
   if args.task == "text" and not (args.checkpoint_activations or args.truncate or dropout):
     less.append("--checkpoint-activations")
   if less: print(f"half the activations: {' or '.join(less)}")
