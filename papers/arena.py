@@ -172,7 +172,7 @@ def show_speed(out:Path) -> None:
       options = (f"{LISTOPS} {model} --batch {batch} --length {length} --steps {steps} "
                  f"--eval-every 1000 --held-out {batch}")
       folder = out / f"speed-{Device.DEFAULT.lower()}-{batch}x{length}-flash{flash}-{row.lower()}"
-      run = Run(f"{row}, {title}", folder, options.split(), {"FLASH": flash})
+      run = Run(f"{row}, {title}", 0, folder, options.split(), {"FLASH": flash})
       train_all(PROGRAM, [run], 1)
       tokens = re.findall(r"([\d,]+) tokens/s", (folder/"output.txt").read_text())[-1]
       rates.append(int(tokens.replace(",", "")) / (batch*length))

@@ -28,10 +28,10 @@ from support.text import Interrupt, Tokenizer, UserError, counted, listed, print
 from support.training import PREVIOUS, check_writable, read_newest
 from train import Batch, Parser, Task, always, cross_entropy, duration, number, read_evals
 
-CSV_COLUMNS = "model task seed steps figure paper minutes".split()
+CSV_COLUMNS = "model task seed steps figure best paper minutes".split()
 COLORS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2", "#f58518")
 ONE_CORE = {"NUM_CPU_THREADS": "1"}
-RECIPE = 2      # raised where other data or defaults make a finished run another one
+RECIPE = 3      # raised where other data or defaults make a finished run another one
 UNVERIFIED = "the paper's figures come from notes on it, unverified"
 
 # ---- a claim's models and tasks -----------------------------------------------------------------
@@ -46,6 +46,7 @@ class Column(NamedTuple):
 class Run:
   "One model, trained in a folder and a process of its own."
   title: str
+  seed: int
   folder: Path
   options: list[str]
   env: dict[str, str]
@@ -85,17 +86,19 @@ class Grid:
   rows: dict[str, str]                            # a model's name: its options
   columns: dict[str, Column]
   percent: bool = True
-  seeds: int = 3
+  seeds: tuple[int, ...] = (0, 1, 2)
 
-  def plan(self, out:Path, seeds:int) -> Cells:
-    "The runs of each cell, seed by seed. Columns with the same options share a run."
+  def plan(self, out:Path, n:int) -> Cells:
+    "The runs of each cell with n seeds, one by one. Columns with the same options share a run."
     runs, cells = {}, {}                          # runs by their folder
-    for seed, row, column in itertools.product(range(seeds), self.rows, self.columns):
+    more = (seed for seed in itertools.count() if seed not in self.seeds)
+    seeds = [*itertools.islice(itertools.chain(self.seeds, more), n)]
+    for seed, row, column in itertools.product(seeds, self.rows, self.columns):
       options = f"{self.columns[column].options} {self.rows[row]}"
       slug = re.sub("[^a-z0-9]+", "-", options.replace("--", "").lower())
       folder = out / f"{slug}-v{RECIPE}" / f"seed{seed}"
       title = f"{row}, {column}, seed {seed}"
-      run = Run(title, folder, f"{options} --seed {seed}".split(), ONE_CORE)
+      run = Run(title, seed, folder, f"{options} --seed {seed}".split(), ONE_CORE)
       cells.setdefault((row, column), []).append(runs.setdefault(folder, run))
     return cells
 
@@ -104,6 +107,10 @@ class Grid:
     metric, scale = self.columns[column].metric, 100 if self.percent else 1
     return [(step, scale*(loss if metric == "loss" else metrics[metric]))
             for step, loss, metrics in read_evals(run.meta)]
+
+  def last_and_best(self, run:Run, column:str) -> tuple[float, float]:
+    figures = [figure for _, figure in self.curve(run, column)]
+    return figures[-1], (min if self.columns[column].metric == "loss" else max)(figures)
 
 def train_all(program:str, runs:list[Run], at_once:int) -> None:
   """Trains the runs that are not finished, some at once, and tells of each. Where it is
@@ -133,19 +140,23 @@ def train_all(program:str, runs:list[Run], at_once:int) -> None:
 # ---- its table and curves -----------------------------------------------------------------------
 
 def report(grid:Grid, cells:Cells, out:Path) -> None:
-  "Prints the table with the paper's figures; writes table.csv, and with matplotlib curves.png."
+  """Prints the table with the paper's figures, and the figures of each seed; writes table.csv, and
+  with matplotlib curves.png."""
   digits = 1 if grid.percent else 3
-  lines, table = [], []
+  lines, table, by_seed = [], [], []
   runs = {row: set() for row in grid.rows}        # columns may share a run
   for name, column in grid.columns.items():
     shown = [name]
     for row in grid.rows:
-      paper, figures = column.paper.get(row, ""), []
-      for seed, run in enumerate(cells[row, name]):
-        step, figure = grid.curve(run, name)[-1]
-        figures.append(figure)
-        lines.append([row, name, seed, step, round(figure, 4), paper, round(run.minutes(), 2)])
-      runs[row].update(cells[row, name])
+      paper = column.paper.get(row, "")
+      of_row = cells[row, name]
+      figures, best = zip(*(grid.last_and_best(run, name) for run in of_row))
+      for run, figure, highest in zip(of_row, figures, best):
+        lines.append([row, name, run.seed, run.meta["step"], round(figure, 4), round(highest, 4), paper,
+                      round(run.minutes(), 2)])
+      by_seed.append([f"{row}, {name}", *(f"{figure:.{digits}f} ({highest:.{digits}f})"
+                                          for figure, highest in zip(figures, best))])
+      runs[row].update(of_row)
       mean, least, most = (f"{f(figures):.{digits}f}" for f in (np.mean, min, max))
       shown.append(f"{mean} ({least}-{most})" + f" [{paper}]"*bool(paper))
     table.append(shown)
@@ -154,8 +165,9 @@ def report(grid:Grid, cells:Cells, out:Path) -> None:
   print()
   print_table(["", *grid.rows], [*table, ["minutes a seed", *minutes]])
   one_core = "; a run has one core"*(Device.DEFAULT == "CPU")
-  print(f"the mean of {counted(seeds, 'seed')} (least-most) [the paper's]{one_core}",
-        flush=True)
+  print(f"the mean of {counted(seeds, 'seed')} (least-most) [the paper's]{one_core}\n")
+  print_table(["", *(f"seed {run.seed}" for run in of_row)], by_seed)
+  print("at the end (the best evaluation)", flush=True)
   with open(out/"table.csv", "w", newline="") as f:
     csv.writer(f).writerows([CSV_COLUMNS, *lines])
   try: plot_curves(grid, cells, out/"curves.png")
@@ -187,6 +199,18 @@ def plot_curves(grid:Grid, cells:Cells, path:Path) -> None:
   axes[0].legend(frameon=False)
   fig.savefig(path)
 
+def trained(name:str, program:str, default:str, options:Iterable[str]=()
+            ) -> tuple[argparse.Namespace, Task, train.Model]:
+  """The options, task and model of a run's folder, or of the checkpoint in it; UserError where there
+  is none. options: stand over the run's own."""
+  folder = Path(name)
+  if folder.name == CHECKPOINT: folder = folder.parent
+  if not any((folder/name).exists() for name in (CHECKPOINT, PREVIOUS)):
+    raise UserError(f"no model in {folder}: train one first, with --out {shlex.quote(str(folder))}")
+  args, start = train.resolve_args(["--resume", "--out", str(folder), *options], program, default)
+  task = train.TASKS[args.task].make(args)
+  return args, task, train.make_model(args, task, start)
+
 # ---- a program's command line -------------------------------------------------------------------
 
 def show(program:str, default:str, argv:list[str]) -> int:
@@ -195,15 +219,10 @@ def show(program:str, default:str, argv:list[str]) -> int:
   parser = Parser(prog=program)
   parser.add_argument("--show", metavar="DIR", required=True)
   known, others = parser.parse_known_args(argv)
-  folder = Path(known.show)
-  if folder.name == CHECKPOINT: folder = folder.parent
   try:
-    if not any((folder/name).exists() for name in (CHECKPOINT, PREVIOUS)):
-      raise UserError(f"no model in {folder}: train one first, with --out {shlex.quote(str(folder))}")
-    args, start = train.resolve_args(["--resume", "--out", str(folder), *others], program, default)
-    task = train.TASKS[args.task].make(args)
+    args, task, model = trained(known.show, program, default, others)
     if not task.sample: raise UserError(f"--task {args.task} has nothing to show")
-    task.sample(train.make_model(args, task, start))
+    task.sample(model)
   except UserError as e: parser.error(str(e))
   return 0
 
@@ -221,7 +240,7 @@ def run_program(program:str, about:str, grid:Grid|None, default:str, argv:list[s
   if "--reproduce" not in argv or grid is None: return train.main(argv, program, default)
   parser = Parser(prog=program)
   parser.add_argument("--reproduce", action="store_true")
-  parser.add_argument("--seeds", type=number(int, 1), default=grid.seeds)
+  parser.add_argument("--seeds", type=number(int, 1), default=len(grid.seeds))
   parser.add_argument("--out", default="reproduced")
   args = parser.parse_args(argv)
   # its own processes may take longer to save than a second
