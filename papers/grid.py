@@ -87,6 +87,7 @@ class Grid:
   columns: dict[str, Column]
   percent: bool = True
   seeds: tuple[int, ...] = (0, 1, 2)
+  shares: str = ""                                # the grid whose runs it takes, where they are its own, too
 
   def plan(self, out:Path, n:int) -> Cells:
     "The runs of each cell with n seeds, one by one. Columns with the same options share a run."
@@ -96,7 +97,7 @@ class Grid:
     for seed, row, column in itertools.product(seeds, self.rows, self.columns):
       options = f"{self.columns[column].options} {self.rows[row]}"
       slug = re.sub("[^a-z0-9]+", "-", options.replace("--", "").lower())
-      folder = out / f"{slug}-v{RECIPE}" / f"seed{seed}"
+      folder = out.with_name(self.shares or self.name) / f"{slug}-v{RECIPE}" / f"seed{seed}"
       title = f"{row}, {column}, seed {seed}"
       run = Run(title, seed, folder, f"{options} --seed {seed}".split(), ONE_CORE)
       cells.setdefault((row, column), []).append(runs.setdefault(folder, run))
