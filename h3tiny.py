@@ -221,6 +221,12 @@ class Positions(NamedTuple):
     "Sets x (B,L,D) to 0 in the padding, which then leaves an SSM's state at 0."
     return x if self.start is None else x * (self.of(x.shape[1]) >= 0).unsqueeze(-1)
 
+def move_on(states:list[State]|None, after:list[State], *computed:Tensor) -> None:
+  "Realises what was computed from states, and the states after them; then overwrites the former."
+  old, new = get_parameters(states), get_parameters(after)
+  Tensor.realize(*computed, *new)
+  overwrite(old, new)
+
 def zeros(*shape:int) -> Tensor: return Tensor(np.zeros(shape, np.float32)).realize()
 def copied(x:Tensor) -> Tensor: return x.clone().realize()
 
@@ -721,8 +727,7 @@ class H3LM:
       x, new = layer(x, before, positions, layer_weights)
       after.append(new)
     logits = self.head(x[:, -1].contiguous())
-    Tensor.realize(logits, *get_parameters(after))
-    overwrite(get_parameters(state.layers), get_parameters(after))
+    move_on(state.layers, after, logits)
     state.positions.assign(state.positions + tokens.shape[1]).realize()
     return logits
 

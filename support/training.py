@@ -21,7 +21,7 @@ from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 from bigs_tiny import BiGS
 import flashconv
 from flashconv import capture, machine, overwrite
-from h3tiny import H3LM
+from h3tiny import H3LM, move_on
 from support.checkpoints import (CHECKPOINT, CheckpointError, Weights, read_weights,
                                  save_checkpoint)
 from support.text import UserError, free_memory, peak_memory, waiting
@@ -305,12 +305,6 @@ class CarriedState:
     logits, after = self.model.forward(tokens, self.state)
     return self.loss_of(logits, targets), after
 
-  def move_on(self, after:Sequence, *others:Tensor) -> None:
-    "Realises what was computed from the state, and then overwrites it."
-    tensors = get_parameters(after)
-    Tensor.realize(*others, *tensors)
-    overwrite(get_parameters(self.state), tensors)
-
 def truncated(carried:CarriedState, params:list[Tensor]) -> Gradients:
   """Takes the place of forward and backward: the state goes on from each piece to the next, no
   gradient comes back through it (truncated backpropagation through time)."""
@@ -318,7 +312,7 @@ def truncated(carried:CarriedState, params:list[Tensor]) -> Gradients:
     loss, after = carried.loss(tokens, targets)
     loss = loss * weight.reshape(())
     grads = loss.gradient(*params)
-    carried.move_on(after, loss, *grads)
+    move_on(carried.state, after, loss, *grads)
     return loss, grads
   return gradients
 
@@ -326,7 +320,7 @@ def truncated_eval(carried:CarriedState, make_eval:Callable, size:int) -> Callab
   "Wraps the plain evaluation: reads a batch in pieces, as in training."
   def forward(model, tokens, targets):
     loss, after = carried.loss(tokens, targets)
-    carried.move_on(after, loss)
+    move_on(carried.state, after, loss)
     return (loss,)
   of_piece = make_eval(carried.model, forward)
   def evaluate(batch):
