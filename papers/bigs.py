@@ -25,10 +25,10 @@ from typing import NamedTuple
 import numpy as np
 from tinygrad import GlobalCounters, Tensor
 from bigs_tiny import BiGS, BiGSConfig, filters
-from papers.grid import COLORS, UNVERIFIED, Column, Grid, panels, show_rows, run_program
+from papers.grid import (COLORS, UNVERIFIED, Column, Grid, look_at, panels, run_program,
+                         show_rows)
 from support.checkpoints import CheckpointError, find
-from support.cpu import setup_device
-from support.text import Interrupt, UserError, counted, pad
+from support.text import UserError, counted, pad
 from train import Parser, Task, cross_entropy, is_causal, make_eval, number, task
 
 # ---- subject-verb agreement ---------------------------------------------------------------------
@@ -229,16 +229,10 @@ def look(argv:list[str]) -> int:
   add("--offsets", metavar="N", type=number(int, 1), default=10,
       help="how far the plot looks (default: 10)")
   add("--flops", action="store_true", help="count operations by length, BiGS and BERT (3 minutes)")
-  args = parser.parse_args(argv)
-  with Interrupt(lambda: "") as interrupt:
-    setup_device()
-    try:
-      if args.plot: print(f"wrote {plot_filters(args.plot, args.offsets)}")
-      if args.flops: print_operations()
-      return 0
-    except UserError as e: parser.error(str(e))
-    except OSError as e: parser.error(f"{e.filename}: {e.strerror}")
-  return interrupt.status
+  def both(args:argparse.Namespace) -> None:
+    if args.plot: print(f"wrote {plot_filters(args.plot, args.offsets)}")
+    if args.flops: print_operations()
+  return look_at(parser, argv, both)
 
 def main(argv:list[str]|None=None) -> int:
   argv = sys.argv[1:] if argv is None else argv

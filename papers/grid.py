@@ -263,6 +263,18 @@ def run_program(program:str, about:str, grid:Grid|None, default:str, argv:list[s
     except UserError as e: parser.error(str(e))
   return 130
 
+def look_at(parser:Parser, argv:list[str], look:Callable[[argparse.Namespace], None]) -> int:
+  "The command line of what looks at finished models."
+  args = parser.parse_args(argv)
+  with Interrupt(lambda: "") as interrupt:
+    setup_device()
+    try:
+      look(args)
+      return 0
+    except UserError as e: parser.error(str(e))
+    except OSError as e: parser.error(f"{e.filename}: {e.strerror}")
+  return interrupt.status
+
 # ---- tasks with a label a row -------------------------------------------------------------------
 # Their rows are arrays, which batches are parts of: tokens (n,L), masks (n,L) and labels (n,).
 

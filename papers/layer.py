@@ -28,10 +28,9 @@ import numpy as np
 from tinygrad import Tensor
 from flashconv import fftconv
 from h3tiny import Attention, H3LM, H3Mixer
-from papers.grid import Column, Grid, panels, run_program, trained
+from papers.grid import Column, Grid, look_at, panels, run_program, trained
 from papers.synthetic import MAKERS, OFTEN, names_of
-from support.cpu import setup_device
-from support.text import Interrupt, UserError
+from support.text import UserError
 from train import Parser, number
 
 GRID = Grid(
@@ -187,14 +186,6 @@ def main(argv:list[str]|None=None) -> int:
   parser = Parser(prog="papers/layer.py")
   parser.add_argument("--plot", metavar="DIR", nargs="+", required=True)
   parser.add_argument("--row", type=number(int, 0, 99), default=0)
-  args = parser.parse_args(argv)
-  with Interrupt(lambda: "") as interrupt:
-    setup_device()
-    try:
-      print(f"wrote {plot(args.plot, args.row)}")
-      return 0
-    except UserError as e: parser.error(str(e))
-    except OSError as e: parser.error(f"{e.filename}: {e.strerror}")
-  return interrupt.status
+  return look_at(parser, argv, lambda args: print(f"wrote {plot(args.plot, args.row)}"))
 
 if __name__ == "__main__": sys.exit(main())
