@@ -6,6 +6,7 @@
   echo "import os" | python generate.py --model out/checkpoint.safetensors
   python generate.py --model 1.3B --dtype bfloat16    a released model, downloaded once, in bfloat16
   python generate.py --perplexity book.txt            how well a model predicts a text
+  python generate.py --perplexity book.txt --window whole     …each byte given all before it
   python generate.py --compare out book --perplexity book.txt          several models, in a table
   python generate.py --score questions.jsonl          multiple choice by likelihood
   python generate.py --export h3/model.safetensors    the model as the authors' code reads it
@@ -30,10 +31,10 @@ import numpy as np
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.device import Buffer
 from tinygrad.helpers import round_up, tqdm
-from tinygrad.nn.state import get_state_dict
+from tinygrad.nn.state import get_parameters, get_state_dict
 from bigs_tiny import BiGS
-from flashconv import WEIGHTS, capture
-from h3tiny import H3LM, visible_rows
+from flashconv import WEIGHTS, capture, overwrite
+from h3tiny import H3LM, State, move_on, visible_rows
 from support.checkpoints import (CHECKPOINT, RELEASED, CheckpointError, Weights, bigs_model, find,
                                  h3_model, read_weights, refusing, require_head, save_official,
                                  stated_labels)
@@ -178,14 +179,21 @@ def surprisal(logits:Tensor, targets:Tensor) -> Tensor:
 
 NLL = Callable[[np.ndarray], np.ndarray]
 
-def likelihood_of(model:H3LM) -> NLL:
-  "A function of rows of tokens (B,L+1) to -log p in nats of each but the first, (B,L)."
+def likelihood_of(model:H3LM, carry:list[State]|None=None) -> NLL:
+  """A function of rows of tokens (B,L+1) to -log p in nats of each but the first, (B,L).
+
+  carry: the layers' states before the rows, as in H3LM.forward; those after them overwrite it."""
   graphs = {}                                              # by the rows' shape
+  def forward(inputs:Tensor, targets:Tensor) -> Tensor:
+    logits, after = model.forward(inputs, carry)
+    nats = surprisal(logits, targets)
+    move_on(carry, after, nats)
+    return nats
   def nll(rows:np.ndarray) -> np.ndarray:
     inputs, targets = (Tensor(np.ascontiguousarray(x, np.int32)).realize()
                        for x in (rows[:, :-1], rows[:, 1:]))
     new = inputs.shape not in graphs
-    if new: graphs[inputs.shape] = capture(lambda x, y: surprisal(model(x), y).realize())
+    if new: graphs[inputs.shape] = capture(forward)
     with waiting("the first window", new): nats = graphs[inputs.shape](inputs, targets).numpy()
     return check_finite(nats)
   return nll
@@ -217,24 +225,50 @@ def document_nll(nll:NLL, ids:np.ndarray, window:int, stride:int) -> tuple[np.nd
   bar.update(0, close=True)
   return out, len(starts)
 
+def carried_nll(nll:NLL, carry:list[State], ids:np.ndarray) -> tuple[np.ndarray, int]:
+  """Takes the place of `document_nll` without windows: each token is predicted from all before it.
+
+  The document goes through the model in pieces, and the layers' states from each to the next: exact
+  at any length, in memory that grows by no more than the numbers returned. nll:
+  `likelihood_of(model, carry)`."""
+  states, n = get_parameters(carry), len(ids) - 1
+  overwrite(states, [state.zeros_like() for state in states])
+  size = min(TOKENS_AT_ONCE, round_up(n, 64))
+  padded = np.pad(ids, (0, round_up(n, size) - n))         # nothing comes after the padding
+  starts = tqdm(range(0, n, size), desc="pieces", disable=n <= size)
+  each = [nll(padded[None, i:i+size+1])[0] for i in starts]
+  return np.concatenate(each)[:n], len(each)
+
 class Likelihood(NamedTuple):
-  "-log p in nats of texts in all, and their tokens, bytes and windows."
+  """-log p in nats of texts in all, their tokens, bytes, and windows or pieces.
+
+  by_position: nats and bytes by the byte that a token begins at, (RANGES,2): below FIRST_RANGE,
+  below twice that, and so on."""
   nats: float
   tokens: int
   bytes: int
   windows: int
+  by_position: np.ndarray
 
-def likelihood(model:H3LM, tokenizer:Tokenizer, texts:list[str], window:int, stride:int
+FIRST_RANGE, RANGES = 256, 40
+
+def likelihood(model:H3LM, tokenizer:Tokenizer, texts:list[str], window:int|None, stride:int
                ) -> Likelihood:
-  "Reads documents, each after an <|endoftext|>, in windows: see `document_nll`."
-  nll, tokens, windows, nats = likelihood_of(model), 0, 0, 0.0
+  """Reads documents, each after an <|endoftext|>, in windows, see `document_nll`; window None:
+  whole, see `carried_nll`."""
+  carry = None if window else model.init_carry(1)
+  nll, tokens, windows, ranges = likelihood_of(model, carry), 0, 0, np.zeros((RANGES, 2))
   for text in tqdm(texts, desc="texts", disable=len(texts) < 20):
     ids = tokenizer.encode(text)
-    each, n = document_nll(nll, np.concatenate([[tokenizer.eot], ids]), window, stride)
+    row = np.concatenate([[tokenizer.eot], ids])
+    nats, n = document_nll(nll, row, window, stride) if window else carried_nll(nll, carry, row)
     tokens += len(ids)
     windows += n
-    nats += float(each.sum())
-  return Likelihood(nats, tokens, sum(len(text.encode()) for text in texts), windows)
+    sizes = [len(tokenizer.decode([i])) for i in ids]
+    which = np.frexp((np.cumsum(sizes) - sizes) // FIRST_RANGE)[1]   # exponents: 0, 1, 2, 2, 3, …
+    ranges += np.stack([np.bincount(which, x, RANGES) for x in (nats, sizes)], -1)
+  nats, size = ranges.sum(0)
+  return Likelihood(float(nats), tokens, int(size), windows, ranges)
 
 def texts_of(path:str, key:str) -> list[str]:
   "The texts of a file: in a .jsonl, the value of `key` in each line. UserError if there are none."
@@ -242,18 +276,41 @@ def texts_of(path:str, key:str) -> list[str]:
   if not texts: raise UserError(f"{path} is empty: there is nothing to predict")
   return texts
 
-def print_perplexity(model:H3LM, tokenizer:Tokenizer, path:str, window:int, stride:int,
-                     key:str=TEXT_KEY) -> None:
-  "Prints the perplexity of a file, per token and per byte."
+def print_perplexity(model:H3LM, tokenizer:Tokenizer, path:str, window:int|None, stride:int,
+                     key:str=TEXT_KEY, positions:bool=False) -> None:
+  "Prints the perplexity of a file, per token and per byte; positions: by position, too."
   texts = texts_of(path, key)
-  total, tokens, size, windows = likelihood(model, tokenizer, texts, window, stride)
+  found = likelihood(model, tokenizer, texts, window, stride)
+  total, tokens, size, windows, _ = found
   several = f"{counted(len(texts), 'text')}, " if len(texts) > 1 else ""
-  each = f", each {stride:,} after the one before" if windows > len(texts) else ""
-  print(f"{path}: {several}{counted(tokens, 'token')}, {counted(size, 'byte')}; "
-        f"{counted(windows, 'window')} of {counted(window, 'token')}{each}\n"
+  how = f"whole, in {counted(windows, 'piece')}"
+  if window:
+    how = f"{counted(windows, 'window')} of {counted(window, 'token')}"
+    if windows > len(texts): how += f", each {stride:,} after the one before"
+    if positions: how += ", as this model has no state that could carry all of a text"
+  print(f"{path}: {several}{counted(tokens, 'token')}, {counted(size, 'byte')}; {how}\n"
         f"per token: perplexity {math.exp(total/tokens):.4g}, {total/tokens:.4f} nats\n"
         f"per byte:  perplexity {math.exp(total/size):.4g}, {total/size/math.log(2):.4f} bits",
         flush=True)
+  if positions:
+    print_positions({"bits per byte": found})
+    print(f"{peak_memory()/1e9:.2f} GB of memory at the peak", flush=True)
+
+def bits_by_position(found:list[Likelihood]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns the first byte of each range of positions, the first one's bytes there, and all bits
+  per byte, (found,ranges); nan where no token begins. Ranges: those that the first one reaches."""
+  ranges = np.stack([each.by_position for each in found])
+  some = np.flatnonzero(ranges[0, :, 1])
+  nats, sizes = ranges[:, some].transpose(2, 0, 1)
+  with np.errstate(invalid="ignore"): bits = nats / sizes / math.log(2)
+  return (FIRST_RANGE << some >> 1) * (some > 0), sizes[0], bits
+
+def print_positions(found:dict[str, Likelihood]) -> None:
+  "Prints bits per byte by position, a column for each model by its name."
+  begins, sizes, bits = bits_by_position([*found.values()])
+  print_table(["from byte", "bytes", *found],
+              [[f"{at:,}", f"{n:,.0f}", *map("{:.4f}".format, row)]
+               for at, n, row in zip(begins, sizes, bits.T)])
 
 # a line of --score's file
 QUESTION = '{"context": "…", "choices": ["…", …], "answer": the number of the right one, from 0}'
@@ -511,6 +568,12 @@ def print_text(model:H3LM, tokenizer:Tokenizer, prompts:list[str], n:int, stop:s
 
 # ---- command line -------------------------------------------------------------------------------
 
+WHOLE = "whole"
+
+def window_size(text:str) -> int|str:
+  "An argparse type: a number of tokens, or WHOLE."
+  return text if text == WHOLE else number(int, 1)(text)
+
 def parser() -> Parser:
   p = Parser(prog="generate.py", description="Continue a prompt with a trained model.",
              epilog='example: python generate.py --prompt "def main():" --temperature 0.7')
@@ -560,8 +623,10 @@ def parser() -> Parser:
                       f"file is {QUESTION}")
   scores.add_argument("--shots", metavar="K", type=number(int, 0), default=0,
                       help="begin every context of --score with the first K questions and answers")
-  scores.add_argument("--window", metavar="N", type=number(int, 1),
-                      help="tokens that the model sees at once (default: as in training)")
+  scores.add_argument("--window", metavar="N", type=window_size,
+                      help="tokens that the model sees at once (default: as in training); whole: "
+                      "each given all before it, by the state that H3 layers carry through a text "
+                      "of any length, and bits per byte by position; attention keeps its windows")
   scores.add_argument("--stride", metavar="N", type=number(int, 1),
                       help="tokens from one window of --perplexity to the next (default: half)")
   other = p.add_argument_group("other uses, in place of text")
@@ -691,14 +756,22 @@ def run(args:argparse.Namespace) -> None:
 def print_likelihood(args:argparse.Namespace, model:H3LM, tokenizer:Tokenizer, length:int|None
                      ) -> None:
   "--score or --perplexity."
+  whole = args.window == WHOLE
+  if args.score is not None and whole:
+    raise UserError(f"--window {WHOLE} is for --perplexity and --compare: give --score a number")
   window, stride = windows(args, model, length)
   if args.score is not None: return print_score(model, tokenizer, args.score, args.shots, window)
-  print_perplexity(model, tokenizer, args.perplexity, window, stride, args.text_key)
+  print_perplexity(model, tokenizer, args.perplexity, window, stride, args.text_key, whole)
 
-def windows(args:argparse.Namespace, model:H3LM, length:int|None) -> tuple[int, int]:
-  "Size of the windows, by default the length that the model was trained on, and how far apart."
-  most = model.config.max_positions or math.inf
-  window = args.window or min(most, length or model.config.max_length)
+def windows(args:argparse.Namespace, model:H3LM, length:int|None) -> tuple[int|None, int]:
+  """Size of the windows, by default the length that the model was trained on, and how far apart.
+  None, no windows: with --window whole, where the states of all layers carry on."""
+  most, asked = model.config.max_positions or math.inf, args.window
+  if asked == WHOLE:
+    if args.stride: raise UserError(f"--stride is for windows: leave it out, or --window {WHOLE}")
+    if not model.config.attn_layers and most == math.inf: return None, 0
+    asked = None
+  window = asked or min(most, length or model.config.max_length)
   if window > most:
     raise UserError(f"--window {window}: the model has learned positions for {most} tokens")
   stride = args.stride or -(-window//2)
@@ -707,8 +780,8 @@ def windows(args:argparse.Namespace, model:H3LM, length:int|None) -> tuple[int, 
                     "out")
   return window, stride
 
-def print_comparison(args:argparse.Namespace) -> None:
-  "Prints how well several models predict the same text, each in windows of its own."
+def models_to_compare(args:argparse.Namespace) -> tuple[list[SavedModel], str, list[str]]:
+  "The models of --compare, the texts that they are to predict, and a name for these."
   models = [read_model(name) for name in args.compare]
   for path, tensors, meta, trained in models:
     if meta.get("model") == "bigs" or any(k.startswith("bigs.") for k in tensors):
@@ -716,22 +789,33 @@ def print_comparison(args:argparse.Namespace) -> None:
                       "it out")
     if trained.get("task", "text") != "text":
       raise UserError(f"--compare: {path} was trained on --task {trained['task']}: leave it out")
-  if args.perplexity is None: about, texts = held_out_texts(models[0])
-  else: about, texts = args.perplexity, texts_of(args.perplexity, args.text_key)
-  rows = []
+  if args.perplexity is None: return models, *held_out_texts(models[0])
+  return models, args.perplexity, texts_of(args.perplexity, args.text_key)
+
+def predict(args:argparse.Namespace, saved:SavedModel, texts:list[str]
+            ) -> tuple[H3LM, Tokenizer, int|None, Likelihood]:
+  "Loads a model and reads texts with it, in windows of the size returned, or whole: None."
+  path, tensors, meta, trained = saved
+  model = h3_model(tensors, meta, str(path), dtype=args.dtype)
+  tokenizer = fitting_tokenizer(saved, model, meta.get("tokenizer") or args.tokenizer or "gpt2")
+  window, stride = windows(args, model, trained.get("length"))
+  return model, tokenizer, window, likelihood(model, tokenizer, texts, window, stride)
+
+def print_comparison(args:argparse.Namespace) -> None:
+  "Prints how well several models predict the same text."
+  models, about, texts = models_to_compare(args)
+  rows, founds = [], {}
   for name, saved in zip(args.compare, models):
-    path, tensors, meta, trained = saved
-    model = h3_model(tensors, meta, str(path), dtype=args.dtype)
-    tokenizer = fitting_tokenizer(saved, model, meta.get("tokenizer") or args.tokenizer or "gpt2")
-    window, stride = windows(args, model, trained.get("length"))
-    nats, tokens, size, _ = likelihood(model, tokenizer, texts, window, stride)
+    model, tokenizer, window, founds[name] = predict(args, saved, texts)
+    nats, tokens, size, *_ = founds[name]
     millions = sum(p.numel() for p in get_state_dict(model).values()) / 1e6
-    rows.append([name, trained.get("model", "official"), f"{millions:.2f} M", meta.get("step", "-"),
-                 tokenizer.name, f"{window:,}", f"{nats/size/math.log(2):.4f}",
-                 f"{math.exp(nats/tokens):.4g}"])
+    rows.append([name, saved.trained.get("model", "official"), f"{millions:.2f} M",
+                 saved.meta.get("step", "-"), tokenizer.name, f"{window:,}" if window else WHOLE,
+                 f"{nats/size/math.log(2):.4f}", f"{math.exp(nats/tokens):.4g}"])
   print(f"{about}: {size:,} bytes")
   print_table(["", "model", "parameters", "steps", "tokens", "window", "bits per byte",
                "perplexity per token"], rows)
+  if args.window == WHOLE: print_positions(founds)
 
 HELD_OUT = 1 << 18                         # tokens of held-out text that --compare reads at most
 

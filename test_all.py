@@ -8,8 +8,8 @@ alone, SLOW=1 all: without it what takes long is left out.
 """
 import gc, time
 gc.set_threshold(500_000, 50, 1000)     # tinygrad's graphs are many small objects: saves a quarter
-import ast, bz2, contextlib, csv, ctypes, dataclasses, functools, gzip, hashlib, http.server
-import importlib, importlib.util
+import ast, bz2, collections, contextlib, csv, ctypes, dataclasses, functools, gzip, hashlib
+import http.server, importlib, importlib.util
 import io, itertools, json, lzma, math, os, pickle, pickletools, re, shlex, shutil, signal, socket
 import struct, subprocess, sys, textwrap, threading, zipfile
 from pathlib import Path
@@ -33,7 +33,7 @@ from tinygrad.runtime.ops_cpu import CPUProgram
 from tinygrad.uop.ops import Ops
 import bigs_tiny, generate as gen, h3tiny, train
 from support import bench, checkpoints, text as texts, training
-from papers import arena, bigs, finetune, grid, layer, synthetic
+from papers import arena, bigs, finetune, grid, language, layer, synthetic
 from bigs_tiny import BLOCKS, BiGS, BiGSConfig
 from flashconv import capture, fftconv, ssm_conv
 from h3tiny import H3Config, H3LM, H3Mixer
@@ -2299,13 +2299,17 @@ def test_hostile_pickles(official, tmp_path):
   assert len(lines) == len(HOSTILE) + 8 and not (tmp_path/"ran").exists()
   for line in lines: assert line.endswith("| True | [] | set()"), line
 
-PEAK = """
-import sys, re, pathlib, support.checkpoints
-from support import cpu
+# VmHWM is the peak of this program alone; getrusage's is also its parent's, from before it began
+PEAK_NOW = """
+import sys, re, pathlib
 from h3tiny import H3Config, H3LM
 def peak():
   status = pathlib.Path("/proc/self/status").read_text()
   return 1024*int(re.search(r"VmHWM:\\s+(\\d+)", status)[1])
+"""
+PEAK = PEAK_NOW + """
+import support.checkpoints
+from support import cpu
 cpu.setup_device()
 H3LM(H3Config(8, 8, 1))
 before = peak()
@@ -2329,7 +2333,6 @@ def test_loading_takes_the_model_and_one_tensor(tmp_path):
     f.seek(last + 60)
     f.write(b"\xff"*4)
   sizes = [w.size for w in weights.values()]
-  # VmHWM is the peak of this program alone; getrusage's is also its parent's, from before it began
   for dtype, a_weight in (("float32", 4), ("bfloat16", 2)):
     grown = float(python(PEAK, str(path), dtype))
     # one tensor: as it lies in the file, and what it becomes
@@ -2862,6 +2865,9 @@ BAD_GENERATION = r"""
   --perplexity {tmp}/empty.txt | is empty
   --perplexity {tmp}/x.bin | not UTF-8
   --perplexity {tmp}/text.txt --window 8 --stride 9 | left out
+  --perplexity {tmp}/text.txt --window all | 'all' is not a whole number
+  --perplexity {tmp}/text.txt --window whole --stride 9 | --stride is for windows
+  --score {tmp}/text.txt --window whole | give --score a number
   --score a --perplexity b | give one of
   --score {tmp}/text.txt | line 1 is not JSON
   --score {tmp}/q1.jsonl | q1.jsonl line 2: a line is
@@ -4107,6 +4113,96 @@ def test_perplexity(done, tmp_path, printed):
   perplexity = math.exp(mean)
   assert numbers == pytest.approx([perplexity, mean, perplexity, mean/math.log(2)], rel=1e-3)
 
+@pytest.mark.parametrize("ssm", and_slow(["h3"], ["s4d"]))
+def test_whole_document(ssm, monkeypatch):
+  """A document in pieces, the state carried, is what one forward pass by FFT makes of it, also
+  where pieces do not divide it; the next begins anew. Five pieces hold no more memory than two."""
+  monkeypatch.setattr(gen, "TOKENS_AT_ONCE", 64)
+  model, ids = shaken(H3Config(257, 12, 1, d_state=8, ssm=ssm)), tokens_of(257, 321)
+  carry, held = model.init_carry(1), []
+  pieces = gen.likelihood_of(model, carry)
+  def nll(rows:np.ndarray) -> np.ndarray:
+    nats = pieces(rows)
+    held[-1].append(GlobalCounters.mem_used)
+    return nats
+  want = gen.likelihood_of(model)(ids[None])[0]
+  for n in (20, 128, 320, 150):
+    held.append([])
+    nats, count = gen.carried_nll(nll, carry, ids[:n+1])
+    near(nats, want[:n], 1e-5)
+    assert count == len(held[-1]) == math.ceil(n/64)
+  assert max(held[2]) <= max(held[1])
+  # the state matters: without it the second piece is far from that
+  assert abs(gen.carried_nll(pieces, carry, ids[64:129])[0] - want[64:128]).max() > 0.1
+
+def test_bits_by_position(monkeypatch):
+  "A token counts in the range of positions that its first byte lies in, in each text."
+  monkeypatch.setattr(gen, "likelihood_of", lambda *_: stub_nll)
+  # a text is the sizes of its tokens
+  words = SimpleNamespace(eot=0, encode=np.array, decode=lambda ids: b"x"*sum(ids))
+  some = [[*rng.integers(1, 9, n)] for n in (400, 90, 3)]
+  want = collections.defaultdict(lambda: np.zeros(2))
+  for sizes in some:
+    nats, at = gen.document_nll(stub_nll, np.array([0, *sizes]), 64, 32)[0], 0
+    for nat, size in zip(nats, sizes):
+      begin = next(b for b in (1024, 512, 256, 0) if at >= b)
+      want[begin] += nat, size
+      at += size
+  found = gen.likelihood(None, words, some, 64, 32)
+  begins, sizes, bits = gen.bits_by_position([found, found])
+  assert begins.tolist() == sorted(want) and len(want) == 4
+  for begin, size, both in zip(begins, sizes, bits.T, strict=True):
+    assert size == want[begin][1]
+    assert both == pytest.approx([want[begin][0]/size/math.log(2)]*2)
+  assert (found.nats, found.bytes) == pytest.approx(tuple(sum(want.values())))
+
+def test_window_whole(done, tmp_path, printed, monkeypatch):
+  "What is printed and drawn of models with a state for all of a text, and without one."
+  monkeypatch.setattr(gen, "TOKENS_AT_ONCE", 256)
+  monkeypatch.setattr(gen, "likelihood_of", lambda *_: stub_nll)
+  model = H3LM(H3Config(257, 12, 1))
+  meta = {"model": "h3", "config": json.dumps(dataclasses.asdict(model.config)),
+          "tokenizer": "bytes", "args": '{"length": 256}'}
+  (tmp_path/"h3").mkdir()
+  h3 = saved(at(tmp_path/"h3"), get_state_dict(model), meta)
+  (file := tmp_path/"text.txt").write_text(TEXT[:600])
+  whole = f"--perplexity {file} --window whole"
+  out = printed(gen, f"--model {h3} {whole}")
+  assert "600 bytes; whole, in 3 pieces\n" in out and "GB of memory at the peak" in out
+  bits = float(re.search(r"per byte:.*, ([\d.]+) bits", out)[1])
+  row = r"^{:<9}   +{}   +([\d.]+)$"
+  ranges = [(0, 256), (256, 256), (512, 88)]
+  each = [float(re.search(row.format(*x), out, re.M)[1]) for x in ranges]
+  assert np.average(each, weights=[256, 256, 88]) == pytest.approx(bits, abs=1e-4)
+  out = printed(gen, f"--compare {h3} {done} {whole}")
+  assert re.findall(r"bytes +(whole|16) ", out) == ["whole", "16"]
+  assert [line.split()[:3] for line in out.splitlines()[-3:]] == [
+    [str(at), str(n), f"{x:.4f}"] for (at, n), x in zip(ranges, each)]
+  assert "windows of 16 tokens, each 8 after the one before, as this model has no state" in printed(
+    gen, f"--model {done} {whole}")
+  if not MATPLOTLIB: return
+  picture = tmp_path/"positions.png"
+  printed(language, f"--positions {h3} {done} --data {file} --out {picture}")
+  assert picture.read_bytes().startswith(b"\x89PNG")
+
+LONG = """
+import sys, numpy as np, generate as gen
+from support.text import ByteTokenizer
+gen.setup_device()
+model = gen.H3LM(H3Config(257, 64, 2))
+text = "".join(map(chr, np.random.default_rng(0).integers(32, 127, 200_000)))
+for size in 20_000, 200_000:
+  gen.likelihood(model, ByteTokenizer(), [text[:size]], None, 0)
+  print(peak())
+"""
+
+@slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux tells a peak of memory")
+def test_memory_of_a_long_document():
+  "200,000 bytes add numbers of a token to what 20,000 take; logits alone are 264 a token."
+  short, long = map(int, python(PEAK_NOW + LONG).split())
+  assert long - short <= 180_000 * 16*8
+
 def test_compare(done, tmp_path, printed, rejected, monkeypatch):
   "A row says of its model what --perplexity does, of a file or of what the first one held out."
   short = another(done, tmp_path/"short", {"length": 8})
@@ -4357,6 +4453,7 @@ BAD_PAPERS = """
   language --seeds 3 | --seeds
   language --reproduce --steps 3 | arguments: --steps 3
   language --reproduce --seeds 0 | at least 1
+  language --positions nope | no model at
   finetune --data train | line 2 has 1 column | a→x↵b
   finetune --data train | line 2 has 3 columns | a→x↵b→y→z
   finetune --data train | line 3 has 4 columns | a→x↵b→y↵a→x→y→z
@@ -4842,16 +4939,17 @@ def test_readme_of_the_papers(tmp_path, untrained, monkeypatch):
   save_checkpoint(str(at(Path("masked"))), get_state_dict(model), meta)
   looked = []
   monkeypatch.setattr(arena, "listops", lambda *_: ([1]*20, 1))           # to make them takes long
-  monkeypatch.setattr(bigs, "look", lambda argv: looked.append(argv) or 0)
+  for module in bigs, language:
+    monkeypatch.setattr(module, "look", lambda argv: looked.append(argv) or 0)
   for command in itertools.chain(*readme_commands("papers/README.md").values()):
     _, program, *options = shlex.split(command.split("  #")[0])
     module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
     if "--reproduce" in options: assert module.main([*options, "--seeds", "1"]) == 0
-    elif {"--plot", "--flops"} & {*options}: assert module.main(options) == 0
+    elif {"--plot", "--flops", "--positions"} & {*options}: assert module.main(options) == 0
     else:
       args, start = train.resolve_args(options, program, "classify")
       assert train.make_model(args, train.TASKS[args.task].make(args), start)
-  assert len(looked) == 2
+  assert len(looked) == 3
   assert len([*Path("reproduced").glob("*/table.csv")]) == 4
 
 # ================================================================ benchmarks

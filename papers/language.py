@@ -6,14 +6,19 @@ the figure is bits per byte of Python's library after 600 steps, of models of ab
 parameters.
 
   python papers/language.py --reproduce                   10 minutes on two cores
+  python papers/language.py --positions book longer       draws bits per byte by position into
+                                                          positions.png: what long memory is worth
 
 The task is train.py's own, text. Not here: OpenWebText, and models of 125M.
 """
 import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import functools
-from papers.grid import UNVERIFIED, Column, Grid, run_program
+import itertools
+import numpy as np
+import generate
+from papers.grid import COLORS, UNVERIFIED, Column, Grid, look_at, panels, run_program
+from support.text import Parser, UserError
 
 GRID = Grid(
   "lm",
@@ -26,6 +31,46 @@ GRID = Grid(
     {"H3": "21.0", "hybrid H3": "19.6", "Transformer": "20.6"})},
   percent=False)
 
-main = functools.partial(run_program, "papers/language.py", __doc__, GRID, "text")
+# ---- what long memory is worth ------------------------------------------------------------------
+
+def plot_positions(models:list[str], data:str|None, path:Path) -> None:
+  """Draws bits per byte by position, a line for each model. Where its state carries all of a text,
+  a dotted one has the same model in windows, as long as its rows in training."""
+  try: fig, (ax,) = panels(1, 1, 6.4, 4.2)
+  except ImportError:
+    raise UserError("the plot needs matplotlib: pip install matplotlib") from None
+  text = ["--perplexity", data] if data else []
+  args = generate.parser().parse_args(["--compare", *models, *text])
+  saved, about, texts = generate.models_to_compare(args)
+  for name, model, color in zip(models, saved, itertools.cycle(COLORS)):
+    for args.window, line in (generate.WHOLE, "o-"), (None, ":"):
+      *_, window, found = generate.predict(args, model, texts)
+      begins, _, (bits,) = generate.bits_by_position([found])
+      middle = np.maximum(1.5*begins, generate.FIRST_RANGE/2)
+      label = f"{name}, {f'windows of {window:,}' if window else 'whole'}"
+      ax.plot(middle, bits, line, color=color, lw=1.3, ms=3, label=label)
+      if window: break                            # no state carries all of a text
+  ax.set_xscale("log", base=2)
+  ax.xaxis.set_major_formatter("{x:,.0f}")
+  ax.set(title=about, xlabel="position in bytes", ylabel="bits per byte")
+  ax.grid(alpha=0.25)
+  ax.legend(frameon=False)
+  fig.savefig(path)
+  print(f"wrote {path}")
+
+def look(argv:list[str]) -> int:
+  "The command line of --positions."
+  parser = Parser(prog="papers/language.py")
+  add = parser.add_argument
+  add("--positions", metavar="MODEL", nargs="+",
+      help="draw bits per byte by position, a line for each model, named as in generate.py")
+  add("--data", metavar="FILE", help="the text (default: what the first one's training held out)")
+  add("--out", metavar="FILE", type=Path, default="positions.png", help="the picture")
+  return look_at(parser, argv, lambda args: plot_positions(args.positions, args.data, args.out))
+
+def main(argv:list[str]|None=None) -> int:
+  argv = sys.argv[1:] if argv is None else argv
+  if argv[:1] == ["--positions"]: return look(argv)
+  return run_program("papers/language.py", __doc__, GRID, "text", argv)
 
 if __name__ == "__main__": sys.exit(main())
