@@ -4788,7 +4788,7 @@ def test_layer_without_a_part(tmp_path, part, printed):
 def untrained(monkeypatch):
   "Runs whose figures are made up; `started` are the options of each, `code` is its exit status."
   seen = SimpleNamespace(started=[], code=0)
-  metrics = ["accuracy", "accuracy at 40", *map(bigs.attractors, range(5))]
+  metrics = ["accuracy", "accuracy at 40", "accuracy at 80", *map(bigs.attractors, range(5))]
   def start(run, program) -> SimpleNamespace:
     seen.started.append(run.options)
     run.folder.mkdir(parents=True)
