@@ -43,6 +43,9 @@ from tinygrad.uop.ops import (AxisType, KernelInfo, Ops, ParamArg, PatternMatche
                               graph_rewrite, shape_to_shape_arg)
 
 FLASH = ContextVar("FLASH", 1)  # 0: plain tinygrad ops everywhere
+# 1: a row's result in `fftconv` is the same to the bit whatever the other rows hold. It costs about
+# as much again, as two rows share a transform otherwise
+BATCH_INVARIANT = ContextVar("BATCH_INVARIANT", 0)
 
 HALF = dtypes.half, dtypes.bfloat16   # half precision: read and written, never computed in
 narrow: DType|None = None        # the type as which `fftconv` on a GPU takes float32: `--dtype`
@@ -264,7 +267,7 @@ class ConvSpec(NamedTuple):
   names: tuple[str, ...]        # the fields of ConvArgs that are not None, in order
   machine: Machine
   finish: Finish
-  layout: type                  # how sequences lie in memory: RowPairs or ComplexRows
+  layout: type                  # how sequences lie in memory: RowPairs, SingleRows or ComplexRows
   threads: int                  # of a GPU's work group
   shares: int                   # work groups that share the sequences of a channel
   @property
@@ -293,7 +296,7 @@ def conv_one_launch(args:ConvArgs, N:int, finish:Finish=Finish(False), layout:ty
   names = tuple(n for n, x in args._asdict().items() if x is not None)
   shape, m = args.u.shape, machine(args.k.device)
   if shape[0]*shape[1]*N < ONE_CORE: m = m._replace(cores=1)
-  layout = layout or RowPairs
+  layout = layout or rows_layout()
   spec = ConvSpec(names, m, finish, layout, *group_shape(m, shape[1], N, layout.count(shape)))
   gates = args.v, args.q
   if any(x is not None for x in gates) and spec.buffers > m.buffers:       # with plain products
@@ -439,17 +442,17 @@ class RowPairs:
   """Rows 2n and 2n+1 of a batch as one complex sequence, `shape` being (B,H,L).
 
   The filter is real, so the two results come out as re and im. Both are rounded as coarsely as the
-  larger one, and an infinity in one reaches the other. Reads past the end of a row, and of the row
-  that an odd batch lacks, give 0.
+  larger one, and an infinity in one reaches the other: see `SingleRows`. Reads past the end of a
+  row, and of the row that an odd batch lacks, give 0.
   """
   name = "fftconv"
   def __init__(self, group:Group, shape:Shape, n:UOp|int):
     (B, _, self.L), self.group = shape, group
-    self.rows = [2*n, 2*n + 1] if B > 1 else [n]
+    self.rows = [2*n, 2*n + 1] if B > self.count(shape) else [n]
     self.loaded = [(b, None) for b in self.rows]             # a row, and what it is multiplied by
     # An odd batch lacks its last row: the one before it is loaded, times 0. To load nothing, under
     # a condition, would keep clang from making vectors: 1.5 to 2.5 times as slow
-    if B % 2 and B > 1:
+    if B % 2 and len(self.rows) > 1:
       b = self.rows[1]
       self.loaded[1] = b.minimum(B - 1), (b < B).cast(dtypes.float)
   @staticmethod
@@ -486,6 +489,14 @@ class RowPairs:
     if at.vmin >= self.L: return []
     places = [out[b, self.group.h, at] for b in self.rows]
     return [place.store(x.uop.cast(place.dtype)) for place, x in zip(places, z)]
+
+class SingleRows(RowPairs):
+  "Row n of a batch as a complex sequence, its imaginary part 0, for BATCH_INVARIANT."
+  name = "fftconv_single"
+  @staticmethod
+  def count(shape:Shape) -> int: return shape[0]
+
+def rows_layout() -> type[RowPairs]: return SingleRows if BATCH_INVARIANT else RowPairs
 
 class ComplexRows:
   "Complex sequences, (P,H,2,N), between the launches of a two-level transform."
@@ -844,32 +855,35 @@ def conv_two_levels(args:ConvArgs, N:int, R:int, finish:Finish) -> Tensor:
   M, (_, H, _), taps = N//R, args.u.shape, args.k.shape[1]
   k = args.k.expand(H, taps)
   if args.D is not None: k = k + args.D.unsqueeze(-1).pad((0, taps-1))
-  K = split((k/R).unsqueeze(0), None, R, M)        # one row (1,H,K); the launch below divides by M
-  W = split(args.u, args.v, R, M)
+  layout = rows_layout()
+  K = split((k/R).unsqueeze(0), None, R, M, layout)   # one row (1,H,K); the launch below divides by M
+  W = split(args.u, args.v, R, M, layout)
   C = conv_one_launch(ConvArgs(K, W), M, layout=ComplexRows)
   rows = [] if args.q is None else [args.q]
-  backward = bound(join_backward, shape=args.u.shape, finish=finish)
-  return outer_pass(C, args.u.shape, R, M, rows, bound(y_of, finish=finish), True, backward,
-                    args.u.dtype)
+  backward = bound(join_backward, shape=args.u.shape, finish=finish, layout=layout)
+  return outer_pass(C, args.u.shape, R, M, layout, rows, bound(y_of, finish=finish), True,
+                    backward, args.u.dtype)
 
-def split(x:Tensor, gate:Tensor|None, R:int, M:int) -> Tensor:
-  "Rows (B,H,L), times a gate -> R sub-transforms of them (⌈B/2⌉,H R,2,M)."
+def split(x:Tensor, gate:Tensor|None, R:int, M:int, layout:type[RowPairs]) -> Tensor:
+  "Rows (B,H,L), times a gate -> R sub-transforms of them (P,H R,2,M), P = layout.count((B,H,L))."
   rows = [] if gate is None else [gate]
-  return outer_pass(x, x.shape, R, M, rows, product, False, split_backward)
+  backward = bound(split_backward, layout=layout)
+  return outer_pass(x, x.shape, R, M, layout, rows, product, False, backward)
 
-def split_backward(dX:Tensor, X:Tensor, roots:Tensor, x:Tensor, *gate:Tensor) -> list[Tensor|None]:
+def split_backward(dX:Tensor, X:Tensor, roots:Tensor, x:Tensor, *gate:Tensor,
+                   layout:type[RowPairs]) -> list[Tensor|None]:
   _, R, M = roots.shape
-  return [None, *(outer_pass(dX, x.shape, R, M, rows, product, True, dtype=t.dtype)
+  return [None, *(outer_pass(dX, x.shape, R, M, layout, rows, product, True, dtype=t.dtype)
                   for t, rows in zip((x, *gate), (gate, [x])))]
 
-def join_backward(dy:Tensor, y:Tensor, roots:Tensor, C:Tensor, *q:Tensor, shape:Shape, finish:Finish
-                  ) -> list[Tensor|None]:
+def join_backward(dy:Tensor, y:Tensor, roots:Tensor, C:Tensor, *q:Tensor, shape:Shape,
+                  finish:Finish, layout:type[RowPairs]) -> list[Tensor|None]:
   _, R, M = roots.shape
-  dy = RowPairs.trimmed(dy, shape)
+  dy = layout.trimmed(dy, shape)
   def join(rows:Sequence[Tensor], f:Callable, dtype:DType) -> Tensor:
-    return outer_pass(C, shape, R, M, rows, f, True, dtype=dtype)
+    return outer_pass(C, shape, R, M, layout, rows, f, True, dtype=dtype)
   c = [join([], product, dtypes.float)] if finish.needs_c else []
-  dC = outer_pass(dy, shape, R, M, [*c, *q], bound(dc_of, finish=finish), False)
+  dC = outer_pass(dy, shape, R, M, layout, [*c, *q], bound(dc_of, finish=finish), False)
   used = q if finish.needs_q else ()             # no argument without use: see `walk_backward`
   return [None, dC, *(join([dy, *used], bound(dq_of, finish=finish), x.dtype) for x in q)]
 
@@ -882,29 +896,31 @@ def dc_of(dy:UOp, *rows:UOp, finish:Finish) -> UOp:
   c = next(rows) if finish.needs_c else None
   return finish.dc(dy, c, next(rows, None))
 
-def outer_pass(x:Tensor, shape:Shape, R:int, M:int, rows:Sequence[Tensor], f:Callable, inverse:bool,
-               gradient:Callable|str="", dtype:DType=dtypes.float) -> Tensor:
-  """The R sub-transforms (⌈B/2⌉,H R,2,M) of f(x, *rows), x and rows being (B,H,L), `shape`.
+def outer_pass(x:Tensor, shape:Shape, R:int, M:int, layout:type[RowPairs], rows:Sequence[Tensor],
+               f:Callable, inverse:bool, gradient:Callable|str="",
+               dtype:DType=dtypes.float) -> Tensor:
+  """The R sub-transforms (P,H R,2,M) of f(x, *rows), x and rows being (B,H,L), `shape`.
 
   inverse: x holds sub-transforms, of rows x'. The result is f(R x', *rows), (B,H,L) of type dtype.
   """
-  subtransforms = RowPairs.count(shape), shape[1]*R, 2, M
-  output = RowPairs.buffer_shape(shape, M) if inverse else subtransforms
-  kernel = bound(outer_kernel, m=machine(x.device), shape=shape, inverse=inverse, of=f)
+  subtransforms = layout.count(shape), shape[1]*R, 2, M
+  output = layout.buffer_shape(shape, M) if inverse else subtransforms
+  kernel = bound(outer_kernel, m=machine(x.device), shape=shape, layout=layout, inverse=inverse,
+                 of=f)
   gradient = gradient or no_second_gradient("fftconv")
   y, = launch(kernel, [output], [roots_of_unity(R, M, x.device), x, *rows], gradient, [dtype])
-  return RowPairs.trimmed(y, shape) if inverse else y
+  return layout.trimmed(y, shape) if inverse else y
 
 @functools.cache
-def outer_kernel(out:UOp, roots:UOp, x:UOp, *others:UOp, m:Machine, shape:Shape, inverse:bool,
-                 of:Callable) -> UOp:
+def outer_kernel(out:UOp, roots:UOp, x:UOp, *others:UOp, m:Machine, shape:Shape,
+                 layout:type[RowPairs], inverse:bool, of:Callable) -> UOp:
   _, R, M = roots.shape
   g = Group(m, shape[1], RADIX*M, min(M, 256))
   def column(X:UOp, n:UOp, r:int, j:UOp) -> list[UOp]:
     "Number j of sub-transform r: re, im."
     return [X[n, g.h*R + r, c, j] for c in range(2)]
   def split(n:UOp, j:UOp) -> Stores:
-    rows = RowPairs(g, shape, n)
+    rows = layout(g, shape, n)
     z = [each_row(of, *(rows.load(j, r*M, a) for a in (x, *others))) for r in range(R)]
     z = twiddle(roots, dft(z, -1), j, -1)                                            # T · (F_R x)
     stores = []
@@ -912,7 +928,7 @@ def outer_kernel(out:UOp, roots:UOp, x:UOp, *others:UOp, m:Machine, shape:Shape,
       stores += [place.store(part.uop) for place, part in zip(column(out, n, r, j), z[r])]
     return stores
   def join(n:UOp, j:UOp) -> Stores:
-    rows = RowPairs(g, shape, n)
+    rows = layout(g, shape, n)
     z = [tuple(map(Real, column(x, n, r, j))) for r in range(R)]
     z = twiddle(roots, z, j, +1)
     z = dft(z, +1)                                                                # F_R* (T* · x)
@@ -922,7 +938,7 @@ def outer_kernel(out:UOp, roots:UOp, x:UOp, *others:UOp, m:Machine, shape:Shape,
       stores += rows.store(j, r*M, out, y)
     return stores
   name, body = ("fft_join", join) if inverse else ("fft_split", split)
-  return g.finish(g.everywhere(RowPairs.count(shape), body), name)
+  return g.finish(g.everywhere(layout.count(shape), body), name)
 
 def conv_overlap_save(w:Tensor, k:Tensor, D:Tensor|None, N:int) -> Tensor:
   """c = k ∗ w + D w of a short filter and a long sequence, by transforms of length N.
@@ -1824,7 +1840,7 @@ def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, i
   roots = 2, RADIX, N//RADIX
   k, u, D = (1, H, L), (B, H, L), (H,)
   outer_roots, far = (2, 4, N), (B, H, 2*N)
-  outer = dict(m=m, shape=far, of=product)
+  outer = dict(m=m, shape=far, layout=RowPairs, of=product)
   X = pairs, 4*H, 2, N                               # far rows, in sub-transforms
   K = 1, 4*H, 2, N                                   # and their filter
   walk = walk_spec(("u", "v", "q"), m, u, 64, None)

@@ -145,6 +145,26 @@ LONG_CASES = table("""
   1  1 20000 20000  v
   1  1 20000 20000  1Dvq""")
 
+@pytest.mark.parametrize("B,H,L,K,what", and_slow(table("""
+  3  2    40    40  Dvq
+  3  1  9000    64  Dq"""), table("5 2 4096 4096 Dvq")))
+def test_kernel_fftconv_of_rows_apart(B, H, L, K, what):
+  """With BATCH_INVARIANT=1 all is right, and a row's results and gradients are the same to the bit
+  beside one of NaN and one of 1e10; without it they are not."""
+  def beside(others:float) -> list[np.ndarray]:
+    rng.bit_generator.state = FIRST_STATE
+    inputs = [normal(B, H, L), normal(H, K), normal(H), *(normal(B, H, L) for n in "vq" if n in what)]
+    inputs[0][0] *= others
+    y, du, *_ = with_gradients(lambda u, k, D, *gates: fftconv(u, k, D, **dict(zip(what[1:], gates))),
+                               [*map(Tensor, inputs)], Tensor(normal(B, H, L)))
+    return y[1], du[1]
+  with Context(BATCH_INVARIANT=1):
+    check_fftconv(B, H, L, K, what)
+    want = beside(1.0)
+    for others in (np.nan, 1e10):
+      for got, y in zip(beside(others), want): assert (got == y).all()
+  assert np.abs(beside(1e10)[0] - want[0]).max() > 1
+
 @pytest.mark.parametrize("B,H,L,K,what", and_slow(CASES, LONG_CASES))
 def test_kernel_fftconv(B, H, L, K, what): check_fftconv(B, H, L, K, what)
 
