@@ -5091,7 +5091,8 @@ SHORT = [
   (r"bench\.py conv", "--lengths 40 --batch 1 --channels 8 --plain 0")]
 PROGRAMS = {
   "train.py": train, "generate.py": gen, "flashconv.py": flashconv, "support/bench.py": bench,
-  "papers/bigs.py": bigs, "papers/finetune.py": finetune, "papers/synthetic.py": synthetic}
+  "papers/bigs.py": bigs, "papers/finetune.py": finetune, "papers/layer.py": layer,
+  "papers/synthetic.py": synthetic}
 
 @pytest.fixture
 def readers_files(tmp_path, monkeypatch):
