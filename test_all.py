@@ -4905,7 +4905,7 @@ def test_filters_and_operations(tmp_path, monkeypatch, printed, capsys):
   H3Config(19, 12, 2, (1,), n_heads=2, rotary_dim=4, d_state=10), HYBRIDS[0],
   dataclasses.replace(HYBRIDS[0], head_order="d2h")])
 def test_layers_as_matrices(config):
-  "Σ_s of what t gets from s is what the layer adds at t, without its bias; nothing comes from behind."
+  "What t gets from all s is what the layer adds at t, without its bias; it is causal."
   model, tokens = shaken(config), tokens_of(19, 2, 11)
   x = model.embed(toks(tokens))
   for block, seen in zip(model.backbone.layers, layer.at_work(model, tokens), strict=True):
@@ -4916,7 +4916,7 @@ def test_layers_as_matrices(config):
     x = block(x)[0]
 
 def test_layers_are_drawn(tmp_path, printed, capsys):
-  "An H3 and an attention model on one row; what the answer follows from; models of different tasks."
+  "An H3 and an attention model on one row; what the answer follows from; what is refused."
   assert layer.asked("induction", np.array([4, 18, 7, 3, 18])).tolist() == [1, 2]
   assert layer.asked("recall", np.array([2, 5, 0, 7, 2, 5, 8, 2])).tolist() == [0, 4, 1, 5]
   for model in ("h3", "transformer", "s4d"):
@@ -4925,14 +4925,17 @@ def test_layers_are_drawn(tmp_path, printed, capsys):
   if MATPLOTLIB:
     printed(layer, f"--plot {tmp_path}/h3 {tmp_path}/transformer/checkpoint.safetensors --row 3")
     assert (tmp_path/"h3"/"layers.png").read_bytes().startswith(b"\x89PNG")
-  for models, words in (("h3 other", "give those of one"), ("s4d", "S4D"), ("none", "no model in")):
-    with pytest.raises(SystemExit): layer.main(["--plot", *(f"{tmp_path}/{m}" for m in models.split())])
+  printed(synthetic, f"{SMALL} --length 60 --steps 1 --sample 0 --out {tmp_path}/long")
+  for models, words in (("h3 other", "give those of one"), ("long transformer", "--length"),
+                        ("s4d", "S4D"), ("none", "no model in")):
+    folders = [f"{tmp_path}/{name}" for name in models.split()]
+    with pytest.raises(SystemExit): layer.main(["--row", "0", "--plot", *folders])
     assert words in capsys.readouterr().err
 
 @slow
 def test_matrix_is_bright_at_the_asked_key(tmp_path, printed):
-  """In a trained H3 of one head the last output gets most, itself aside, from the value behind the key
-  that is asked for, in at least 90 % of rows; by chance that were 12 %."""
+  """In a trained H3 of one head the last output gets most, itself aside, from the value behind the
+  key that is asked for, in at least 90 % of rows; by chance that were 12 %."""
   printed(synthetic, f"--task recall --head-dim 32 --eval-every 785 --sample 0 --out {tmp_path}")
   args, task, model = grid.trained(str(tmp_path), "papers/layer.py", "recall")
   rows = np.concatenate([x for x, _ in task.held_out[:5]])

@@ -227,7 +227,7 @@ def look(argv:list[str]) -> int:
   add = parser.add_argument
   add("--plot", metavar="CHECKPOINT", help="draw each layer's filters into filters.png beside it")
   add("--offsets", metavar="N", type=number(int, 1), default=10,
-      help="how far the plot looks (default: 10)")
+      help="how far the plot looks")
   add("--flops", action="store_true", help="count operations by length, BiGS and BERT (3 minutes)")
   def both(args:argparse.Namespace) -> None:
     if args.plot: print(f"wrote {plot_filters(args.plot, args.offsets)}")

@@ -1,28 +1,29 @@
-"""What the parts of the H3 layer are for: taken out, one at a time, and drawn at work.
+"""Ablation of the H3 layer, and pictures of it: its filters, and the layer as a matrix.
 
 Claim: H3 (arXiv 2212.14052), section 3.1: an SSM recalls only if it can remember single tokens,
-which the shift SSM is for, and compare tokens across the sequence, which the gates are for. The paper
-argues so from S4D's figures (papers/synthetic.py) and gives none for the parts.
+which the shift SSM is for, and compare tokens across the sequence, which the gates are for. The
+paper argues so from S4D's figures (papers/synthetic.py) and gives none for the parts.
 
-  python papers/layer.py --reproduce                      H3 without its parts: 35 minutes on two cores
-  python papers/layer.py --task recall --without gates    trains one of them
-  python papers/layer.py --plot DIR                       draws a trained model at work on a row of its
-                                                          task, into layers.png in its folder
+  python papers/layer.py --reproduce                     the ablation: 35 minutes on two cores
+  python papers/layer.py --task recall --without gates   trains one model of it
+  python papers/layer.py --plot DIR                      draws what a trained model does on a row of
+                                                         its task, into layers.png in its folder
+  python papers/layer.py --plot DIR DIR --row 3          two models beside each other, another row
 
-The picture shows each layer as a matrix over output t and input s, as that of attention is: y_t =
-Σ_s M[t,s] v_s. With k' the shift SSM's output and K the diagonal SSM's filter, its skip weight added
-to K[0],
+The picture shows each layer as a matrix over output t and input s, as that of attention is:
+y_t = Σ_s M[t,s] v_s. With k' the shift SSM's output and K the diagonal SSM's filter, its skip
+weight added to K[0],
 
   a channel               M[t,s] = q_t K[t-s] k'_s
-  a head of p channels    M[t,s] = K[t-s] q_t·k'_s        as attention's before the softmax, but for K
+  a head of p channels    M[t,s] = K[t-s] q_t·k'_s       attention's before the softmax, but for K
 
-All heads together, and the layer's projection, send a vector from s to t. Its length is the second
-matrix. Not here: S4D, which has no such matrix of its own for each row.
+All heads together, and the layer's projection, add a vector at t because of s. Its length is the
+second matrix. Not here: S4D, whose matrix is the same for every row.
 """
 import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import itertools, math
+import math
 from typing import NamedTuple
 import numpy as np
 from tinygrad import Tensor
@@ -35,8 +36,8 @@ from train import Parser, number
 
 GRID = Grid(
   "parts",
-  "H3 with parts of its layer taken out: accuracy of the last symbol, %",
-  "the shift SSM taken out hands on k as it is; the gates taken out are 1",
+  "Ablation of the H3 layer: accuracy of the last symbol, %",
+  "no shift: k in place of shift(k); no gates: q = v = 1",
   {"H3": "--model h3", "one head": "--model h3 --head-dim 32",
    "no shift": "--model h3 --without shift", "no gates": "--model h3 --without gates"},
   {"induction": Column(f"--task induction {OFTEN}", "accuracy", {}),
@@ -47,10 +48,10 @@ GRID = Grid(
 # ---- layers as matrices -------------------------------------------------------------------------
 
 class AtWork(NamedTuple):
-  "A layer on R rows of L tokens, as numpy arrays; H3's heads are its channels where head_dim is 1."
+  "A layer on R rows of L tokens; H3's heads are its channels where head_dim is 1."
   M: np.ndarray                  # (R,heads,L,L): output t is Σ_s M[t,s] v_s
-  sent: np.ndarray               # (R,L,L,D): what the layer adds at t because of s; the sum over s is y_t
-  shift: np.ndarray|None         # (D,N): the shift SSM's filter, its skip weight at 0; None: attention
+  sent: np.ndarray               # (R,L,L,D): what the layer adds at t because of s
+  shift: np.ndarray|None         # (D,N): the shift SSM's filter, D added to tap 0; None: attention
   diag: np.ndarray|None          # (heads,L): the diagonal SSM's filter K
 
 def by_distance(K:np.ndarray) -> np.ndarray:
@@ -60,7 +61,7 @@ def by_distance(K:np.ndarray) -> np.ndarray:
   return np.where(distance >= 0, K[:, distance.clip(0)], 0)
 
 def h3_at_work(mixer:H3Mixer, u:Tensor) -> AtWork:
-  "u (R,L,D), what the layer reads."
+  "u (R,L,D): the layer's input, after the norm."
   (R, L, D), shift, diag, p = u.shape, mixer.shift_ssm, mixer.diag_ssm, mixer.p
   q, k, v = (x.transpose(1, 2) for x in mixer.qkv(u))
   k = fftconv(k, shift.filter(), shift.D)
@@ -69,7 +70,7 @@ def h3_at_work(mixer:H3Mixer, u:Tensor) -> AtWork:
   S[:, 0] += shift.D.numpy()
   skip = np.eye(L) * diag.D.numpy()[:, None, None]                      # (H,L,L)
   M = np.einsum("rhdt,hts,rhds->rhts", q, by_distance(K) + skip, k, optimize=True)
-  order = np.arange(D).reshape(-1, p)                                   # channel of head h, coordinate d
+  order = np.arange(D).reshape(-1, p)                     # the channel of head h, coordinate d
   if mixer.head_order == "d2h": order = np.arange(D).reshape(p, -1).T
   Wo = mixer.output_linear.weight.numpy()[:, order]                     # (D,H,p)
   return AtWork(M, sent(M, v.swapaxes(2, 3), Wo), S, K)
@@ -108,8 +109,8 @@ def heat(ax, X:np.ndarray, title:str, shown:np.ndarray|None=None, **options) -> 
   ax.tick_params(labelsize=6, length=2)
 
 def draw_matrix(ax, M:np.ndarray, names:list[str], asked:np.ndarray, title:str) -> None:
-  """M (L,L), with a frame round what the last output gets from the inputs `asked`. What a token gets
-  from itself, often the most, is as dark as what it gets from others at most."""
+  """M (L,L), with a frame round what the last output gets from the inputs `asked`. What a token
+  gets from itself, often the most, is drawn no darker than the most that it gets from others."""
   from matplotlib.patches import Rectangle
   heat(ax, M, title, np.tril(M, -1))
   L = len(M)
@@ -123,27 +124,25 @@ def draw_filters(shift_ax, diag_ax, layer:AtWork, name:str) -> None:
   energy = layer.diag**2
   reach = energy @ np.arange(energy.shape[1]) / energy.sum(1)            # mean distance, in tokens
   K = layer.diag / np.abs(layer.diag).max(1, keepdims=True)
-  heat(diag_ax, K[reach.argsort()], f"{name}: K, {reach.min():.0f} to {reach.max():.0f} tokens back",
-       aspect="auto")
+  tokens = f"{reach.min():.0f} to {reach.max():.0f} tokens back"
+  heat(diag_ax, K[reach.argsort()], f"{name}: K, {tokens}", aspect="auto")
   for ax in (shift_ax, diag_ax):
     ax.set_xlabel("distance, tokens", fontsize=7)
     ax.set_ylabel("channel", fontsize=7)
-    ax.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    for axis in ax.xaxis, ax.yaxis: axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
-def draw_layer(axes:np.ndarray, layer:AtWork|None, names:list[str], asked:np.ndarray, name:str) -> None:
-  "Filters, if there are any, and both matrices into the last panels of a line; the others are hidden."
-  for ax in axes[:-2] if layer and layer.shift is None else axes if layer is None else ():
-    ax.set_visible(False)
-  if layer is None: return
+def draw_layer(axes:np.ndarray, layer:AtWork, names:list[str], asked:np.ndarray,
+               name:str) -> None:
+  "Both matrices into the last two of a row of panels, H3's filters into the two before them."
   if layer.shift is not None: draw_filters(*axes[:2], layer, name)
   strongest = np.abs(layer.M[0, :, -1, :-1]).max(1).argmax()
   draw_matrix(axes[-2], layer.M[0, strongest], names, asked, f"{name}: M of head {strongest}")
-  length = np.sqrt((layer.sent[0]**2).sum(-1))
+  length = np.linalg.norm(layer.sent[0], axis=-1)
   draw_matrix(axes[-1], length, names, asked, f"{name}: what t gets from s")
 
 def asked(task:str, row:np.ndarray) -> np.ndarray:
-  """Inputs of a row, (L,), that the answer follows from: of recall the pairs with the key that is asked
-  for, of induction the special symbol and what follows it."""
+  """Inputs of a row, (L,), that the answer follows from: of recall the pairs with the key that is
+  asked for, of induction the special symbol and what follows it."""
   if task == "recall":
     keys = 2*np.flatnonzero(row[:-2:2] == row[-1])
     return np.concatenate([keys, keys + 1])
@@ -151,41 +150,51 @@ def asked(task:str, row:np.ndarray) -> np.ndarray:
   return np.array([first, first + 1])
 
 def plot(folders:list[str], which:int) -> Path:
-  """Draws models on a held-out row, the first one's; returns the picture's path. UserError for models of
-  other tasks than recall and induction, or of two."""
-  models = []
-  for folder in folders:
-    args, task, model = trained(folder, "papers/layer.py", "recall")
-    if args.task not in MAKERS or args.model == "s4d":
-      raise UserError(f"{folder}: --plot draws H3 and attention with recall or induction, not --model "
-                      f"{args.model} with {args.task}; S4D has no such matrix of its own for each row")
-    models.append((args, task, model))
+  """Draws models on a held-out row, the first one's; returns the picture's path. UserError for
+  models of other tasks than recall and induction, or of two."""
+  models = [trained(folder, "papers/layer.py", "recall") for folder in folders]
+  for folder, (args, *_) in zip(folders, models):
+    if args.task not in MAKERS:
+      raise UserError(f"{folder}: --plot is for recall and induction, not for --task {args.task}")
+    if args.model == "s4d":
+      raise UserError(f"{folder}: --plot draws H3 and attention; S4D's matrix is the same for "
+                      "every row")
+  tasks = {(args.task, args.symbols, args.length) for args, *_ in models}
+  if len(tasks) > 1:
+    raise UserError("the models were trained on different tasks, or with another --symbols or "
+                    "--length: give those of one")
   args, task, _ = models[0]
-  if any((a.task, a.symbols) != (args.task, args.symbols) for a, _, _ in models):
-    raise UserError("the models have learned different tasks: give those of one")
   row = task.held_out[0][0][which]
-  names = [names_of(args.symbols, args.symbols//2 - 1 if args.task == "recall" else 0)[s] for s in row]
-  at = asked(args.task, row)
-  drawn = [at_work(model, row[None]) for _, _, model in models]
-  columns = [4 if any(layer.shift is not None for layer in layers) else 2 for layers in drawn]
-  high, wide = max(map(len, drawn)), sum(columns)
-  try: fig, axes = panels(high*wide, wide, 3.2, 3.2)
-  except ImportError: raise UserError("the plot needs matplotlib: pip install matplotlib") from None
-  axes = axes.reshape(high, wide)
-  for (a, _, _), layers, end, n in zip(models, drawn, np.cumsum(columns), columns):
-    for i, (layer, line) in enumerate(itertools.zip_longest(layers, axes[:, end-n:end])):
-      draw_layer(line, layer, names, at, f"{a.model}, layer {i+1}")
+  all_names = names_of(args.task, args.symbols)
+  names, at = [all_names[s] for s in row], asked(args.task, row)
+  drawn = [at_work(model, row[None]) for *_, model in models]
+  widths = [4 if any(layer.shift is not None for layer in layers) else 2 for layers in drawn]
+  high, wide = max(map(len, drawn)), sum(widths)
+  fig, axes = panels(high*wide, wide, 3.2, 3.2)
+  of_models = np.split(axes.reshape(high, wide), np.cumsum(widths)[:-1], axis=1)
+  for (args, *_), layers, grid in zip(models, drawn, of_models):
+    for i, (layer, line) in enumerate(zip(layers, grid), 1):
+      draw_layer(line, layer, names, at, f"{args.model}, layer {i}")
+  for ax in axes:                # attention has no filters, and a model may have fewer layers
+    if not ax.images: ax.set_visible(False)
   path = Path(folders[0])
   picture = (path.parent if path.is_file() else path)/"layers.png"
   fig.savefig(picture)
   return picture
 
+def look(argv:list[str]) -> int:
+  "The command line of --plot."
+  parser = Parser(prog="papers/layer.py")
+  add = parser.add_argument
+  add("--plot", metavar="DIR", nargs="+", required=True,
+      help="draw the layers of models, on a held-out row, into layers.png in the first folder")
+  add("--row", metavar="N", type=number(int, 0, 99), default=0, help="which row")
+  return look_at(parser, argv, lambda args: print(f"wrote {plot(args.plot, args.row)}"))
+
 def main(argv:list[str]|None=None) -> int:
   argv = sys.argv[1:] if argv is None else argv
-  if argv[:1] != ["--plot"]: return run_program("papers/layer.py", __doc__, GRID, "recall", argv)
-  parser = Parser(prog="papers/layer.py")
-  parser.add_argument("--plot", metavar="DIR", nargs="+", required=True)
-  parser.add_argument("--row", type=number(int, 0, 99), default=0)
-  return look_at(parser, argv, lambda args: print(f"wrote {plot(args.plot, args.row)}"))
+  # in front; elsewhere --plot is train.py's, the picture of the losses
+  if argv[:1] in (["--plot"], ["--row"]): return look(argv)
+  return run_program("papers/layer.py", __doc__, GRID, "recall", argv)
 
 if __name__ == "__main__": sys.exit(main())

@@ -12,8 +12,8 @@ sequence right, in %. Figures, unverified, from notes on the paper:
 
 The recipe is that of the authors' later repository (HazyResearch/safari at 02220c6, configs/
 experiment/synthetics, optimizer/adamw.yaml, trainer/default.yaml): AdamW with β (0.9, 0.999), the
-gradient not clipped, 400 epochs, for recall with 10 symbols 200; attention with learned positions and
-dropout of its weights. A run ends early where it has learned the task. Not here: GSS.
+gradient not clipped, 400 epochs, for recall with 10 symbols 200; attention with learned positions
+and dropout of its weights. A run ends early where it has learned the task. Not here: GSS.
 """
 import sys
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 from tinygrad import Tensor
 from papers.grid import UNVERIFIED, Column, Grid, drawn_from, show_rows, run_program
 from support.text import UserError
-from train import Batch, Task, always, attention_layers, cross_entropy, number, task
+from train import Batch, Task, always, cross_entropy, number, task
 
 TRAIN, TEST = 5000, 500                           # sequences, none of them twice
 
@@ -52,8 +52,9 @@ def recall(rng:np.random.Generator, n:int, length:int, symbols:int) -> np.ndarra
 
 MAKERS = dict(induction=induction, recall=recall)
 
-def names_of(symbols:int, keys:int) -> list[str]:
-  "How the sample shows symbols: keys as letters, the special one as *, the rest as numbers."
+def names_of(task:str, symbols:int) -> list[str]:
+  "How a picture or a sample shows symbols: keys as letters, the special one as *, else numbers."
+  keys = (symbols - 2)//2 if task == "recall" else 0
   letters = [chr(97 + i) if keys <= 26 else f"k{i}" for i in range(keys)]
   return [*letters, *(str(i) for i in range(symbols - 2 - keys)), "*", "-"]
 
@@ -63,16 +64,16 @@ def ask_last(rows:np.ndarray) -> list[Batch]:
   targets[:, -1] = rows[:, -1]
   return [(rows[i:i+100, :-1], targets[i:i+100]) for i in range(0, len(rows), 100)]
 
-# weights that take a part out of the H3 layer, y = Wo( q * diag( shift(k) * v ) ): then shift(k) = k,
-# or q = v = 1
+# weights that ablate a part of the H3 layer, y = Wo( q * diag( shift(k) * v ) ), so that
+# shift(k) = k, or q = v = 1
 WITHOUT = {"shift": {"ssm_k_kernel.kernel.C": 0.0, "ssm_k_D": 1.0},
            "gates": {"q_proj.weight": 0.0, "q_proj.bias": 1.0,
                      "v_proj.weight": 0.0, "v_proj.bias": 1.0}}
 
 def options(add:Callable) -> None:
   add("--symbols N", number(int, 4), None, "symbols, of which two are special", fixed=True)
-  add("--without PART", str, None, "take a part out of the H3 layers: the shift SSM, which then hands "
-      "k on as it is, or the gates q and v, which are then 1", choices=WITHOUT, fixed=True)
+  add("--without PART", str, None, "ablate a part of the H3 layers: the shift SSM, so that k is "
+      "read as it is, or the gates, so that q and v are 1", choices=WITHOUT, fixed=True)
 
 COMMON = dict(causal=True, options=options, model="h3", size="table2", batch=32,
               weight_decay=0.1, embed_dropout=0.1, attn_dropout=0.1, beta2=0.999, clip=0)
@@ -86,7 +87,7 @@ def synthetic_task(args:argparse.Namespace) -> Task:
   name, L, V = args.task, args.length, args.symbols
   if L < 4: raise UserError(f"--task {name} wants a --length of at least 4")
   if args.without and args.model not in ("h3", "hybrid"):
-    raise UserError(f"--without takes parts out of H3 layers, which --model {args.model} has not")
+    raise UserError(f"--without is for the parts of H3 layers: --model {args.model} has none")
   if args.warmup is None: args.warmup = args.steps//10
   if args.model == "transformer" and args.rotary_dim is None:
     args.max_positions = args.max_positions or 2*L + 3
@@ -128,7 +129,7 @@ def synthetic_task(args:argparse.Namespace) -> Task:
   def sample(model):
     inputs, targets = (array[:5] for array in test[0])
     answers = model(Tensor(inputs))[:, -1, :V].argmax(-1).numpy()
-    names = names_of(V, (V-2)//2 if longer else 0)
+    names = names_of(name, V)
     question = "pairs of a letter and a number, *, a letter: which number belongs to it?"
     show_rows(question if longer else "which number followed the first *?",
                   ((" ".join(names[s] for s in row), names[answer], names[right])
@@ -147,7 +148,7 @@ OFTEN = "--eval-every 785"                         # five epochs
 LONG = f"--task recall --symbols 20 --length 40 --steps {157*400} {OFTEN}"
 GRID = Grid(
   "table2",
-  "H3 paper, Table 2: accuracy of the last symbol, %, after 400 epochs, of recall with 10 symbols 200",
+  "H3, Table 2: accuracy of the last symbol, %, after 400 epochs, of recall with 10 symbols 200",
   f"{UNVERIFIED}; rotary attention has larger initial weights, too, and learns sooner",
   {"S4D": "--model s4d", "H3": "--model h3", "attention": "--model transformer",
    "rotary attention": "--model transformer --rotary-dim 32 --init-std 0.112"},
