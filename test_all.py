@@ -4474,6 +4474,7 @@ BAD_PAPERS = """
   language --reproduce --steps 3 | arguments: --steps 3
   language --reproduce --seeds 0 | at least 1
   language --positions nope | no model at
+  language --positions nope --out positions.txt | ends in .png
   finetune --data train | line 2 has 1 column | a→x↵b
   finetune --data train | line 2 has 3 columns | a→x↵b→y→z
   finetune --data train | line 3 has 4 columns | a→x↵b→y↵a→x→y→z
@@ -4831,6 +4832,9 @@ def test_reproduce(tmp_path, untrained, capsys):
   columns = {"x": grid.Column("--task recall", "accuracy", {"A": "99"}),
              "y": grid.Column("--task recall", "loss", {})}
   rows = {"A": "--model h3", "B": "--model s4d"}
+  own, ablation = (g.GRID.plan(tmp_path/g.GRID.name, 3) for g in (synthetic, layer))
+  assert all(run.folder == same.folder for column in layer.GRID.columns
+             for run, same in zip(ablation["H3", column], own["H3", column], strict=True))
   small = grid.Grid("small", "title", "about", rows, columns, seeds=(0, 1234))
   argv = ["--reproduce", "--out", str(tmp_path)]
   reproduce = lambda: grid.run_program("papers/x.py", "", small, "", argv)

@@ -141,7 +141,7 @@ def attractors(n:int) -> str: return counted(n, "attractor")
 
 # ---- the ablation -------------------------------------------------------------------------------
 
-# the paper's one STACK/SSM is either of ours
+# the paper has one STACK/SSM, and does not say clearly which of the two
 MLM = Column("--task mlm --steps 2000 --eval-every 200", "accuracy",
              {"BiGS": "83.3", "STACK/SSM": "77.2", "STACK/SSM in series": "77.2",
               "gated attention": "81.8", "BERT": "83.3"})
@@ -203,9 +203,7 @@ def plot_filters(name:str, offsets:int) -> Path:
   layers = model.bigs.encoder.layer
   ssms = [ssm for layer in layers for ssm in (layer.fs4, layer.bs4)]
   K = np.abs(filters(ssms, offsets + 1).numpy()).reshape(len(layers), 2, offsets + 1)
-  try: fig, axes = panels(len(layers), 6, 2.3, 1.7, sharex=True, sharey=True)
-  except ImportError:
-    raise CheckpointError("the plot needs matplotlib: pip install matplotlib.") from None
+  fig, axes = panels(len(layers), 6, 2.3, 1.7, sharex=True, sharey=True)
   distance = np.arange(offsets + 1)
   for i, (ax, pair) in enumerate(zip(axes, K), 1):
     forward, backward = pair / (pair.max() or 1)

@@ -87,10 +87,10 @@ class Grid:
   columns: dict[str, Column]
   percent: bool = True
   seeds: tuple[int, ...] = (0, 1, 2)
-  shares: str = ""                                # the grid whose runs it takes, where they are its own, too
+  shares: str = ""                                # another grid's name: what both train is in its folder
 
   def plan(self, out:Path, n:int) -> Cells:
-    "The runs of each cell with n seeds, one by one. Columns with the same options share a run."
+    "The runs of each cell, one for each of n seeds. Columns with the same options share a run."
     runs, cells = {}, {}                          # runs by their folder
     more = (seed for seed in itertools.count() if seed not in self.seeds)
     seeds = [*itertools.islice(itertools.chain(self.seeds, more), n)]
@@ -110,6 +110,7 @@ class Grid:
             for step, loss, metrics in read_evals(run.meta)]
 
   def last_and_best(self, run:Run, column:str) -> tuple[float, float]:
+    "Figures of the last evaluation, and of the best."
     figures = [figure for _, figure in self.curve(run, column)]
     return figures[-1], (min if self.columns[column].metric == "loss" else max)(figures)
 
@@ -152,11 +153,11 @@ def report(grid:Grid, cells:Cells, out:Path) -> None:
       paper = column.paper.get(row, "")
       of_row = cells[row, name]
       figures, best = zip(*(grid.last_and_best(run, name) for run in of_row))
-      for run, figure, highest in zip(of_row, figures, best):
-        lines.append([row, name, run.seed, run.meta["step"], round(figure, 4), round(highest, 4), paper,
+      for run, *pair in zip(of_row, figures, best):
+        lines.append([row, name, run.seed, run.meta["step"], *(round(x, 4) for x in pair), paper,
                       round(run.minutes(), 2)])
-      by_seed.append([f"{row}, {name}", *(f"{figure:.{digits}f} ({highest:.{digits}f})"
-                                          for figure, highest in zip(figures, best))])
+      by_seed.append([f"{row}, {name}", *(f"{last:.{digits}f} ({top:.{digits}f})"
+                                          for last, top in zip(figures, best))])
       runs[row].update(of_row)
       mean, least, most = (f"{f(figures):.{digits}f}" for f in (np.mean, min, max))
       shown.append(f"{mean} ({least}-{most})" + f" [{paper}]"*bool(paper))
@@ -202,8 +203,8 @@ def plot_curves(grid:Grid, cells:Cells, path:Path) -> None:
 
 def trained(name:str, program:str, default:str, options:Iterable[str]=()
             ) -> tuple[argparse.Namespace, Task, train.Model]:
-  """The options, task and model of a run's folder, or of the checkpoint in it; UserError where there
-  is none. options: stand over the run's own."""
+  """The options, task and model of a run's folder, or of the checkpoint in it; UserError where
+  there is none. options: stand over the run's own."""
   folder = Path(name)
   if folder.name == CHECKPOINT: folder = folder.parent
   if not any((folder/name).exists() for name in (CHECKPOINT, PREVIOUS)):
@@ -264,7 +265,7 @@ def run_program(program:str, about:str, grid:Grid|None, default:str, argv:list[s
   return 130
 
 def look_at(parser:Parser, argv:list[str], look:Callable[[argparse.Namespace], None]) -> int:
-  "The command line of what looks at finished models."
+  "The command line of a program that looks at trained models: runs `look` and reports its errors."
   args = parser.parse_args(argv)
   with Interrupt(lambda: "") as interrupt:
     setup_device()
@@ -273,6 +274,7 @@ def look_at(parser:Parser, argv:list[str], look:Callable[[argparse.Namespace], N
       return 0
     except UserError as e: parser.error(str(e))
     except OSError as e: parser.error(f"{e.filename}: {e.strerror}")
+    except ImportError: parser.error("the plot needs matplotlib: pip install matplotlib")
   return interrupt.status
 
 # ---- tasks with a label a row -------------------------------------------------------------------

@@ -19,6 +19,7 @@ import numpy as np
 import generate
 from papers.grid import COLORS, UNVERIFIED, Column, Grid, look_at, panels, run_program
 from support.text import Parser, UserError
+from support.training import check_writable
 
 GRID = Grid(
   "lm",
@@ -33,17 +34,21 @@ GRID = Grid(
 
 # ---- what long memory is worth ------------------------------------------------------------------
 
+PICTURES = ".png", ".svg", ".pdf"
+
 def plot_positions(models:list[str], data:str|None, path:Path) -> None:
   """Draws bits per byte by position, a line for each model. Where its state carries all of a text,
   a dotted one has the same model in windows, as long as its rows in training."""
-  try: fig, (ax,) = panels(1, 1, 6.4, 4.2)
-  except ImportError:
-    raise UserError("the plot needs matplotlib: pip install matplotlib") from None
+  if path.suffix not in PICTURES:
+    raise UserError(f"--out {path}: the picture's name ends in {' or '.join(PICTURES)}")
+  check_writable(path.parent)
   text = ["--perplexity", data] if data else []
   args = generate.parser().parse_args(["--compare", *models, *text])
   saved, about, texts = generate.models_to_compare(args)
+  fig, (ax,) = panels(1, 1, 6.4, 4.2)
   for name, model, color in zip(models, saved, itertools.cycle(COLORS)):
-    for args.window, line in (generate.WHOLE, "o-"), (None, ":"):
+    for asked, line in (generate.WHOLE, "o-"), (None, ":"):
+      args.window = asked
       *_, window, found = generate.predict(args, model, texts)
       begins, _, (bits,) = generate.bits_by_position([found])
       middle = np.maximum(1.5*begins, generate.FIRST_RANGE/2)
@@ -70,7 +75,7 @@ def look(argv:list[str]) -> int:
 
 def main(argv:list[str]|None=None) -> int:
   argv = sys.argv[1:] if argv is None else argv
-  if argv[:1] == ["--positions"]: return look(argv)
+  if "--positions" in argv: return look(argv)
   return run_program("papers/language.py", __doc__, GRID, "text", argv)
 
 if __name__ == "__main__": sys.exit(main())

@@ -486,8 +486,8 @@ def stdlib_files() -> list[Path]:
     files += [Path(folder, name) for name in names if name.endswith(".py")]
   return sorted(files)
 
-# what train.py, or papers/bigs.py, leaves in a run's folder
-RUN_FILES = ("checkpoint*", "log.csv", "loss.png", "vocab.txt", "filters.png")
+# what train.py, papers/bigs.py and papers/layer.py leave in a run's folder
+RUN_FILES = ("checkpoint*", "log.csv", "loss.png", "vocab.txt", "filters.png", "layers.png")
 
 def left_by_run(path:Path) -> bool:
   "Whether a run has left the file: by its name, and because there is a checkpoint beside it."
