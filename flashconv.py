@@ -647,12 +647,14 @@ class Workers:
     self.m, self.ids, self.outer = m, itertools.count(), ()
     if m.gpu: self.h = UOp.special(H, "gidx0")
     else:
-      cores = divisor(H, m.cores)
+      each = -(-H // min(H, m.cores))                # channels of a core; the last one may have fewer,
+      cores = -(-H // each)                          # and does its last one again, to the same result
       core = self.loop(cores, AxisType.THREAD if cores > 1 else AxisType.LOOP)
       # the mask tells clang the range: without it indices may wrap, and loops were left scalar
       me = core & ((1 << (cores-1).bit_length()) - 1)
-      i = self.loop(H//cores)
-      self.h, self.outer = me*(H//cores) + i, (i, core)
+      i = self.loop(each)
+      self.h, self.outer = me*each + i, (i, core)
+      if each*cores > H: self.h = self.h.minimum(H - 1)
     self.done = self.outer
   def loop(self, n:int|UOp, axis:AxisType=AxisType.LOOP) -> UOp:
     return UOp.range(n, next(self.ids), axis)

@@ -195,11 +195,14 @@ def test_kernel_fftconv_narrowed_on_a_gpu(monkeypatch):
 
 @on_cpu
 def test_kernel_fftconv_on_all_cores(monkeypatch):
-  "4 threads take part, at the same time: each waits for the others; and the result is right"
+  """Convolution and state passing are right where cores share channels evenly and where they can't; 4
+  threads take part, at the same time: each waits for the others"""
   monkeypatch.setattr(flashconv, "ONE_CORE", 0)
   four = flashconv.machine(Device.DEFAULT)._replace(cores=4)
   monkeypatch.setattr(flashconv, "machine", lambda device: four)
-  check_fftconv(3, 12, 20, 20, "Dvq")
+  for H in 12, 7:                        # of 7 channels the last core has one, which it does twice
+    check_fftconv(3, H, 20, 20, "Dvq")
+    check_ssm_conv(2, H, 8, 20, 15, "Dvqx")
   all_here, seen = threading.Barrier(4), []
   @ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint64)
   def share(a:int, i:int) -> None:
