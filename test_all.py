@@ -4971,6 +4971,7 @@ def test_readme_of_the_papers(tmp_path, untrained, monkeypatch):
   monkeypatch.setattr(arena, "listops", lambda *_: ([1]*20, 1))           # to make them takes long
   for module in bigs, language:
     monkeypatch.setattr(module, "look", lambda argv: looked.append(argv) or 0)
+  monkeypatch.setattr(layer, "plot", lambda folders, row: looked.append(folders))
   for command in itertools.chain(*readme_commands("papers/README.md").values()):
     _, program, *options = shlex.split(command.split("  #")[0])
     module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
@@ -4979,8 +4980,8 @@ def test_readme_of_the_papers(tmp_path, untrained, monkeypatch):
     else:
       args, start = train.resolve_args(options, program, "classify")
       assert train.make_model(args, train.TASKS[args.task].make(args), start)
-  assert len(looked) == 3
-  assert len([*Path("reproduced").glob("*/table.csv")]) == 4
+  assert len(looked) == 4
+  assert len([*Path("reproduced").glob("*/table.csv")]) == 5
 
 # ================================================================ benchmarks
 

@@ -7,7 +7,7 @@ sequence right, in %. Figures, unverified, from notes on the paper:
   induction     35.6   100    100
   recall        86.0   99.8   100            on sequences twice as long as in training: H3 98.4
 
-  python papers/synthetic.py --reproduce                 25 minutes on two cores
+  python papers/synthetic.py --reproduce                 two and a half hours on two cores
   python papers/synthetic.py --task recall --model s4d   trains one model, in one to five minutes
 
 The recipe is that of the authors' later repository (HazyResearch/safari at 02220c6, configs/
