@@ -643,11 +643,14 @@ class Workers:
   """The workers on one channel, h: the threads of a work group (GPU), or one iteration of the
   outermost loop (CPU), whose iterations the cores share. `done` holds what must be finished before
   the next stage."""
-  def __init__(self, m:Machine, H:int):
+  def __init__(self, m:Machine, H:int, twice:bool=False):
+    "twice: whether a channel may be done again, as the kernel overwrites nothing that it reads."
     self.m, self.ids, self.outer = m, itertools.count(), ()
     if m.gpu: self.h = UOp.special(H, "gidx0")
     else:
-      each = -(-H // min(H, m.cores))                # channels of a core; the last one may have fewer,
+      cores = divisor(H, m.cores)
+      if twice: cores = min(H, m.cores)
+      each = -(-H // cores)                          # channels of a core; the last one may have fewer,
       cores = -(-H // each)                          # and does its last one again, to the same result
       core = self.loop(cores, AxisType.THREAD if cores > 1 else AxisType.LOOP)
       # the mask tells clang the range: without it indices may wrap, and loops were left scalar
@@ -695,7 +698,7 @@ class Group(Workers):
   side, as the entries of a vector register (CPU) or in neighbouring threads (GPU).
   """
   def __init__(self, m:Machine, H:int, N:int, threads:int, lengths:Sequence[int]=(), shares:int=1):
-    super().__init__(m, H)
+    super().__init__(m, H, twice=True)
     self.share = UOp.special(shares, "gidx1") if shares > 1 else 0
     self.N, self.M = N, N//RADIX
     # where rows of these lengths end within a block of M

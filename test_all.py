@@ -1583,7 +1583,7 @@ def own_loop(model:H3LM, batches:list, jit:bool) -> list[float]:
   return losses or after
 
 def test_attention_dropout():
-  """In training an attention weight is 0, or over 1 - p: with p = 1/4, of 9,216 about a quarter is 0
+  """In training an attention weight is 0, or over 1 - p: with p = 1/4, of 10,752 about a quarter is 0
   (six standard errors). Elsewhere the dropout does nothing."""
   q, k = drawn((4, 12, 14, 8), (4, 12, 16, 8))
   v = Tensor.eye(16).expand(4, 12, 16, 16).contiguous().realize()
