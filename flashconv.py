@@ -648,9 +648,8 @@ class Workers:
     self.m, self.ids, self.outer = m, itertools.count(), ()
     if m.gpu: self.h = UOp.special(H, "gidx0")
     else:
-      cores = divisor(H, m.cores)
-      if twice: cores = min(H, m.cores)
-      each = -(-H // cores)                          # channels of a core; the last one may have fewer,
+      most = min(H, m.cores) if twice else divisor(H, m.cores)
+      each = -(-H // most)                           # channels of a core; the last one may have fewer,
       cores = -(-H // each)                          # and does its last one again, to the same result
       core = self.loop(cores, AxisType.THREAD if cores > 1 else AxisType.LOOP)
       # the mask tells clang the range: without it indices may wrap, and loops were left scalar

@@ -4180,7 +4180,7 @@ def test_bits_by_position(monkeypatch):
   assert (found.nats, found.bytes) == pytest.approx(tuple(sum(want.values())))
 
 def test_window_whole(done, tmp_path, printed, monkeypatch):
-  "What is printed and drawn of models with a state for all of a text, and without one."
+  "Models with a state for all of a text, and without one: the printed lines, and the picture."
   monkeypatch.setattr(gen, "TOKENS_AT_ONCE", 256)
   monkeypatch.setattr(gen, "likelihood_of", lambda *_: stub_nll)
   model = H3LM(H3Config(257, 12, 1))
@@ -4912,7 +4912,7 @@ def test_filters_and_operations(tmp_path, monkeypatch, printed, capsys):
   H3Config(19, 12, 2, (1,), n_heads=2, rotary_dim=4, d_state=10), HYBRIDS[0],
   dataclasses.replace(HYBRIDS[0], head_order="d2h")])
 def test_layers_as_matrices(config):
-  "What t gets from all s is what the layer adds at t, without its bias; it is causal."
+  "The parts that t gets from all s add up to the layer's output at t, without its bias; causal."
   model, tokens = shaken(config), tokens_of(19, 2, 11)
   x = model.embed(toks(tokens))
   for block, seen in zip(model.backbone.layers, layer.at_work(model, tokens), strict=True):

@@ -353,6 +353,7 @@ BIDIRECTIONAL = {"bigs": "BiGS, gated SSMs in both directions",
 SHAPE = ("d_model", "n_layer", "n_heads", "attn_layers", "rotary_dim", "max_positions", "d_state",
          "head_dim", "mlp_mult", "init_std", "embed_dropout", "resid_dropout", "attn_dropout")
 INHERITED = ("model", "size", "tokenizer", *SHAPE)      # with --init
+PICTURES = (".png", ".svg", ".pdf")
 PATHS = ("data", "dev", "vocab", "init", "log", "plot", "out")      # absolute in a checkpoint
 FIXED = ("task", "seed", *INHERITED)                    # with --resume
 # options that are other programs'
@@ -626,7 +627,7 @@ def check_options(args:Namespace) -> None:
     (args.checkpoint_activations and (args.task != "text" or cut or dropout),
      "--checkpoint-activations is for --task text, without --truncate and without dropout, whose "
      "masks would be drawn anew"),
-    (args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf"),
+    (args.plot and Path(args.plot).suffix not in PICTURES,
      f"--plot {args.plot}: it draws .png, .svg or .pdf: name such a file")]
   for wrong, message in checks:
     if wrong: raise UserError(message)

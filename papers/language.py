@@ -20,6 +20,7 @@ import generate
 from papers.grid import COLORS, UNVERIFIED, Column, Grid, look_at, panels, run_program
 from support.text import Parser, UserError
 from support.training import check_writable
+from train import PICTURES
 
 GRID = Grid(
   "lm",
@@ -33,8 +34,6 @@ GRID = Grid(
   percent=False)
 
 # ---- what long memory is worth ------------------------------------------------------------------
-
-PICTURES = ".png", ".svg", ".pdf"
 
 def plot_positions(models:list[str], data:str|None, path:Path) -> None:
   """Draws bits per byte by position, a line for each model. Where its state carries all of a text,
