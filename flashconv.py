@@ -212,18 +212,18 @@ def kernels_serve(*tensors:Tensor|None) -> bool:
 
 MAX_N = 1 << 16                 # FFT length on a CPU: 2 MB of stack in the backward pass
 SHORT = 1 << 12                 # length of a short filter's transform on a long sequence
-ONE_CORE = 1 << 20              # B H N up to which one core is as fast as two
+ONE_CORE = 1 << 20              # multiply-adds up to which one core is as fast as two, about
 
 def transform_length(device:str|tuple, least:int) -> int:
   """The length of the kernels' transform, at least so long: a power of two, or on a CPU three
   quarters of one.
 
-  At L = 9,000 to 12,288 that saves a quarter of the time; short transforms take longer to compile
-  and gain little. Five eighths of one, with a last pass of radix 5 or 10, are slower than the next
-  of these lengths. On GPUs three quarters are not measured.
+  At L = 65 to 96 and at 9,000 to 12,288 that saves a quarter of the time. Five eighths of one, with
+  a last pass of radix 5 or 10, are slower than the next of these lengths, and 96, whose only other
+  pass is of radix 12, takes three times as long as 128. On GPUs three quarters are not measured.
   """
   N = fft_length(least, 1)
-  return N*3//4 if N*3//4 >= max(least, 384) and not machine(device).gpu else N
+  return N*3//4 if N*3//4 >= max(least, 192) and not machine(device).gpu else N
 
 def levels(device:str|tuple, N:int) -> int:
   """How a transform of length N runs: 1: in one launch; R > 1: in two levels, as R transforms of
@@ -295,7 +295,7 @@ def conv_one_launch(args:ConvArgs, N:int, finish:Finish=Finish(False), layout:ty
   "y, for sequences that lie in memory as `layout` says, by default as rows (B,H,L)."
   names = tuple(n for n, x in args._asdict().items() if x is not None)
   shape, m = args.u.shape, machine(args.k.device)
-  if shape[0]*shape[1]*N < ONE_CORE: m = m._replace(cores=1)
+  if shape[0]*shape[1]*N < ONE_CORE//4: m = m._replace(cores=1)
   layout = layout or rows_layout()
   spec = ConvSpec(names, m, finish, layout, *group_shape(m, shape[1], N, layout.count(shape)))
   gates = args.v, args.q

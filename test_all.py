@@ -130,7 +130,7 @@ CASES = table("""
   1  1     1     1  Dvq
   3  1     3     9  D
   1  5     7     5  vq
-  3  5    90   130  1Dq
+  3  5    90   100  1Dq
   2 64    64    64  Dvq
   2  3   180   180  Dq
   3  5   750   750  Dvq
@@ -4996,9 +4996,10 @@ def figures(n:int) -> str: return rf"(?: +(?:[\d,.]+|-)){{{n}}}"
 CONV = "conv --lengths 40 --batch 1 --channels 8"
 JOBS = {"decode": (bench.DECODE, TWIN, 2, 64), "train": (bench.TRAIN, TWIN, 4, 12)}
 BENCHES = [  # the command, a row, how many
-  (f"{CONV} --plain 0", "L 40" + figures(12), 1),
-  pytest.param("states", "H 8, L 40" + figures(12), 1, marks=slow),
-  pytest.param(CONV, "L 40" + figures(12), 1, marks=slow),
+  (f"{CONV} --plain 0", "1 x 8 x 40" + figures(12), 1),
+  pytest.param("states", "1 x 8 x 40" + figures(12), 1, marks=slow),
+  pytest.param(CONV, "1 x 8 x 40" + figures(12), 1, marks=slow),
+  pytest.param("conv --random 2 --seed 4", r"\d x \d x \d+" + figures(12), 2, marks=slow),
   ("train decode", "decode, ours" + figures(3), 1),
   pytest.param("train train", "train, ours" + figures(3), 1, marks=slow),
   ("generate", r"batch 2, prompt \d+, (?:H3|hybrid|Transformer)" + figures(6), 6),
@@ -5007,7 +5008,8 @@ BENCHES = [  # the command, a row, how many
 @pytest.mark.parametrize("command,row,rows", BENCHES)
 def test_benchmarks(command, row, rows, monkeypatch, printed):
   "Each prints its rows, at small sizes."
-  sizes = dict(STEPS=4, TURN=0, STATES=[(8, 40)], PROMPTS=(16, 24), PIECES={2: 4}, TOKENS=3)
+  sizes = dict(STEPS=4, TURN=0, STATES=[(8, 40)], SIZES=((1, 3), (4, 8), (9, 40)),
+               NUMBERS=(99, 400), PROMPTS=(16, 24), PIECES={2: 4}, TOKENS=3)
   command, job = re.fullmatch("(train )?(.*)", command).groups()
   for name, value in (sizes | dict(child=child_here, copying=float)).items():
     monkeypatch.setattr(bench, name, value)

@@ -1,7 +1,8 @@
 """Benchmarks, beside plain tinygrad (FLASH=0) and beside PyTorch where it is installed.
 
   python support/bench.py             all of them in turn, each in a process of its own
-  python support/bench.py conv        the fused convolution, length by length
+  python support/bench.py conv        the fused convolution, length by length; --random 24: of sizes
+                                      that are drawn, and what their ratios are in the mean
   python support/bench.py states      the same by state passing, at great lengths
   python support/bench.py train       time and memory of a step of training, and of decoding
   python support/bench.py generate    reading prompts and writing: H3, hybrid, Transformer
@@ -14,7 +15,7 @@ and the model as a user of PyTorch would write them; the tests use them too.
 Not here: other widths and batches than the tables' in `train`; training on several devices.
 """
 from __future__ import annotations
-import argparse, dataclasses, json, os, subprocess, sys, tempfile, time
+import argparse, dataclasses, json, math, os, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -232,23 +233,26 @@ def race(runs:dict[str, Callable]) -> dict[str, float]:
   return {who: 1e3*min(times) for who, times in ms.items()}
 
 def contest(title:str, *names:str) -> Callable[..., None]:
-  """Returns a function that holds a contest and prints its row, for a forward pass, and for one with
-  all gradients: milliseconds; PyTorch's over ours; the kernels that ours launches; and the bytes it
-  moves, as tinygrad counts them, over the least that would do. UserError with FLASH=0."""
+  """Returns a function that holds a contest and prints its row, for a forward pass, and for one
+  with all gradients: milliseconds; PyTorch's over ours; the kernels that ours launches; and the
+  bytes it moves, as tinygrad counts them, over the least that would do. The function returns both
+  ratios. UserError with FLASH=0."""
   setup_device()
   if not FLASH: raise UserError("FLASH=0 turns off what is to be timed here")
   columns = [*names, "ratio", "kernels", "bytes"]
   row = table(f"{title}: ms forward, and with all gradients{beside()}", *columns, *columns, width=18)
   def compete(label, arrays, dy, contestants):
-    cells, size = [], sum(x.nbytes for x in arrays)
+    cells, ratios, size = [], [], sum(x.nbytes for x in arrays)
     # forward: inputs, y; with gradients the inputs once more, dy, and a gradient for each input
     for i, least in enumerate((size + dy.nbytes, 3*size + 2*dy.nbytes)):
       ms = dict.fromkeys(names, np.nan) | race({who: run[i] for who, run in contestants.items()})
       GlobalCounters.reset()
       contestants["ours"][i]()
       counted = [GlobalCounters.kernel_count, GlobalCounters.global_mem/least]
-      cells += [*ms.values(), ms["torch"]/ms["ours"], *counted]
+      ratios.append(ms["torch"]/ms["ours"])
+      cells += [*ms.values(), ratios[i], *counted]
     row(label, *cells)
+    return ratios
   return compete
 
 def convolution(*shape:int) -> tuple[Arrays, np.ndarray]:
@@ -256,25 +260,45 @@ def convolution(*shape:int) -> tuple[Arrays, np.ndarray]:
   u, v, q, dy = normal(4, *shape)
   return [u, normal(*shape[1:]), normal(shape[1]), v, q], dy
 
-def bench_conv(lengths:list[int], batch:int, channels:int, plain:int) -> None:
-  "Times `fftconv` at each length, plain tinygrad, which is slow, up to a length of `plain`."
-  compete = contest(f"fftconv, B={batch} H={channels}", "plain", "ours", "torch")
-  for L in lengths:
-    inputs, dy = convolution(batch, channels, L)
+LONGEST = MAX_N // 2                     # rows that fftconv's kernels take on a CPU
+NUMBERS = 1 << 19, 1 << 25               # least and most of a tensor (B,H,L) of random size
+SIZES = (1, 32), (16, 768), (64, LONGEST)                              # of B, H, L
+
+def random_shapes(n:int, seed:int) -> list[tuple[int, ...]]:
+  "n shapes (B,H,L): any integers, their logarithms drawn evenly, among those of so many NUMBERS."
+  rng, shapes = np.random.default_rng(seed), []
+  low, high = np.log(SIZES).T
+  while len(shapes) < n:
+    shape = *(round(math.exp(x)) for x in rng.uniform(low, high)),
+    if NUMBERS[0] <= math.prod(shape) <= NUMBERS[1]: shapes.append(shape)
+  return shapes
+
+def bench_conv(lengths:list[int], batch:int, channels:int, plain:int, random:int, seed:int) -> None:
+  """Times `fftconv` at each length, or at some random shapes; plain tinygrad, which is slow, at the
+  lengths up to `plain`."""
+  compete = contest("fftconv, B x H x L", "plain", "ours", "torch")
+  shapes = random_shapes(random, seed) or [(batch, channels, L) for L in lengths]
+  ratios = []
+  for shape in shapes:
+    inputs, dy = convolution(*shape)
     contestants = {"ours": in_tinygrad(fftconv, inputs, dy)}
-    if L <= plain:                       # with tinygrad's optimiser, which setup_device turns off
+    if shape[-1] <= plain and not random:
+      # with tinygrad's optimiser, which setup_device turns off
       context = dict(FLASH=0, NOOPT=getenv("NOOPT"))
       contestants["plain"] = in_tinygrad(fftconv, inputs, dy, **context)
     if torch_device(): contestants["torch"] = in_torch(inputs, dy)
-    compete(f"L {L:,}", inputs, dy, contestants)
+    ratios.append(compete(" x ".join(f"{n:,}" for n in shape), inputs, dy, contestants))
+  if not torch_device(): return
+  means, least = np.exp(np.log(ratios).mean(0)), np.min(ratios, axis=0)
+  print("ratio forward, and with all gradients: geometric mean {:.2f} and {:.2f}, least {:.2f} and "
+        "{:.2f}".format(*means, *least))
 
-LONGEST = MAX_N // 2                     # rows that fftconv's kernels take on a CPU
 STATES = [(256, 1 << 14), (256, 1 << 16), (64, 1 << 14), (64, 1 << 20)]          # H, L
 
 def bench_states(lengths:list[int]) -> None:
   """Times `ssm_conv` of one sequence, by default at STATES, else with 256 channels, beside fftconv
   and PyTorch's FFT, which are both given a filter."""
-  compete = contest("ssm_conv, B=1 N=64", "fftconv", "ours", "torch")
+  compete = contest("ssm_conv, N=64, B x H x L", "fftconv", "ours", "torch")
   def state_passing(u, D, v, q, *ssm):                                 # ssm: re and im of A, B, C
     return ssm_conv(u, *zip(ssm[::2], ssm[1::2]), D, v, q)[0]
   for H, L in [(256, L) for L in lengths] or STATES:
@@ -284,7 +308,7 @@ def bench_states(lengths:list[int]) -> None:
     contestants = {"ours": in_tinygrad(state_passing, ours, dy)}
     if L <= LONGEST: contestants["fftconv"] = in_tinygrad(fftconv, inputs, dy)
     if torch_device(): contestants["torch"] = in_torch(inputs, dy)
-    compete(f"H {H}, L {L:,}", ours, dy, contestants)
+    compete(f"1 x {H} x {L:,}", ours, dy, contestants)
 
 # ---- training and decoding ----------------------------------------------------------------------
 # Functions of a model and tokens (B,L) that make a step: a function of the number of steps before.
@@ -448,6 +472,9 @@ def parser() -> Parser:
   conv.add_argument("--channels", type=number(int, 1), default=256, help="channels")
   conv.add_argument("--plain", type=number(int), default=1024, metavar="L",
                     help="longest row for plain tinygrad, which is slow")
+  conv.add_argument("--random", type=number(int), default=0, metavar="N",
+                    help="so many random sizes instead")
+  conv.add_argument("--seed", type=number(int), default=0, help="which these are")
   states.add_argument("lengths", type=number(int, 1), nargs="*", metavar="L",
                       help="lengths, at 256 channels (default: 16384 to 1048576)")
   generate.add_argument("size", nargs="?", default="125M", help="a released model's name")
