@@ -32,7 +32,7 @@ The paper's blocks, `BiGSConfig.block`, and their weights in a layer:
   "gated-attention"  13 D^2  GatedAttention  GatedSSM with self-attention in place of the SSMs
   "attention"        12 D^2  StackAttention  BERT's layer with the norms in front
   "stack"            12 D^2  StackSSM        StackAttention with two SSMs for attention: STACK/SSM
-  "stack-serial"     12 D^2  SerialSSM       STACK/SSM, or this: its two SSMs one after the other
+  "stack-serial"     12 D^2  SerialSSM       StackSSM with its two SSMs in series
 One more, for the Long Range Arena, is "s4d", 2 D^2, S4DLayer: the layer of S4 models, with a
 `DiagSSM` of h3tiny's for each channel and direction.
 
@@ -274,10 +274,10 @@ class StackSSM(Stack):
 class SerialSSM(Stack):
   """y = x + duc_forward(fs4(LayerNorm x)), then y + duc_backward(bs4(norm_backward y)), then MLP.
 
-  Notes on the paper's prose speak of "sequential forward + backward SSM layers" where the figure has
-  them side by side: hence this reading of STACK/SSM beside `StackSSM`. What stands between the two
-  is not said. Here each is a layer of its own, with the norm and the residual of all layers: bare,
-  one after the other, they would be a single two-sided filter that all channels share.
+  Another reading of STACK/SSM: notes on the paper's prose have "sequential forward + backward SSM
+  layers", its figure has them side by side, as in `StackSSM`. What stands between the two is not
+  said. Here each has a norm, a projection and a residual of its own: without them two SSMs in
+  series would be one two-sided filter that all channels share.
   """
   def __init__(self, cfg:BiGSConfig, rng:Generator):
     D = cfg.d_model

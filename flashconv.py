@@ -43,8 +43,8 @@ from tinygrad.uop.ops import (AxisType, KernelInfo, Ops, ParamArg, PatternMatche
                               graph_rewrite, shape_to_shape_arg)
 
 FLASH = ContextVar("FLASH", 1)  # 0: plain tinygrad ops everywhere
-# 1: a row's result in `fftconv` is the same to the bit whatever the other rows hold. It costs about
-# as much again, as two rows share a transform otherwise
+# 1: a row's result in `fftconv` is the same to the bit whatever the other rows hold. It takes about
+# twice as long, as two rows share a transform otherwise
 BATCH_INVARIANT = ContextVar("BATCH_INVARIANT", 0)
 
 HALF = dtypes.half, dtypes.bfloat16   # half precision: read and written, never computed in
@@ -860,7 +860,7 @@ def conv_two_levels(args:ConvArgs, N:int, R:int, finish:Finish) -> Tensor:
   k = args.k.expand(H, taps)
   if args.D is not None: k = k + args.D.unsqueeze(-1).pad((0, taps-1))
   layout = rows_layout()
-  K = split((k/R).unsqueeze(0), None, R, M, layout)   # one row (1,H,K); the launch below divides by M
+  K = split((k/R).unsqueeze(0), None, R, M, layout)  # one row (1,H,K); the launch below divides by M
   W = split(args.u, args.v, R, M, layout)
   C = conv_one_launch(ConvArgs(K, W), M, layout=ComplexRows)
   rows = [] if args.q is None else [args.q]

@@ -242,8 +242,8 @@ def carried_nll(nll:NLL, carry:list[State], ids:np.ndarray) -> tuple[np.ndarray,
 class Likelihood(NamedTuple):
   """-log p in nats of texts in all, their tokens, bytes, and windows or pieces.
 
-  by_position: nats and bytes by the byte that a token begins at, (RANGES,2): below FIRST_RANGE,
-  below twice that, and so on."""
+  by_position (RANGES,2): nats and bytes of the tokens that begin below byte FIRST_RANGE of their
+  text, from there to below twice that, and so on."""
   nats: float
   tokens: int
   bytes: int
@@ -297,8 +297,8 @@ def print_perplexity(model:H3LM, tokenizer:Tokenizer, path:str, window:int|None,
     print(f"{peak_memory()/1e9:.2f} GB of memory at the peak", flush=True)
 
 def bits_by_position(found:list[Likelihood]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns the first byte of each range of positions, the first one's bytes there, and all bits
-  per byte, (found,ranges); nan where no token begins. Ranges: those that the first one reaches."""
+  """Returns where each range of positions begins, how many bytes it has in found[0], and the bits
+  per byte, (found,ranges); nan where no token begins. Ranges: those that found[0] reaches."""
   ranges = np.stack([each.by_position for each in found])
   some = np.flatnonzero(ranges[0, :, 1])
   nats, sizes = ranges[:, some].transpose(2, 0, 1)
@@ -572,7 +572,10 @@ WHOLE = "whole"
 
 def window_size(text:str) -> int|str:
   "An argparse type: a number of tokens, or WHOLE."
-  return text if text == WHOLE else number(int, 1)(text)
+  if text == WHOLE: return text
+  try: return number(int, 1)(text)
+  except argparse.ArgumentTypeError as e:
+    raise argparse.ArgumentTypeError(f"{e}, nor {WHOLE}") from None
 
 def parser() -> Parser:
   p = Parser(prog="generate.py", description="Continue a prompt with a trained model.",
@@ -625,8 +628,8 @@ def parser() -> Parser:
                       help="begin every context of --score with the first K questions and answers")
   scores.add_argument("--window", metavar="N", type=window_size,
                       help="tokens that the model sees at once (default: as in training); whole: "
-                      "each given all before it, by the state that H3 layers carry through a text "
-                      "of any length, and bits per byte by position; attention keeps its windows")
+                      "all before each, as a model without attention carries its state through a "
+                      "text of any length, and bits per byte by position")
   scores.add_argument("--stride", metavar="N", type=number(int, 1),
                       help="tokens from one window of --perplexity to the next (default: half)")
   other = p.add_argument_group("other uses, in place of text")

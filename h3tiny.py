@@ -222,7 +222,7 @@ class Positions(NamedTuple):
     return x if self.start is None else x * (self.of(x.shape[1]) >= 0).unsqueeze(-1)
 
 def move_on(states:list[State]|None, after:list[State], *computed:Tensor) -> None:
-  "Realises what was computed from states, and the states after them; then overwrites the former."
+  "Realises what was computed from states, and those that follow, which then overwrite them."
   old, new = get_parameters(states), get_parameters(after)
   Tensor.realize(*computed, *new)
   overwrite(old, new)
@@ -606,8 +606,8 @@ class Block:
     self.dropout = cfg.resid_dropout
     self.norm1, self.norm2 = (LayerNorm(cfg.d_model, cfg.norm_eps) for _ in range(2))
     if i in cfg.attn_layers:
-      self.mixer = Attention(cfg.d_model, cfg.n_heads, rng, cfg.init_std, cfg.out_std, cfg.rotary_dim,
-                             dropout=cfg.attn_dropout)
+      self.mixer = Attention(cfg.d_model, cfg.n_heads, rng, cfg.init_std, cfg.out_std,
+                             cfg.rotary_dim, dropout=cfg.attn_dropout)
     else: self.mixer = {"h3": H3Mixer, "s4d": S4DMixer}[cfg.ssm](cfg, rng)
     self.mlp = MLP(cfg, rng)
 

@@ -44,9 +44,9 @@ from support.training import (BETA2, MASKED, PRECISIONS, PREVIOUS, AdamW, Batch,
                               Gradients, LossScale, Model, Saved, Step, accumulated,
                               check_memory, check_precision, check_writable, duration, estimate,
                               fill, gradient_checkpointing, half_precision, has_dropout,
-                              lock_run_directory, on_devices, open_devices, pieces, read_newest, restore,
-                              save_beside_previous, set_aside, tensor_on, training_state, truncated,
-                              truncated_eval, weigh, weighted)
+                              lock_run_directory, on_devices, open_devices, pieces, read_newest,
+                              restore, save_beside_previous, set_aside, tensor_on, training_state,
+                              truncated, truncated_eval, weigh, weighted)
 
 # ---- tasks --------------------------------------------------------------------------------------
 
@@ -346,7 +346,7 @@ CAUSAL = {"h3": "H3 in all layers",
           "s4d": "S4D, an ungated SSM, in all layers"}
 BIDIRECTIONAL = {"bigs": "BiGS, gated SSMs in both directions",
                  "stack": "ungated SSMs in both directions",
-                 "stack-serial": "the same, the backward SSM after the forward one",
+                 "stack-serial": "ungated SSMs, the backward one after the forward one",
                  "gated-attention": "BiGS with attention in place of its SSMs",
                  "bert": "attention in all layers"}
 # options that make a model's shape, and those that are taken from a checkpoint and can't be changed
@@ -421,7 +421,7 @@ def parser(program:str, task:str) -> Parser:
       "bigs 3, stack and stack-serial 5)")
   add("--embed-dropout X", fraction, 0.0, "dropout after the embedding")
   add("--resid-dropout X", fraction, 0.0, "dropout in the blocks of a causal model")
-  add("--attn-dropout X", fraction, 0.0, "dropout of its attention's weights")
+  add("--attn-dropout X", fraction, 0.0, "dropout of attention's weights in a causal model")
 
   add = option_adder(p, "training")
   add("--steps N", positive, 1000, "updates of the weights in all")
@@ -435,9 +435,9 @@ def parser(program:str, task:str) -> Parser:
       "(default: a tenth of --schedule-steps, at most 1000)")
   add("--weight-decay X", number(float, 0), 0.1,
       "of all weights but biases, norms, and in causal models embeddings and the SSMs' dynamics")
-  add("--clip X", number(float, 0), 1.0, "largest norm of the whole gradient; 0: any")
-  add("--beta2 X", number(float, 0.5, 0.9999), None, "how slowly AdamW forgets the gradients' squares "
-      f"(default: {BETA2}, of masked models {MASKED['beta2']})")
+  add("--clip X", number(float, 0), 1.0, "largest norm of the whole gradient; 0: no clipping")
+  add("--beta2 X", number(float, 0.5, 0.9999), None, "AdamW's β2, the decay of its mean of squared "
+      f"gradients (default: {BETA2}, of masked models {MASKED['beta2']})")
   add("--seed N", whole, 0, "of weights, batches and the sample")
   add("--dtype", str, "float32", "of the factors in products with weights, on a GPU of what is "
       "convolved, too; all else stays float32",
@@ -706,11 +706,12 @@ def make_model(args:Namespace, task:Task, start:Saved|None=None) -> Model:
   return model
 
 def fixed_weights(model:Model, task:Task) -> dict[str, float]:
-  "Weights that the task leaves alone, by name, and the number they all are."
+  "Names of the weights that training leaves alone, and the number that each is filled with."
   return {name: value for name in get_state_dict(model)
           for end, value in task.fixed.items() if name.endswith(end)}
 
 def with_fixed_weights(model:Model, task:Task) -> Model:
+  "Fills these weights of a model, and returns it."
   params = get_state_dict(model)
   for name, value in fixed_weights(model, task).items():
     fill(params[name], np.full(params[name].shape, value, np.float32))
@@ -1004,8 +1005,8 @@ class Run:
   def hyper(self, step:int) -> list[Tensor]:
     args = self.args
     ssm_scale = min(1e-3, args.lr) / args.lr            # the SSMs' dynamics learn at 1e-3 at most
-    return self.opt.hyper(step, self.rate(step), args.weight_decay, args.clip or math.inf, ssm_scale,
-                          self.scale.value)
+    return self.opt.hyper(step, self.rate(step), args.weight_decay, args.clip or math.inf,
+                          ssm_scale, self.scale.value)
 
   def rate(self, step:int) -> float:
     args = self.args
