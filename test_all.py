@@ -147,7 +147,9 @@ LONG_CASES = table("""
 
 @pytest.mark.parametrize("B,H,L,K,what", and_slow(table("""
   3  2    40    40  Dvq
-  3  1  9000    64  Dq"""), table("5 2 4096 4096 Dvq")))
+  3  1  9000    64  Dq"""), table("""
+  5  2  4096  4096  Dvq
+  3  1 20000 20000  Dvq""")))
 def test_kernel_fftconv_of_rows_apart(B, H, L, K, what):
   """With BATCH_INVARIANT=1 all is right, and a row's results and gradients are the same to the bit
   beside one of NaN and one of 1e10; without it they are not."""
@@ -4116,6 +4118,13 @@ def test_windows(monkeypatch):
   check(128, 1, {0: 128})
   check(64, 32, {0: 64, 32: 32, 64: 32})
   check(64, 40, {0: 64, 40: 40, 64: 24})                  # the last one ends the text
+
+def test_generation_keeps_rows_apart(monkeypatch):
+  "All of a command line of generate.py: no text's figures depend on its neighbours."
+  seen = []
+  monkeypatch.setattr(gen, "run", lambda args: seen.append(flashconv.rows_layout()))
+  assert gen.main([]) == 0 and seen == [flashconv.SingleRows]
+  assert flashconv.rows_layout() is flashconv.RowPairs
 
 def test_perplexity(done, tmp_path, printed):
   "A text's is what the forward pass gives; --perplexity begins anew with each of several"
