@@ -1564,11 +1564,10 @@ def language_model(*attn_layers:int, **kw) -> Callable:
 def masked_model(block:str) -> Callable:
   return lambda: BiGS(BiGSConfig(n_layer=1, block=block, max_length=12, **SMALLEST))
 
-# quick: what shares its kernels with another, or has a kind of layer of its own
-MODELS = {"hybrid": language_model(1, head_dim=2), "transformer": language_model(0, 1),
-          "BiGS": masked_model("gated"), "STACK/SSM": masked_model("stack")}
+MODELS = {"hybrid": language_model(1, head_dim=2)}
 MORE_MODELS = {"h3": language_model(), "s4d": language_model(ssm="s4d"),
-               "S4D both ways": masked_model("s4d"),
+               "transformer": language_model(0, 1), "BiGS": masked_model("gated"),
+               "STACK/SSM": masked_model("stack"), "S4D both ways": masked_model("s4d"),
                "STACK/SSM in series": masked_model("stack-serial")}
 
 @pytest.mark.parametrize("name", and_slow(MODELS, MORE_MODELS))
@@ -1638,6 +1637,7 @@ def tiny():
   load_weights(model, read_checkpoint(f"{GOLDEN}/tiny_h3/model.safetensors")[0])
   return model
 
+@slow
 def test_golden_logits(tiny):
   logits = tiny(toks(golden("tiny_h3/tokens_L513.npy")))
   assert_close(logits, golden("tiny_h3/logits_L513.npy"), 1e-3)
@@ -1679,7 +1679,8 @@ def test_golden_greedy_under_tinyjit(tiny):
     step = TinyJit(lambda t: tiny.step(t, state)[0])
     for _ in range(2): step(toks(out[-1]))
 
-@pytest.mark.parametrize("name", and_slow(["hd1_L_lt_N"], ["hd4", "hd1"]))
+@slow
+@pytest.mark.parametrize("name", ["hd1_L_lt_N", "hd4", "hd1"])
 def test_golden_layer(name):
   c = json.load(open(f"{GOLDEN}/layers/{name}/config.json"))
   config = H3Config(d_model=c["d_model"], d_state=c["d_state"], head_dim=c["head_dim"])
@@ -1758,8 +1759,9 @@ def test_against_float64_recurrence(config):
   assert_close(model(toks(t)), np_lm(model, t), 2e-5)
 
 @pytest.mark.parametrize("p,order", and_slow([(2, "hd2")], [(1, "d2h"), (3, "d2h")]))
-def test_h3_layer_is_its_reference(p, order):
+def test_h3_layer_is_its_reference(p, order, monkeypatch):
   "The definition in plain ops against float64, and the layer against it."
+  monkeypatch.setattr(flashconv, "conv_ref", direct_conv)
   model = shaken(H3Config(19, 12, 1, d_state=10, head_dim=p, head_order=order))
   layer, u = model.backbone.layers[0].mixer, normal(2, 11, 12)
   want = h3tiny.h3_reference(layer, Tensor(u)).numpy()
@@ -1818,7 +1820,7 @@ def test_forward_equals_steps_equals_prefill_in_pieces(config):
   def check(logits:Tensor, ours:h3tiny.LMState) -> None:
     assert_close(logits, want[:, -1], 2e-5)
     assert_same_states(ours, state)
-  check(*model.prefill(toks(t)))
+  if "SLOW" in os.environ: check(*model.prefill(toks(t)))
   logits, s = model.prefill(toks(t[:, :9]), chunk=3)
   for i in (9, 10): logits, s = model.step(toks(t[:, i]), s)
   check(logits, s)
@@ -1884,7 +1886,7 @@ def test_texts_of_different_length_side_by_side(kw):
     for call in (model, model.prefill):
       with pytest.raises(ValueError, match="positions for 77"): call(longer)
 
-@pytest.mark.parametrize("exact", [True, False], ids=["direct", "fftconv"])
+@pytest.mark.parametrize("exact", and_slow([True], [False]), ids=["direct", "fftconv"])
 def test_causality(monkeypatch, exact):
   # The model around the convolution lets nothing back in time: exactly 0. An FFT mixes all
   # positions and takes them
@@ -2375,7 +2377,7 @@ def test_loading_takes_the_model_and_one_tensor(tmp_path):
 def test_small_weights_in_every_mode(dtype, tmp_path):
   "convolution, prefill, step: what the same values give in float64; matrices alone are small"
   model, path = shaken(HYBRIDS[0]), tmp_path/"m.safetensors"
-  t = tokens_of(19, 2, 7)
+  t = tokens_of(19, 2, 11)                                # kernels that other tests have, too
   save_official(str(path), model)
   small = H3LM.from_pretrained(str(path), dtype=dtype)
   kept = H3LM.from_pretrained(str(path))
@@ -2387,7 +2389,7 @@ def test_small_weights_in_every_mode(dtype, tmp_path):
   want = np_lm(kept, t)
   assert_close(small(toks(t)), want, 2e-5)
   logits, state = small.prefill(toks(t[:, :3]))
-  for i in range(3, 7):
+  for i in range(3, 11):
     logits, state = small.step(toks(t[:, i]), state)
   assert_close(logits, want[:, -1], 2e-5)
   # rounding moves a weight by at most half of its last bit, and the logits by little more
@@ -4386,9 +4388,9 @@ def test_figures_count_what_a_batch_holds(tmp_path, instant, monkeypatch, printe
   assert loss == pytest.approx((counts**2).sum()/counts.sum(), rel=1e-4)
   assert abs(counts.mean()/loss - 1) > 1e-3                # the mean over batches is another
 
-def test_bert_tokens(tmp_path, monkeypatch, printed):
-  """WordPiece of a vocab.txt, which goes along with the checkpoint; a step of training, in which
-  every weight has a gradient; a line where the library or the file is missing"""
+def test_bert_tokens(tmp_path, instant, monkeypatch, printed):
+  """WordPiece of a vocab.txt, which goes along with the checkpoint; a line where the library or the
+  file is missing"""
   words = "[PAD] [UNK] [CLS] [SEP] [MASK] hello world ##s the . a b c d e f g h i j".split()
   (vocab := tmp_path/"vocab.txt").write_text("\n".join(words) + "\n")
   def no_tokenizer(words:str) -> None:
@@ -4403,12 +4405,9 @@ def test_bert_tokens(tmp_path, monkeypatch, printed):
   assert tok.encode("Hello worlds").tolist() == [5, 6, 7]
   assert tok.decode([2, 5, 6, 7, 3, 0]) == b" hello worlds"
   (data := tmp_path/"text.txt").write_text("hello the world . a b c d e f g h\n" * 99)
-  monkeypatch.setattr(train, "evaluation", lambda *a: lambda batch: [np.float32(1), 1, 2])
   out, shape = tmp_path/"out", "--d-model 16 --n-layer 1 --d-state 8 --batch 2 --length 12"
   printed(train, f"{shape} --sample 0 --task mlm --tokenizer bert --vocab {vocab} --data {data} "
                  f"--steps 1 --out {out}")
-  moments = {k: x for k, x in weights(at(out)).items() if k.startswith("optim.m.")}
-  assert len(moments) > 20 and all(x.any() for x in moments.values())
   assert (out/"vocab.txt").read_text() == vocab.read_text()
   world = Tensor(np.eye(len(words), dtype=np.float32)[6])
   monkeypatch.setattr(BiGS, "mlm", lambda self, tokens: tokens.unsqueeze(-1)*0 + world)
@@ -4929,9 +4928,9 @@ def test_filters_and_operations(tmp_path, monkeypatch, printed, capsys):
   said = capsys.readouterr().out
   for option in ("--flops", "--plot masked", "--reproduce"): assert option in said
 
-@pytest.mark.parametrize("config", [
-  H3Config(19, 12, 2, (1,), n_heads=2, rotary_dim=4, d_state=10), HYBRIDS[0],
-  dataclasses.replace(HYBRIDS[0], head_order="d2h")])
+@pytest.mark.parametrize("config", and_slow([
+  H3Config(19, 12, 2, (1,), n_heads=2, rotary_dim=4, d_state=10), HYBRIDS[0]],
+  [dataclasses.replace(HYBRIDS[0], head_order="d2h")]))
 def test_layers_as_matrices(config):
   "The parts that t gets from all s add up to the layer's output at t, without its bias; causal."
   model, tokens = shaken(config), tokens_of(19, 2, 11)
