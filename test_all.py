@@ -1557,23 +1557,21 @@ S4D = H3Config(19, 12, 2, (1,), n_heads=2, d_state=10, max_length=12, ssm="s4d")
 TWIN = H3Config(20, 16, 2, (1,), n_heads=2, d_state=8)
 RUN8 = H3Config(257, 16, 2, (1,), n_heads=2, d_state=4)          # what the trainer's tests train
 
-SMALLEST = dict(vocab_size=20, d_model=16, n_heads=2, d_state=8)
-def language_model(*attn_layers:int, **kw) -> Callable:
-  options = dict(n_layer=2, attn_layers=attn_layers, embed_dropout=0.2, resid_dropout=0.2)
-  return lambda: H3LM(H3Config(**SMALLEST, **options, **kw))
+def language_model(**kw) -> Callable:
+  return lambda: H3LM(dataclasses.replace(RUN8, embed_dropout=0.2, resid_dropout=0.2, **kw))
 def masked_model(block:str) -> Callable:
-  return lambda: BiGS(BiGSConfig(n_layer=1, block=block, max_length=12, **SMALLEST))
+  return lambda: BiGS(BiGSConfig(20, 16, 1, block, n_heads=2, d_state=8, max_length=16))
 
-MODELS = {"hybrid": language_model(1, head_dim=2)}
-MORE_MODELS = {"h3": language_model(), "s4d": language_model(ssm="s4d"),
-               "transformer": language_model(0, 1), "BiGS": masked_model("gated"),
+MODELS = {"hybrid": language_model()}
+MORE_MODELS = {"h3": language_model(attn_layers=(), head_dim=2), "s4d": language_model(ssm="s4d"),
+               "transformer": language_model(attn_layers=(0, 1)), "BiGS": masked_model("gated"),
                "STACK/SSM": masked_model("stack"), "S4D both ways": masked_model("s4d"),
                "STACK/SSM in series": masked_model("stack-serial")}
 
 @pytest.mark.parametrize("name", and_slow(MODELS, MORE_MODELS))
 def test_gradients_of_models_survive_what_is_read(name):
   "every parameter's, to the bit, after reading the loss and then the logits; with dropout"
-  model, x, y = (MODELS | MORE_MODELS)[name](), *map(toks, tokens_of(20, 2, 2, 12))
+  model, x, y = (MODELS | MORE_MODELS)[name](), *map(toks, tokens_of(20, 2, 2, 16))
   params, forward = get_state_dict(model), getattr(model, "mlm", model)
   def after(read:bool) -> dict[str, np.ndarray]:
     Tensor.manual_seed(3)
