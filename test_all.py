@@ -1655,7 +1655,9 @@ def test_golden_states(tiny):
     for i, s in enumerate(state.layers):
       assert_close(s.shift, z[f"{tag}.layers.{i}.state_k"], 2e-5, tag)
       assert_close(s.re.numpy() + 1j*s.im.numpy(), z[f"{tag}.layers.{i}.state"], 2e-5, tag)
-  logits, state = tiny.prefill(toks(z["tokens"][:, :40]))
+  n = 40 if "SLOW" in os.environ else 24                # 24: kernels that the next test has, too
+  logits, state = tiny.prefill(toks(z["tokens"][:, :n]))
+  for i in range(n, 40): logits, state = tiny.step(toks(z["tokens"][:, i]), state)
   check(state, "after40")
   assert_close(logits, z["logits_prompt"][:, -1], 5e-5)
   for i in (40, 41):
