@@ -4,7 +4,7 @@ Claim: H3 (arXiv 2212.14052), section 3.1: an SSM recalls only if it can remembe
 which the shift SSM is for, and compare tokens across the sequence, which the gates are for. The
 paper argues so from S4D's figures (papers/synthetic.py) and gives none for the parts.
 
-  python papers/layer.py --reproduce                     the ablation: 35 minutes on two cores
+  python papers/layer.py --reproduce                     the ablation: 40 minutes on two cores
   python papers/layer.py --task recall --without gates   trains one model of it
   python papers/layer.py --plot DIR                      draws what a trained model does on a row of
                                                          its task, into layers.png in its folder
