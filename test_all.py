@@ -100,16 +100,6 @@ def np_fftconv(u, k, D, v, q, dy) -> dict[str, np.ndarray]:
   dD = (w*e).sum((0, 2))
   return {"y": q*c, "u": dw*v, "k": dk, "D": dD, "v": dw*u, "q": dy*c}
 
-def direct_conv(u, k, D=None, v=None, q=None):
-  """The definition as a sum over taps: no FFT, so no rounding noise crosses from one position to
-  another."""
-  w, L = u if v is None else u*v, u.shape[-1]
-  taps = h3tiny.pad_or_trim(k, L).flip(-1).pad((None, (0, L-1)))
-  taps = taps.unfold(-1, L, 1).flip(1)                                     # [t,s] = k[t-s]
-  y = (w.unsqueeze(-2) * taps).sum(-1)
-  if D is not None: y = y + D.reshape(-1, 1)*w
-  return y if q is None else q*y
-
 # How far a number is at most, of its own size, from the nearest one of a type
 ROUNDING = {dtypes.float: 0.0, dtypes.half: 2**-11, dtypes.bfloat16: 2**-8}
 
@@ -268,7 +258,7 @@ def test_kernel_finish_may_be_any_function(monkeypatch):
   shape = 3, 4, 40
   dy, *x = drawn(shape, shape, (4, 40), (4,), shape, shape)
   monkeypatch.setattr(flashconv, "Finish", Tanh)
-  monkeypatch.setattr(flashconv, "conv_ref", direct_conv)     # in plain ops, with few kernels
+  monkeypatch.setattr(flashconv, "conv_ref", flashconv.direct_conv)     # in plain ops, with few kernels
   with Context(FLASH=0): want = with_gradients(fftconv, x, dy)
   all_near(with_gradients(fftconv, x, dy), want, 1e-5)
 
@@ -1005,7 +995,7 @@ SSM_CASES = table("""
   1 2   4   20   15 Dvqx  0""")))
 def test_kernel_ssm_conv(B, H, N, L, chunk, given, flash, monkeypatch):
   if HAS_LOCAL and not flash: pytest.skip("the same in plain ops takes long")
-  monkeypatch.setattr(flashconv, "conv_ref", direct_conv)
+  monkeypatch.setattr(flashconv, "conv_ref", flashconv.direct_conv)
   with Context(FLASH=flash): check_ssm_conv(B, H, N, L, chunk, given)
 
 @pytest.mark.parametrize("dtype,flash", and_slow(
@@ -1132,7 +1122,7 @@ OWN = {
 def own(request, monkeypatch):
   "A function of OWN and its inputs, realised. Its plain ops have no FFT: fewer, smaller kernels."
   monkeypatch.setattr(cpu, "SMALL", 0)
-  monkeypatch.setattr(flashconv, "conv_ref", direct_conv)
+  monkeypatch.setattr(flashconv, "conv_ref", flashconv.direct_conv)
   monkeypatch.setattr(flashconv, "CHUNK", 8)
   if "levels" in request.param: monkeypatch.setattr(flashconv, "levels", lambda device, N: 4)
   if "cut" in request.param: monkeypatch.setattr(flashconv, "SHORT", 64)
@@ -1763,7 +1753,7 @@ def test_against_float64_recurrence(config):
 @pytest.mark.parametrize("p,order", and_slow([(2, "hd2")], [(1, "d2h"), (3, "d2h")]))
 def test_h3_layer_is_its_reference(p, order, monkeypatch):
   "The definition in plain ops against float64, and the layer against it."
-  monkeypatch.setattr(flashconv, "conv_ref", direct_conv)
+  monkeypatch.setattr(flashconv, "conv_ref", flashconv.direct_conv)
   model = shaken(H3Config(19, 12, 1, d_state=10, head_dim=p, head_order=order))
   layer, u = model.backbone.layers[0].mixer, normal(2, 11, 12)
   want = h3tiny.h3_reference(layer, Tensor(u)).numpy()
@@ -1890,15 +1880,16 @@ def test_texts_of_different_length_side_by_side(kw):
 
 @pytest.mark.parametrize("exact", and_slow([True], [False]), ids=["direct", "fftconv"])
 def test_causality(monkeypatch, exact):
-  # The model around the convolution lets nothing back in time: exactly 0. An FFT mixes all
-  # positions and takes them
-  # apart again, which leaves float32 rounding: a true leak would be of the order of the gradient
-  # itself.
-  if exact: monkeypatch.setattr(h3tiny, "fftconv", direct_conv)
+  """The model around the convolution lets nothing back in time: exactly 0. An FFT mixes all positions
+  and takes them apart again, which leaves float32 rounding; a true leak would be of the order of
+  the gradient itself."""
+  if exact:
+    monkeypatch.setattr(h3tiny, "fftconv", flashconv.fftconv_ref)
+    monkeypatch.setattr(flashconv, "conv_ref", flashconv.direct_conv)
   model, t, rng = shaken(HYBRIDS[0]), 6, np.random.default_rng(0)
   x = y = Tensor(rng.normal(size=(2, 11, 12)).astype(np.float32)).realize()
-  for layer, filters in zip(model.backbone.layers, model.filters(11)):
-    y, _ = layer(y, weights=filters)
+  for block, filters in zip(model.backbone.layers, model.filters(11)):
+    y, _ = block(y, weights=filters)
   seen = (model.head(y)[:, t] * Tensor(rng.normal(size=24).astype(np.float32))).sum()
   g = abs(seen.gradient(x)[0].numpy())
   assert (g[:, :t+1].max(-1) > 1e-3 * g.max()).all()           # every position up to t matters
