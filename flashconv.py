@@ -219,15 +219,15 @@ def kernels_serve(*tensors:Tensor|None) -> bool:
 
 MAX_N = 1 << 16                 # FFT length on a CPU: 2 MB of stack in the backward pass
 SHORT = 1 << 12                 # length of a short filter's transform on a long sequence
-ONE_CORE = 1 << 20              # multiply-adds up to which one core is as fast as two, about
+ONE_CORE = 1 << 20              # operations, roughly: up to so many one core is as fast as two
 
 def transform_length(device:str|tuple, least:int) -> int:
   """The length of the kernels' transform, at least so long: a power of two, or on a CPU three
   quarters of one.
 
-  At L = 65 to 96 and at 9,000 to 12,288 that saves a quarter of the time. Five eighths of one, with
-  a last pass of radix 5 or 10, are slower than the next of these lengths, and 96, whose only other
-  pass is of radix 12, takes three times as long as 128. On GPUs three quarters are not measured.
+  At L = 65 to 96 and at 9,000 to 12,288 three quarters save a quarter of the time. But 96 = 8*12
+  takes three times as long as 128. Five eighths of a power of two, with a last pass of radix 5 or
+  10, are slower than the next of these lengths. On GPUs three quarters are not measured.
   """
   N = fft_length(least, 1)
   return N*3//4 if N*3//4 >= max(least, 192) and not machine(device).gpu else N
@@ -302,7 +302,7 @@ def conv_one_launch(args:ConvArgs, N:int, finish:Finish=Finish(False), layout:ty
   "y, for sequences that lie in memory as `layout` says, by default as rows (B,H,L)."
   names = tuple(n for n, x in args._asdict().items() if x is not None)
   shape, m = args.u.shape, machine(args.k.device)
-  if shape[0]*shape[1]*N < ONE_CORE//4: m = m._replace(cores=1)
+  if shape[0]*shape[1]*N*4 < ONE_CORE: m = m._replace(cores=1)
   layout = layout or rows_layout()
   spec = ConvSpec(names, m, finish, layout, *group_shape(m, shape[1], N, layout.count(shape)))
   gates = args.v, args.q
@@ -867,7 +867,7 @@ def conv_two_levels(args:ConvArgs, N:int, R:int, finish:Finish) -> Tensor:
   k = args.k.expand(H, taps)
   if args.D is not None: k = k + args.D.unsqueeze(-1).pad((0, taps-1))
   layout = rows_layout()
-  K = split((k/R).unsqueeze(0), None, R, M, layout)  # one row (1,H,K); the launch below divides by M
+  K = split((k/R).unsqueeze(0), None, R, M, layout)   # one row (1,H,K); the launch divides by M
   W = split(args.u, args.v, R, M, layout)
   C = conv_one_launch(ConvArgs(K, W), M, layout=ComplexRows)
   rows = [] if args.q is None else [args.q]

@@ -290,8 +290,8 @@ def dots(C:UOp, A:UOp, B:UOp, *bias:UOp, m:Machine) -> UOp:
   with body.over(G) as g, body.over(mine) as j:
     ga, gb = (0 if x.shape[0] == 1 else g for x in (A, B))
     first = (body.h*mine + j).minimum(N//rows - 1)
-    # rows far apart, so that turn by turn each of them is part of one long stream through B, which
-    # the processor fetches ahead: a tenth faster than rows side by side
+    # rows of B a distance of N//rows apart: over j each is one long stream, which the processor
+    # fetches ahead; a tenth faster than rows side by side, which are short streams
     each = [(i, first + r*(N//rows)) for i in range(M) for r in range(rows)]
     def term(i:int, r:UOp) -> Callable:
       return lambda k: widened(A[ga, i, k].load())*widened(B[gb, r, k].load())
