@@ -1,8 +1,8 @@
 """Benchmarks, beside plain tinygrad (FLASH=0) and beside PyTorch where it is installed.
 
   python support/bench.py             all of them in turn, each in a process of its own
-  python support/bench.py conv        the fused convolution, length by length; --random 24: of sizes
-                                      that are drawn, and what their ratios are in the mean
+  python support/bench.py conv        the fused convolution, length by length; --random 24: at 24
+                                      random sizes, with the mean ratio
   python support/bench.py states      the same by state passing, at great lengths
   python support/bench.py train       time and memory of a step of training, and of decoding
   python support/bench.py generate    reading prompts and writing: H3, hybrid, Transformer
@@ -261,21 +261,21 @@ def convolution(*shape:int) -> tuple[Arrays, np.ndarray]:
   return [u, normal(*shape[1:]), normal(shape[1]), v, q], dy
 
 LONGEST = MAX_N // 2                     # rows that fftconv's kernels take on a CPU
-NUMBERS = 1 << 19, 1 << 25               # least and most of a tensor (B,H,L) of random size
-SIZES = (1, 32), (16, 768), (64, LONGEST)                              # of B, H, L
+SIZES = (1, 32), (16, 768), (64, LONGEST)      # least and most of random B, H and L
+NUMBERS = 1 << 19, 1 << 25                     # least and most of B*H*L
 
 def random_shapes(n:int, seed:int) -> list[tuple[int, ...]]:
-  "n shapes (B,H,L): any integers, their logarithms drawn evenly, among those of so many NUMBERS."
+  "n shapes (B,H,L): within SIZES and NUMBERS, each integer's logarithm uniform."
   rng, shapes = np.random.default_rng(seed), []
   low, high = np.log(SIZES).T
   while len(shapes) < n:
-    shape = *(round(math.exp(x)) for x in rng.uniform(low, high)),
+    shape = tuple(round(math.exp(x)) for x in rng.uniform(low, high))
     if NUMBERS[0] <= math.prod(shape) <= NUMBERS[1]: shapes.append(shape)
   return shapes
 
 def bench_conv(lengths:list[int], batch:int, channels:int, plain:int, random:int, seed:int) -> None:
-  """Times `fftconv` at each length, or at some random shapes; plain tinygrad, which is slow, at the
-  lengths up to `plain`."""
+  """Times `fftconv` at each length, and at lengths up to `plain` plain tinygrad, which is slow; or,
+  where `random` is not 0, at so many `random_shapes`."""
   compete = contest("fftconv, B x H x L", "plain", "ours", "torch")
   shapes = random_shapes(random, seed) or [(batch, channels, L) for L in lengths]
   ratios = []
@@ -473,8 +473,8 @@ def parser() -> Parser:
   conv.add_argument("--plain", type=number(int), default=1024, metavar="L",
                     help="longest row for plain tinygrad, which is slow")
   conv.add_argument("--random", type=number(int), default=0, metavar="N",
-                    help="so many random sizes instead")
-  conv.add_argument("--seed", type=number(int), default=0, help="which these are")
+                    help="time N random sizes instead of --lengths")
+  conv.add_argument("--seed", type=number(int), default=0, help="of the random sizes")
   states.add_argument("lengths", type=number(int, 1), nargs="*", metavar="L",
                       help="lengths, at 256 channels (default: 16384 to 1048576)")
   generate.add_argument("size", nargs="?", default="125M", help="a released model's name")
