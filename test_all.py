@@ -4482,6 +4482,7 @@ BAD_PAPERS = """
   arena --symbols 3 | --symbols
   synthetic --length 3 | at least 4
   synthetic --model s4d --without gates | of H3 layers
+  synthetic --model hybrid --attn-layers 0,1 --without gates | which the model hasn't got
   synthetic --held-out 3 | --held-out
   synthetic --length 4 --symbols 4 | not 5000 different rows
   language --columns 1,2 | --columns

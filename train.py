@@ -78,7 +78,8 @@ class Task:
   sample: Callable|None = None                  # (model) prints what the model does
   # (metric, value): the run ends once the metric is at least that in three evaluations in a row
   stop_at: tuple[str, float]|None = None
-  # weights that training leaves alone, by the end of their names, and the number they all are
+  # weights that training leaves alone, by the end of their names in a checkpoint, and the number
+  # they all are
   fixed: dict[str, float] = dataclasses.field(default_factory=dict)
   # how many targets a batch has: its mean loss is the mean over these; 0: for `metrics` alone
   count: Callable[[Batch], int] = lambda batch: int((batch[-1] >= 0).sum())
@@ -706,9 +707,14 @@ def make_model(args:Namespace, task:Task, start:Saved|None=None) -> Model:
   return model
 
 def fixed_weights(model:Model, task:Task) -> dict[str, float]:
-  "Names of the weights that training leaves alone, and the number that each is filled with."
-  return {name: value for name in get_state_dict(model)
-          for end, value in task.fixed.items() if name.endswith(end)}
+  """Names of the weights that training leaves alone, and the number that each is filled with.
+  UserError where a part of `fixed` is no weight of the model."""
+  found = {}
+  for end, value in task.fixed.items():
+    names = [name for name in get_state_dict(model) if name.endswith(end)]
+    if not names: raise UserError(f"the task sets {end} to {value:g}, which the model hasn't got")
+    found |= dict.fromkeys(names, value)
+  return found
 
 def with_fixed_weights(model:Model, task:Task) -> Model:
   "Fills these weights of a model, and returns it."

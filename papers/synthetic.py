@@ -65,7 +65,8 @@ def ask_last(rows:np.ndarray) -> list[Batch]:
   return [(rows[i:i+100, :-1], targets[i:i+100]) for i in range(0, len(rows), 100)]
 
 # weights that ablate a part of the H3 layer, y = Wo( q * diag( shift(k) * v ) ), so that
-# shift(k) = k, or q = v = 1
+# shift(k) = k, or q = v = 1; by the ends of their `official_names`: of the SSMs' skip weights the
+# shift SSM's is ssm_k_D, the diagonal SSM's mixer.D
 WITHOUT = {"shift": {"ssm_k_kernel.kernel.C": 0.0, "ssm_k_D": 1.0},
            "gates": {"q_proj.weight": 0.0, "q_proj.bias": 1.0,
                      "v_proj.weight": 0.0, "v_proj.bias": 1.0}}
