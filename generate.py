@@ -575,7 +575,7 @@ def window_size(text:str) -> int|str:
   if text == WHOLE: return text
   try: return number(int, 1)(text)
   except argparse.ArgumentTypeError as e:
-    raise argparse.ArgumentTypeError(f"{e}, nor {WHOLE}") from None
+    raise argparse.ArgumentTypeError(f"{e}, nor the word {WHOLE}") from None
 
 def parser() -> Parser:
   p = Parser(prog="generate.py", description="Continue a prompt with a trained model.",
@@ -628,8 +628,8 @@ def parser() -> Parser:
                       help="begin every context of --score with the first K questions and answers")
   scores.add_argument("--window", metavar="N", type=window_size,
                       help="tokens that the model sees at once (default: as in training); whole: "
-                      "all before each, as a model without attention carries its state through a "
-                      "text of any length, and bits per byte by position")
+                      "all before each, by the state that a model without attention carries "
+                      "(others keep windows), and bits per byte by position")
   scores.add_argument("--stride", metavar="N", type=number(int, 1),
                       help="tokens from one window of --perplexity to the next (default: half)")
   other = p.add_argument_group("other uses, in place of text")

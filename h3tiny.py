@@ -222,7 +222,7 @@ class Positions(NamedTuple):
     return x if self.start is None else x * (self.of(x.shape[1]) >= 0).unsqueeze(-1)
 
 def move_on(states:list[State]|None, after:list[State], *computed:Tensor) -> None:
-  "Realises what was computed from states, and those that follow, which then overwrite them."
+  "Realises what was computed from `states`, and the states `after`; these overwrite `states`."
   old, new = get_parameters(states), get_parameters(after)
   Tensor.realize(*computed, *new)
   overwrite(old, new)

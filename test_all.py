@@ -2893,7 +2893,7 @@ BAD_GENERATION = r"""
   --perplexity {tmp}/empty.txt | is empty
   --perplexity {tmp}/x.bin | not UTF-8
   --perplexity {tmp}/text.txt --window 8 --stride 9 | left out
-  --perplexity {tmp}/text.txt --window all | 'all' is not a whole number of at least 1, nor whole
+  --perplexity {tmp}/text.txt --window all | of at least 1, nor the word whole
   --perplexity {tmp}/text.txt --window whole --stride 9 | --stride is for windows
   --score {tmp}/text.txt --window whole | give --score a number
   --score a --perplexity b | give one of
