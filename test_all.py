@@ -41,9 +41,9 @@ from support.checkpoints import (CheckpointError, Stored, load_weights, read_che
                                  save_checkpoint, save_official)
 
 HERE = Path(__file__).resolve().parent
-# what takes 20 seconds and more: train something until it has learned, or go through the README's
-# commands
-slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes long: SLOW=1 runs it too")
+# what takes long, or compiles kernels for little that other tests leave open
+SLOW = bool(os.environ.get("SLOW"))
+slow = pytest.mark.skipif(not SLOW, reason="takes long: SLOW=1 runs it too")
 EPS = np.finfo(np.float32).eps
 rng = np.random.default_rng(0)
 FIRST_STATE = rng.bit_generator.state
@@ -123,9 +123,9 @@ def check_fftconv(B:int, H:int, L:int, K:int, what:str, dtype:DType=dtypes.float
     near(turned(g), want[n], ROUNDING[types[n]] + (2e-6 if n == "y" else 1e-5), n)
 
 # B, H, L, K, and what optional arguments are given; 1: one filter for all channels; T: channels
-# last.
-# Every radix of the last pass (on a CPU 3, 6 and 12 as well), no to four passes inside; K shorter and longer than L, odd batches,
-# one channel; a short filter on a long sequence, which is cut. A GPU takes long ones in two levels.
+# last. With LONG_CASES every radix of the last pass (on a CPU 3, 6 and 12 as well), and no to four
+# passes inside; K shorter and longer than L, odd batches, one channel; a short filter on a long
+# sequence, which is cut. A GPU takes long ones in two levels.
 CASES = table("""
   1  1     1     1  Dvq
   3  1     3     9  D
@@ -196,14 +196,14 @@ def test_kernel_fftconv_narrowed_on_a_gpu(monkeypatch):
 
 @on_cpu
 def test_kernel_fftconv_on_all_cores(monkeypatch):
-  """Convolution and state passing are right where cores share channels evenly and where they can't; 4
-  threads take part, at the same time: each waits for the others"""
+  """The convolution is right where cores share channels evenly, and where they can't, as state
+  passing is; 4 threads take part, at the same time: each waits for the others"""
   monkeypatch.setattr(flashconv, "ONE_CORE", 0)
   four = flashconv.machine(Device.DEFAULT)._replace(cores=4)
   monkeypatch.setattr(flashconv, "machine", lambda device: four)
   for H in 12, 7:                        # of 7 channels the last core has one, which it does twice
     check_fftconv(3, H, 20, 20, "Dvq")
-  check_ssm_conv(2, H, 8, 20, 15, "Dvqx")
+  check_ssm_conv(2, 7, 8, 20, 15, "Dvqx")
   all_here, seen = threading.Barrier(4), []
   @ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint64)
   def share(a:int, i:int) -> None:
@@ -219,7 +219,7 @@ def test_kernel_fftconv_in_two_levels(monkeypatch):
   monkeypatch.setattr(flashconv, "levels", lambda device, N: 4)
   check_fftconv(3, 2, 100, 100, "Dvq")
   check_fftconv(3, 2, 100, 100, "Dvq", dtypes.half)
-  if "SLOW" in os.environ: check_fftconv(2, 3, 130, 100, "1")
+  if SLOW: check_fftconv(2, 3, 130, 100, "1")
 
 def test_fftconv_of_float64_is_exact_to_float64():
   shape = 2, 3, 300
@@ -1101,8 +1101,7 @@ def small_ssm_conv(u, dt, B, C) -> Tensor:
   return Tensor.cat(y.flatten(), re.flatten(), im.flatten())
 
 # Each kernel with all its inputs, floats drawn for each shape. `cut`: overlap-save; `levels`: two
-# launches of short
-# transforms; both at lengths where one launch would do, so on every device.
+# launches of short transforms; both at lengths where one launch would do, so on every device.
 ROW, COLUMN = (2, 5, 12), (12,)
 SEQ, KEYS = (2, 3, 20), (2, 3, 9, 4)
 OWN = {
@@ -1134,8 +1133,7 @@ every_kernel = pytest.mark.parametrize("own", and_slow([k for k in OWN if k not 
                                                        OTHER_LAYOUTS), indirect=True)
 
 # What may be done between the loss and its gradient, in this order, so that each still finds the
-# kernels in its
-# graph; "backward": twice, summed up in .grad
+# kernels in its graph; "backward": twice, summed up in .grad
 READS = ["", "loss intermediate output", "gradient loss output", "loss backward"]
 
 def read_and_gradients(f:Callable, x:list[Tensor], w:Tensor, reads:str="") -> list[np.ndarray]:
@@ -1155,15 +1153,15 @@ def read_and_gradients(f:Callable, x:list[Tensor], w:Tensor, reads:str="") -> li
 
 @every_kernel
 def test_kernel_gradients_survive_what_is_read(own):
-  """in any order, to the bit; and they are those of plain ops, of state passing with SLOW=1: these
-  take long, and its gradients are held to float64 above"""
+  """in any order, to the bit; and they are those of plain ops. State passing, whose plain ops take
+  long, is compared with SLOW=1 alone: above, its gradients are those of float64"""
   f, x = own
   w, = drawn(f(*x).shape)
   ours = {reads: read_and_gradients(f, x, w, reads) for reads in READS}
   for reads, grads in ours.items():
     for got, first in zip(grads, ours[""], strict=True):
       assert (got == first).all() and got.any(), reads
-  if f is small_ssm_conv and "SLOW" not in os.environ: return
+  if f is small_ssm_conv and not SLOW: return
   with Context(FLASH=0): all_near(ours[""], read_and_gradients(f, x, w), 1e-5)
 
 @every_kernel
@@ -1646,7 +1644,7 @@ def test_golden_states(tiny):
     for i, s in enumerate(state.layers):
       assert_close(s.shift, z[f"{tag}.layers.{i}.state_k"], 2e-5, tag)
       assert_close(s.re.numpy() + 1j*s.im.numpy(), z[f"{tag}.layers.{i}.state"], 2e-5, tag)
-  n = 40 if "SLOW" in os.environ else 24                # 24: kernels that the next test has, too
+  n = 40 if SLOW else 24                      # 24: the next test has these kernels, too
   logits, state = tiny.prefill(toks(z["tokens"][:, :n]))
   advance = capture(lambda t: tiny.advance(t, state))
   for i in range(n, 40): logits = advance(toks(z["tokens"][:, i]))
@@ -1812,7 +1810,7 @@ def test_forward_equals_steps_equals_prefill_in_pieces(config):
   def check(logits:Tensor, ours:h3tiny.LMState) -> None:
     assert_close(logits, want[:, -1], 2e-5)
     assert_same_states(ours, state)
-  if "SLOW" in os.environ: check(*model.prefill(toks(t)))
+  if SLOW: check(*model.prefill(toks(t)))
   logits, s = model.prefill(toks(t[:, :9]), chunk=3)
   for i in (9, 10): logits, s = model.step(toks(t[:, i]), s)
   check(logits, s)
@@ -2248,7 +2246,7 @@ def test_files_in_the_released_forms(official, name):
   want = RELEASED_NAMES + ALSO_OF_355M*(name == "like_355M")
   assert names == {*re.split(r",\s+", want.strip())}
 
-DEEP = 10_000_000 if os.environ.get("SLOW") else 1_000_000
+DEEP = 10_000_000 if SLOW else 1_000_000
 TOUCH = "__import__('os').system('touch ran')"
 SYSTEM, RUN = named_as("os system"), call("os system", "touch ran")
 THING, ARGS = named_as("hostile Thing"), tuple_of([word("touch ran")])
@@ -2370,7 +2368,7 @@ def test_loading_takes_the_model_and_one_tensor(tmp_path):
 def test_small_weights_in_every_mode(dtype, tmp_path):
   "convolution, prefill, step: what the same values give in float64; matrices alone are small"
   model, path = shaken(HYBRIDS[0]), tmp_path/"m.safetensors"
-  t = tokens_of(19, 2, 11)                                # kernels that other tests have, too
+  t = tokens_of(19, 2, 11)                        # 11: other tests have these kernels, too
   save_official(str(path), model)
   small = H3LM.from_pretrained(str(path), dtype=dtype)
   kept = H3LM.from_pretrained(str(path))
@@ -2532,11 +2530,11 @@ def exchange(layer:object, a:str, b:str) -> None:
 @pytest.mark.parametrize("block", and_slow(
   ["gated", "stack", "attention", "s4d"], ["gated-attention", "stack-serial"]))
 def test_bigs_blocks(block):
-  """Each against float64, BiGS by FFT too with SLOW=1; each output depends on each input, before and
-  after; and with its two directions swapped a model gives, of flipped input, the flipped output,
-  unless one direction reads what the other has written."""
+  """Each against float64, with SLOW=1 BiGS by FFT too; each output depends on each input, before
+  and after; and with its two directions swapped a model gives, of flipped input, the flipped
+  output, unless one direction reads what the other has written."""
   model = small_bigs(block, gelu="erf" if block == "stack" else "tanh")
-  for L in (9, 140) if block == "gated" and "SLOW" in os.environ else (9,):
+  for L in (9, 140) if block == "gated" and SLOW else (9,):
     t = tokens_of(23, 9, L)
     want = np_bigs(model, t)
     assert_close(model.encode(toks(t)), want, 2e-5*max(1, np.abs(want).max()))
