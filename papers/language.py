@@ -38,6 +38,10 @@ GRID = Grid(
 
 # ---- what long memory is worth ------------------------------------------------------------------
 
+def end_of(text:str, most:int) -> str:
+  "The last characters of a text that is too long: a path's end tells it from others."
+  return text if len(text) <= most else "…" + text[1-most:]
+
 def plot_positions(models:list[str], data:str|None, path:Path) -> None:
   """Draws bits per byte by position, a line for each model. Where its state carries all of a text,
   a dotted one has the same model in windows, as long as its rows in training."""
@@ -54,12 +58,12 @@ def plot_positions(models:list[str], data:str|None, path:Path) -> None:
       *_, window, found = generate.predict(args, model, texts)
       begins, _, (bits,) = generate.bits_by_position([found])
       middle = np.maximum(1.5*begins, generate.FIRST_RANGE/2)
-      label = f"{name}, {f'windows of {window:,}' if window else 'whole'}"
+      label = f"{end_of(name, 30)}, {f'windows of {window:,}' if window else 'whole'}"
       ax.plot(middle, bits, line, color=color, lw=1.3, ms=3, label=label)
       if window: break                            # no state carries all of a text
   ax.set_xscale("log", base=2)
   ax.xaxis.set_major_formatter("{x:,.0f}")
-  ax.set(title=about, xlabel="position in bytes", ylabel="bits per byte")
+  ax.set(title=end_of(about, 55), xlabel="position in bytes", ylabel="bits per byte")
   ax.grid(alpha=0.25)
   ax.legend(frameon=False)
   fig.savefig(path)
