@@ -115,15 +115,6 @@ def conv_ref(w:Tensor, k:Tensor, D:Tensor|None) -> Tensor:
   c = fft(cmul(spectrum(w), spectrum(k)), inverse=True)[0][..., :L] / N             # F⁻¹(F w · F k)
   return c if D is None else c + D.reshape(-1, 1)*w
 
-def direct_conv(w:Tensor, k:Tensor, D:Tensor|None) -> Tensor:
-  """`conv_ref` as a sum over taps: fewer and smaller kernels, and no rounding from one position to
-  another."""
-  L = w.shape[-1]
-  k = k[:, :L]
-  taps = k.pad((None, (L-1, L-k.shape[1]))).unfold(-1, L, 1).flip(-1)      # (H,L,L): k[t-s]
-  c = (taps*w.unsqueeze(-2)).sum(-1)
-  return c if D is None else c + D.reshape(-1, 1)*w
-
 class Finish(NamedTuple):
   """The elementwise end of a convolution: y, given c = k ∗ w + D w, and its gradients.
 
@@ -154,11 +145,21 @@ def wide(x:Tensor|None) -> Tensor|None:
   "Returns half precision as float32, all else as it is."
   return x if x is None or x.dtype not in HALF else x.float()
 
-# ---------------------------------------------------------------- the public function
+# ---------------------------------------------------------------- the definition without an FFT
+def direct_conv(w:Tensor, k:Tensor, D:Tensor|None) -> Tensor:
+  """`conv_ref` as a sum over taps: fewer and smaller kernels, and no rounding from one position to
+  another."""
+  L = w.shape[-1]
+  k = k[:, :L]
+  taps = k.pad((None, (L-1, L-k.shape[1]))).unfold(-1, L, 1).flip(-1)      # (H,L,L): k[t-s]
+  c = (taps*w.unsqueeze(-2)).sum(-1)
+  return c if D is None else c + D.reshape(-1, 1)*w
+
 def direct(u:Tensor, k:Tensor, D:Tensor, v:Tensor, q:Tensor) -> Tensor:
   "`fftconv` by `direct_conv`, for `selfcheck`."
   return q*direct_conv(u*v, k, D)
 
+# ---------------------------------------------------------------- the public function
 SMALL = (3, 4, 48)
 @checked(SMALL, SMALL, (4, 48), (4,), SMALL, SMALL, plain=direct)
 def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor|None=None,
