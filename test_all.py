@@ -258,7 +258,8 @@ class Tanh(NamedTuple):
   def dc(self, dy, c, q): return dy*q*(1 - c.tanh()*c.tanh())
   def dq(self, dy, c, q): return dy*c.tanh()
 
-def test_kernel_finish_may_be_any_function(few_kernels, monkeypatch):
+@pytest.mark.usefixtures("few_kernels")
+def test_kernel_finish_may_be_any_function(monkeypatch):
   "Defined in one place, it is fused, with its gradient."
   shape = 3, 4, 40
   dy, *x = drawn(shape, shape, (4, 40), (4,), shape, shape)
@@ -266,6 +267,7 @@ def test_kernel_finish_may_be_any_function(few_kernels, monkeypatch):
   with Context(FLASH=0): want = with_gradients(fftconv, x, dy)
   all_near(with_gradients(fftconv, x, dy), want, 1e-5)
 
+@pytest.mark.usefixtures("few_kernels")
 def test_kernel_finish_in_two_levels(monkeypatch):
   monkeypatch.setattr(flashconv, "levels", lambda device, N: 2)
   test_kernel_finish_may_be_any_function(monkeypatch)
