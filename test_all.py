@@ -473,6 +473,25 @@ class GPU:
 # it can't see that a thread reads only what it wrote itself, and one at the end of each loop.
 LAST = {"fftconv": [7]}
 WALK_GRAD = [0, 1, 2, 3, 4, 5, 8, 10, 11, 14, 15, 18, 19, 20, 21, 23]
+@pytest.mark.usefixtures("always")
+def test_kernel_product_of_a_small_group(monkeypatch):
+  "4 x 4 threads, which make tiles of 16 x 16, or of 32 x 32; sizes that these do not divide"
+  monkeypatch.setattr(cpu, "tiles_serve", lambda device: True)
+  monkeypatch.setattr(cpu, "SIDE", 4)
+  for many, M in ((99, 33), (0, 41)):
+    monkeypatch.setattr(cpu, "MANY_TILES", many)
+    check_product((1, M, 7), (7, 18), many > 0)
+
+def check_embedding(_) -> None:
+  "A look-up of words of which some come twice, most not at all, and its gradient."
+  words, ids = normal(70, 12), np.array([[3, 69, 3], [0, 32, 3]], np.int32)
+  W, g = Tensor(words), normal(2, 3, 12)
+  y = flashconv.lookup(W, Tensor(ids).realize())
+  sums = np.zeros_like(words)
+  np.add.at(sums, ids, g)
+  assert (y.numpy() == words[ids]).all()
+  assert_close(y.gradient(W, gradient=Tensor(g))[0], sums, 1e-6)
+
 GPU_CASES = {
   "gates": (lambda _: check_fftconv(3, 2, 50, 50, "Dvq"), LAST),
   "shared rows": (lambda _: check_fftconv(7, 2, 50, 50, "Dvq"), LAST),
@@ -494,13 +513,16 @@ GPU_CASES = {
                {"ssm_segments": [0, 1, 4, 6], "ssm_segments_grad": [0, 1, 4, 6],
                 "ssm_walk": [2, 5, 7],
                 "ssm_walk_grad": [0, 1, 2, 4, 6, 7, 10, 12, 13, 16, 17, 20, 21, 22, 23, 25]}),
+  "products": (test_kernel_product_of_a_small_group, {}),
+  "words": (check_embedding, {}),
   "adamw": (lambda _: check_adamw(lambda f: f, 2), {}),
   "token": (lambda _: check_h3_step(lambda f: f, 2, 2, 32), {"h3_step": [0, 2, 3, 5, 6, 7]}),
   "cache": (lambda _: test_kernel_attend_over_a_cache(5, 70, 16, (3, 0, 6), 1), {})}
-GPU_QUICK = [("cuda", "shared rows"), ("cuda", "cache"), ("cuda", "token"), ("metal", "states")]
+GPU_QUICK = [("cuda", "shared rows"), ("metal", "products"), ("cuda", "cache"), ("cuda", "token"), ("metal", "states")]
 
 @pytest.mark.parametrize("backend,case", and_slow(
   GPU_QUICK, sorted({*itertools.product(("cuda", "metal"), GPU_CASES)} - {*GPU_QUICK})))
+@pytest.mark.usefixtures("always")
 def test_kernel_executed_as_on_a_gpu(backend, case, monkeypatch, tmp_path):
   """Right and without a race, also where barriers order shared memory alone. Each barrier taken
   out, but those that may go, gives another result or a race."""
@@ -576,7 +598,8 @@ def swap(x:np.ndarray) -> np.ndarray: return x.swapaxes(-1, -2)
 def in_a_row(x:np.ndarray) -> np.ndarray: return np.concatenate(list(x), -1)
 
 @pytest.fixture
-def always(monkeypatch): monkeypatch.setattr(cpu, "SMALL", 0)  # the kernel at every size
+def always(monkeypatch):                   # the kernel at every size
+  for limit in ("SMALL", "ENOUGH_TILES"): monkeypatch.setattr(cpu, limit, 0)
 
 def check_product(left:tuple, right:tuple, transposed:bool) -> None:
   "The product and both gradients. What has served all matrices gets the sum over them."
@@ -1278,7 +1301,8 @@ def test_kernel_inputs_without_a_device(name):
   product = lambda u: u @ Tensor(k.numpy().T)
   passing = lambda u: small_ssm_conv(u, k[:, :4], k[:, :4], k[:, 4:])
   for f in (conv, filtered, norm, product, passing, Tensor.softmax):
-    np.testing.assert_allclose(f(impulse).numpy(), f(stored).numpy(), atol=1e-6)
+    # + 0 of the device: what has none would be computed on the CPU
+    np.testing.assert_allclose((f(impulse) + 0*D).numpy(), f(stored).numpy(), atol=1e-6)
   if impulse.dtype == dtypes.float:
     (_, got), (_, want) = (with_gradients(conv, [u]) for u in (impulse, stored))
     np.testing.assert_allclose(got, want, atol=1e-5)
