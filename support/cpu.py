@@ -1,4 +1,4 @@
-"""Supplies what tinygrad's CPU device lacks: kernels for models, all cores, programs kept on disk.
+"""Supplies what tinygrad lacks: kernels for models; on a CPU all cores, programs kept on disk.
 
 A program calls `setup_device()` before it touches a device. From then on, on a CPU,
   nn.Linear, `@`                       run the matrix product below, a bias in the same launch;
