@@ -8,7 +8,7 @@ on the paper:
   agreement with 1 to 4 attractors, %    BiGS 97.4, 97.4, 96.6, 96.5
   operations of a forward pass           PAPER_OPERATIONS, below
 
-  python papers/bigs.py --reproduce                       50 minutes on two cores
+  python papers/bigs.py --reproduce                       40 minutes on two cores
   python papers/bigs.py --task agreement --model bert     trains one model, in two minutes
   python papers/bigs.py --plot masked                     draws the filters of a checkpoint
   python papers/bigs.py --flops                           counts operations, in three minutes
