@@ -473,11 +473,11 @@ class GPU:
 # it can't see that a thread reads only what it wrote itself, and one at the end of each loop.
 LAST = {"fftconv": [7]}
 WALK_GRAD = [0, 1, 2, 3, 4, 5, 8, 10, 11, 14, 15, 18, 19, 20, 21, 23]
-@pytest.mark.usefixtures("always")
 def test_kernel_product_of_a_small_group(monkeypatch):
   "4 x 4 threads, which make tiles of 16 x 16, or of 32 x 32; sizes that these do not divide"
+  for limit, n in (("SMALL", 0), ("ENOUGH_TILES", 0), ("SIDE", 4)):
+    monkeypatch.setattr(cpu, limit, n)
   monkeypatch.setattr(cpu, "tiles_serve", lambda device: True)
-  monkeypatch.setattr(cpu, "SIDE", 4)
   for many, M in ((99, 33), (0, 41)):
     monkeypatch.setattr(cpu, "MANY_TILES", many)
     check_product((1, M, 7), (7, 18), many > 0)
@@ -522,7 +522,6 @@ GPU_QUICK = [("cuda", "shared rows"), ("metal", "products"), ("cuda", "cache"), 
 
 @pytest.mark.parametrize("backend,case", and_slow(
   GPU_QUICK, sorted({*itertools.product(("cuda", "metal"), GPU_CASES)} - {*GPU_QUICK})))
-@pytest.mark.usefixtures("always")
 def test_kernel_executed_as_on_a_gpu(backend, case, monkeypatch, tmp_path):
   """Right and without a race, also where barriers order shared memory alone. Each barrier taken
   out, but those that may go, gives another result or a race."""
