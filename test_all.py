@@ -5057,7 +5057,8 @@ def test_benchmarks(command, row, rows, monkeypatch, printed):
   command, job = re.fullmatch("(train )?(.*)", command).groups()
   for name, value in (sizes | dict(child=child_here, copying=float)).items():
     monkeypatch.setattr(bench, name, value)
-  if command: monkeypatch.setattr(bench, "JOBS", {job: JOBS[job]})
+  if command:
+    for jobs in ("JOBS", "GPU_JOBS"): monkeypatch.setattr(bench, jobs, {job: JOBS[job]})
   monkeypatch.setattr(H3Config, "named", lambda size: TWIN)
   if job == "generate":              # sessions have a test of their own
     def captured(session, shape, capacity):
@@ -5066,6 +5067,22 @@ def test_benchmarks(command, row, rows, monkeypatch, printed):
     monkeypatch.setattr(gen.Session, "captured", captured)
   said = printed(bench, command or job)
   assert len(re.findall(f"^{row}$", said, re.M)) == rows, said
+
+@pytest.mark.parametrize("device", ["CPU", "CUDA"])
+def test_training_benchmark_of_a_device(device, monkeypatch, printed):
+  "Its own jobs; on a GPU plain tinygrad is beside the first alone."
+  begun = []
+  def child(_, code:str, FLASH:str="1") -> list[str]:
+    if "save" not in code: begun.append((re.search("'(.*?)'", code)[1], FLASH))
+    return ["[1.0, 2.0]"]
+  replaced = dict(child=child, copying=float, setup_device=lambda: None, torch_device=str)
+  for name, value in replaced.items(): monkeypatch.setattr(bench, name, value)
+  monkeypatch.setattr(bench, "Device", SimpleNamespace(DEFAULT=device))
+  said = printed(bench, "train")
+  jobs = bench.GPU_JOBS if device == "CUDA" else bench.JOBS
+  plainly = [(next(iter(jobs)), "0")] * (device == "CUDA")
+  assert {*begun} == {*((job, "1") for job in jobs), *plainly}
+  assert all(f"{job}, ours" in said for job in jobs)
 
 @pytest.mark.parametrize("command,words", [
   ("conv --lengths 0", "at least 1"), ("conv --lengths 99999", "at most 32768"),

@@ -4,7 +4,8 @@
   python support/bench.py conv        the fused convolution, length by length; --random 24: at 24
                                       random sizes, with the mean ratio
   python support/bench.py states      the same by state passing, at great lengths
-  python support/bench.py train       time and memory of a step of training, and of decoding
+  python support/bench.py train       time and memory of a step of training, and of decoding; on a
+                                      GPU other batches
   python support/bench.py generate    reading prompts and writing: H3, hybrid, Transformer
   python support/bench.py start       from a program's start to its first step, in seconds
 
@@ -12,7 +13,8 @@ Contestants take turns and the least of their times counts, so that ratios hold 
 is busy now and then: compare figures of one run. `torch_fftconv` and `TorchLM` are the convolution
 and the model as a user of PyTorch would write them; the tests use them too.
 
-Not here: other widths and batches than the tables' in `train`; training on several devices.
+Not here: other widths and batches than the tables' in `train`; training on several devices; a
+GPU's own memory.
 """
 from __future__ import annotations
 import argparse, dataclasses, json, math, os, subprocess, sys, tempfile, time
@@ -353,16 +355,21 @@ JOBS = {"train, d 256, 16 x 256": (TRAIN, SMALL, 16, 256),
         "train, 125M, 1 x 1024": (TRAIN, LARGE, 1, 1024),
         "decode, 125M, batch 1": (DECODE, LARGE, 1, 2*STEPS),
         "decode, 125M, batch 64": (DECODE, LARGE, 64, 2*STEPS)}
+# and on a GPU
+GPU_JOBS = {"train, d 256, 16 x 256": (TRAIN, SMALL, 16, 256),
+            "train, 125M, 8 x 1024": (TRAIN, LARGE, 8, 1024),
+            "decode, 125M, batch 1": (DECODE, LARGE, 1, 2*STEPS)}
 
 def save_weights(name:str, path:str) -> None:
   "Writes a job's weights. In a process of its own, whose memory the contestants' do not start from."
-  params = get_state_dict(H3LM(JOBS[name][1]))
+  _, config, *_ = (JOBS | GPU_JOBS)[name]
+  params = get_state_dict(H3LM(config))
   np.savez(path, **{key: param.numpy() for key, param in params.items()})
 
 def measure(name:str, weights:str, who:str) -> None:
-  """Prints the least milliseconds of a step, and the peak of memory in MB beyond what the process
-  held once its libraries were imported. who: ours, plain (ours with FLASH=0), torch."""
-  makers, config, batch, length = JOBS[name]
+  """Prints the least milliseconds of a step, and the peak of the host's memory in MB beyond what
+  the process held once its libraries were imported. who: ours, plain (ours with FLASH=0), torch."""
+  makers, config, batch, length = (JOBS | GPU_JOBS)[name]
   by_torch, taken = who == "torch", []
   if not by_torch: setup_device()
   base = peak_memory()
@@ -382,13 +389,15 @@ def copying() -> float:
   return 2*source.nbytes/least/1e9
 
 def bench_train() -> None:
-  """Times JOBS beside PyTorch on a CPU; elsewhere the first alone, beside plain tinygrad too. Each
-  contestant has a process of its own, twice in turns."""
+  """Times JOBS, or on a GPU GPU_JOBS, beside PyTorch; on a GPU the first job beside plain tinygrad
+  too. Each contestant has a process of its own, twice in turns."""
   setup_device()
   on_cpu = Device.DEFAULT == "CPU"
-  contestants = ["ours", *["plain"]*(not on_cpu), *["torch"]*bool(torch_device())]
-  row = table(f"a step, and memory beyond the libraries{beside()}", "ms", "MB", "to ours")
-  for name in [*JOBS] if on_cpu else [*JOBS][:1]:
+  title = f"a step, and the host's memory beyond the libraries{beside()}"
+  row = table(title, "ms", "MB", "to ours")
+  for i, name in enumerate(JOBS if on_cpu else GPU_JOBS):
+    plain = i == 0 and not on_cpu
+    contestants = ["ours", *["plain"]*plain, *["torch"]*bool(torch_device())]
     results = {who: [] for who in contestants}
     with tempfile.TemporaryDirectory() as folder:
       where = f"{name!r}, '{folder}/weights.npz'"
