@@ -659,6 +659,9 @@ def test_kernel_linear_of_small_weights(M, K, N, dtype, flash, always):
     close(y, *with_bias(x, exact.T, bias))
     close(dx, g, exact)
     close(dbias.reshape(1, N), np.ones((1, M)), g)
+    rows = checkpoints.filled(checkpoints.narrowed(x, dtype), flashconv.WEIGHTS[dtype])
+    both = rows.linear(layer.weight.T, dtype=dtypes.float)
+    close(both, flashconv.widened(rows).numpy(), exact.T)
     t = rng.integers(0, N, 5).astype(np.int32)
     assert (words(Tensor(t).realize()).numpy() == exact[t]).all()
 

@@ -479,6 +479,7 @@ def multiply(x:Tensor, w:Tensor, bias:Tensor|None=None, dtype:DType|None=None) -
   on_gpu = FLASH and large and whole(x, w, *biases) and machine(x.device).gpu
   # without tensor cores tinygrad would round each product to the factors' type
   if not on_gpu and dtype == dtypes.float: x, w = widened(x), widened(w)
+  if dtype == dtypes.float and x.dtype == dtypes.ushort: x = widened(x)
   if w.dtype == dtypes.ushort: w = widened(w)
   y = product_on_gpu(x, w, dtype) if on_gpu else PLAIN_DOT(x, w, dtype)
   return y + biases[0] if biases else y
