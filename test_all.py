@@ -473,6 +473,7 @@ class GPU:
 # it can't see that a thread reads only what it wrote itself, and one at the end of each loop.
 LAST = {"fftconv": [7]}
 WALK_GRAD = [0, 1, 2, 3, 4, 5, 8, 10, 11, 14, 15, 18, 19, 20, 21, 23]
+
 def test_kernel_product_of_a_small_group(monkeypatch):
   "4 x 4 threads, which make tiles of 16 x 16, or of 32 x 32; sizes that these do not divide"
   for limit, n in (("SMALL", 0), ("ENOUGH_TILES", 0), ("SIDE", 4)):
@@ -518,7 +519,8 @@ GPU_CASES = {
   "adamw": (lambda _: check_adamw(lambda f: f, 2), {}),
   "token": (lambda _: check_h3_step(lambda f: f, 2, 2, 32), {"h3_step": [0, 2, 3, 5, 6, 7]}),
   "cache": (lambda _: test_kernel_attend_over_a_cache(5, 70, 16, (3, 0, 6), 1), {})}
-GPU_QUICK = [("cuda", "shared rows"), ("metal", "products"), ("cuda", "cache"), ("cuda", "token"), ("metal", "states")]
+GPU_QUICK = [("cuda", "shared rows"), ("metal", "products"), ("cuda", "cache"), ("cuda", "token"),
+             ("metal", "states")]
 
 @pytest.mark.parametrize("backend,case", and_slow(
   GPU_QUICK, sorted({*itertools.product(("cuda", "metal"), GPU_CASES)} - {*GPU_QUICK})))

@@ -4,18 +4,19 @@ A program calls `setup_device()` before it touches a device. From then on, on a 
   nn.Linear, `@`                       run the matrix product below, a bias in the same launch;
   nn.LayerNorm, nn.Embedding, softmax  take one launch forward and one backward;
   attend                               (`replaceable`, in h3tiny.py) stores no matrix of scores;
-  write_cache, h3_step                 (likewise) overwrite states in place, on every device;
+  write_cache, h3_step                 (likewise) overwrite states in place;
   every kernel                         is shared by the cores, and a TinyJit replays without Python;
   a second process                     finds its lowered kernels on disk.
-On GPUs, of these kernels the products, the embedding and the last two run. FLASH=0 turns all of
-them off.
+On a GPU products (in tiles, where that is faster), nn.Embedding, write_cache and h3_step run too.
+FLASH=0 turns all of it off.
 
 The file in order: what kernels share · the matrix product · layer norm · softmax · attention ·
 embedding · decoding · tinygrad's own words · the cores · threads, forks and Ctrl-C · programs on
 disk · setup.
 How a kernel is written, what `after` and `end` order, is explained at the top of flashconv.py.
 
-Not here: second derivatives, but of the products; half precision, but for factors of products.
+Not here: second derivatives, but of the products; half precision, but for factors of products,
+which are multiplied as float32s: a GPU's tensor cores stay idle.
 """
 from __future__ import annotations
 import contextlib
@@ -278,46 +279,56 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
             body.put(result(r, v), sums(n, v))
   return body.finish(name)
 
-# On a GPU a group of SIDE x SIDE threads makes a tile of C, whose sums stay in registers, 8 x 8 or
-# 4 x 4 a thread. SIDE columns of A and SIDE rows of B lie in shared memory, and the next ones are
-# on their way while these are multiplied. TFLOPS on an H200, whose float32 units do 67:
+# ---- on a GPU
+# A group of SIDE x SIDE threads makes a tile of C, whose sums stay in registers, 8 x 8 or 4 x 4 a
+# thread. SIDE columns of A and SIDE rows of B lie in shared memory, and the next ones are on their
+# way to registers while these are multiplied. TFLOPS on an H200, whose float32 units do 67:
 #   M x K x N             this kernel     tinygrad
 #                         y   dx   dw     y   dw
 #   8192 x 768 x 3072    37   35   27    5.6   2
 #   8192 x 768 x 768     35   33   26    5.1   4
 #   8192 x 768 x 50264   38   38   39    7.3
 SIDE = 16
-MANY_TILES, ENOUGH_TILES = 96, 32        # for 8 x 8 sums a thread; for this kernel at all
-def tiles(M:int, N:int, size:int) -> int: return ceildiv(M, size)*ceildiv(N, size)
+MANY_TILES = 96                  # large tiles from which a thread has 8 x 8 sums
+ENOUGH_TILES = 32                # small ones below which tinygrad's own product is as fast
+def tile_count(M:int, N:int, each:int) -> int:
+  "Tiles of M x N sums, with each x each of them a thread."
+  return ceildiv(M, each*SIDE)*ceildiv(N, each*SIDE)
 
 def tiled_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
-  "C (G M N,), flat, as `gemm` has it, but without sums over groups."
+  """`gemm`, without sums over groups, on a GPU. C is flat, (G M N,).
+
+  Rows and columns past the end are computed from the last one, and not stored.
+  """
   G, K = max(A.shape[0], B.shape[0]), A.shape[1 if ta else 2]
   M, N = A.shape[2 if ta else 1], B.shape[1 if tb else 2]
-  many = G*tiles(M, N, 8*SIDE) >= MANY_TILES and min(M, N) > 4*SIDE
+  many = G*tile_count(M, N, 8) >= MANY_TILES and min(M, N) > 4*SIDE
   each = 8 if many else 4                                  # rows, and columns, of a thread
   size = each*SIDE
-  across, turns = ceildiv(N, size), ceildiv(K, SIDE)
-  count = tiles(M, N, size)
-  body = Body(m, G*count, SIDE*SIDE)
-  g, row, column = body.h//count, body.h % count//across*size, body.h % across*size
-  t, mine = body.t, (body.t//SIDE, body.t % SIDE)
-  # of the block's rows a thread's own: four side by side, which are read at once, and four more
-  def own(t:UOp) -> list[UOp]: return [t*4 + i % 4 + i//4*4*SIDE for i in range(each)]
+  tiles, across, rounds = tile_count(M, N, each), ceildiv(N, size), ceildiv(K, SIDE)
+  body = Body(m, G*tiles, SIDE*SIDE)
+  g, row, column = body.h//tiles, (body.h % tiles)//across*size, (body.h % across)*size
+  down, right = body.t//SIDE, body.t % SIDE                # where in the tile the thread is
+  # a thread's own rows, or columns: four side by side, which are read at once, and four more
+  def own(place:UOp) -> list[UOp]: return [place*4 + i % 4 + i//4*4*SIDE for i in range(each)]
+  # a stage: stores that may be made in any order
+  def do(*stores:Stores): body.done = UOp.group(*itertools.chain(*stores)),
 
   class Factor:
-    """Rows of A, or columns of B, (G,n,K) where `straight`, else (G,K,n): SIDE numbers of each in
-    shared memory, and the thread's share of the next ones in registers."""
+    """The tile's rows of A, or columns of B, from the `first` of n; as it is stored (G,n,K), if
+    `straight`, or (G,K,n). SIDE numbers of each are in shared memory, the thread's share of the
+    next ones in registers."""
     def __init__(self, x:UOp, n:int, first:UOp, straight:bool):
       self.x, self.n, self.first, self.straight = x, n, first, straight
       # 4 floats are left free behind a row, else half a warp would store to one bank
       self.block, self.next = body.array(SIDE, size + 4), body.ordered(body.memory(each))
       # neighbouring threads load what lies side by side
       width = SIDE if straight else size
-      nth = [t + SIDE*SIDE*i for i in range(each)]
+      nth = [body.t + SIDE*SIDE*i for i in range(each)]
       places = [(i//width, i % width) for i in nth]
       self.places = [(r, k) if straight else (k, r) for r, k in places]
     def load(self, turn:UOp|int) -> Stores:
+      "next = the thread's share of x's `turn`th block, with zeros past K"
       stores = []
       for i, (r, k) in enumerate(self.places):
         r, k = (self.first + r).minimum(self.n - 1), turn*SIDE + k
@@ -327,22 +338,22 @@ def tiled_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> U
         x = widened(self.x[0 if self.x.shape[0] == 1 else g, *place].load())
         stores.append(self.next(i).store(x if ok is None else ok.where(x, 0.0)))
       return stores
-    def share(self) -> Stores:
+    def pack(self) -> Stores:
+      "block = every thread's `next`"
       return [self.block(k, r).store(self.next(i)) for i, (r, k) in enumerate(self.places)]
 
-  def do(*stores:Stores): body.done = UOp.group(*itertools.chain(*stores)),
   a, b = Factor(A, M, row, not ta), Factor(B, N, column, tb)
   sums, pairs = body.ordered(body.memory(each, each)), [*itertools.product(range(each), repeat=2)]
   do(a.load(0), b.load(0), [sums(*ij).store(0.0) for ij in pairs])
-  with body.over(turns) as turn:
-    do(a.share(), b.share())
-    body.done = body.all_done().barrier(),
-    following = (turn + 1).minimum(turns - 1)
+  with body.over(rounds) as turn:
+    do(a.pack(), b.pack())
+    body.done = body.all_done().barrier(),           # of both blocks, before the next loads begin
+    following = (turn + 1).minimum(rounds - 1)       # the last round loads its own block again
     do(a.load(following), b.load(following))
     with body.over(SIDE, barrier=False) as k:
-      x, y = ([factor.block(k, r) for r in own(t)] for factor, t in zip((a, b), mine))
+      x, y = ([f.block(k, r) for r in own(place)] for f, place in ((a, down), (b, right)))
       do([sums(i, j).store(sums(i, j) + x[i]*y[j]) for i, j in pairs])
-  rows, columns = ([first + r for r in own(t)] for first, t in zip((row, column), mine))
+  rows, columns = [row + r for r in own(down)], [column + c for c in own(right)]
   def result(i:int, j:int) -> UOp:
     r, c, value = rows[i], columns[j], sums(i, j)
     if bias: value = value + bias[0][c.minimum(N - 1)]
@@ -376,9 +387,11 @@ def dots(C:UOp, A:UOp, B:UOp, *bias:UOp, m:Machine) -> UOp:
 
 @functools.cache
 def tiles_serve(device:str|tuple[str, ...]) -> bool:
-  """Whether `tiled_gemm` is faster than tinygrad's own product of float32: where that uses no
-  matrix units, as it does on Metal (NVIDIA's round to TF32), and no CPU plays the GPU, on which it
-  is 160 times slower (PoCL)."""
+  """Whether `tiled_gemm` is faster than tinygrad's own product of float32.
+
+  Not where that uses matrix units, as on Metal (NVIDIA's would round to TF32, so tinygrad leaves
+  them idle), nor in OpenCL on a CPU (PoCL), where it is 160 times slower.
+  """
   device = Device[device if isinstance(device, str) else device[0]]
   units = [u for u in device.renderer.tensor_cores if u.dtype_in == dtypes.float]
   return all(u in tc.cuda_8168_tf32 for u in units) and not is_opencl_on_cpu(device)
@@ -395,11 +408,12 @@ def product(a:Tensor, b:Tensor, *bias:Tensor, ta:bool=False, tb:bool=False, tota
   N = b.shape[1 if tb else 2]
   backward = bound(product_backward, ta=ta, tb=tb)
   if m.gpu:
-    # long sums of few tiles, as in dw: in parts, for more groups of threads
-    parts = divisor(K, max(1, min(K//256, 512//tiles(M, N, 8*SIDE)))) if ta and G == 1 else 1
-    if parts > 1 and not tb and not bias:
-      a, b = (x.reshape(parts, K//parts, x.shape[2]) for x in (a, b))
-      return product(a, b, ta=True, total=True)
+    # long sums of few tiles, as in dw: in parts of 256 or more, for up to 512 groups of threads
+    if ta and not tb and G == 1 and not bias:
+      parts = divisor(K, max(1, min(K//256, 512//tile_count(M, N, 8))))
+      if parts > 1:
+        a, b = (x.reshape(parts, K//parts, x.shape[2]) for x in (a, b))
+        return product(a, b, ta=True, total=True)
     y, = launch(bound(tiled_gemm, ta=ta, tb=tb, m=m), [(G*M*N,)], [a, b, *bias], backward)
     y = y.reshape(G, M, N)
     return y.sum(0, keepdim=True) if total else y
@@ -425,8 +439,9 @@ def product_backward(dy:Tensor, y:Tensor, a:Tensor, b:Tensor, *bias:Tensor, ta:b
   ones = Tensor.ones(1, rows.shape[1], 1, device=dy.device)
   return da, db, *(product(ones, rows, ta=True).reshape(x.shape) for x in bias)
 
-def product_on_gpu(x:Tensor, w:Tensor, dtype:DType|None) -> Tensor:
-  """x (…,M,K) @ w by tinygrad's own product, as a GPU does it best.
+def plain_product(x:Tensor, w:Tensor, dtype:DType|None) -> Tensor:
+  """x (…,M,K) @ w by tinygrad's own product, on GPUs that `tiled_gemm` does not serve, or for few
+  tiles.
 
   x and the gradient are stored, lest what makes them is computed anew for each column. The rows for
   w (K,N) come in groups, so that its gradient is a sum of short products. PoCL, two cores,
@@ -466,8 +481,8 @@ def multiply(x:Tensor, w:Tensor, bias:Tensor|None=None, dtype:DType|None=None) -
   served = large and matched and sums_float and serves(*biases, weights=[x, w], gpu=True)
   if served and machine(x.device).gpu:
     rows = prod(x.shape[:-1]) if matrix else x.shape[-2]
-    enough = prod(w.shape[:-2])*tiles(rows, w.shape[-1], 4*SIDE) >= ENOUGH_TILES
-    served = enough and tiles_serve(x.device)
+    few = prod(w.shape[:-2])*tile_count(rows, w.shape[-1], 4) < ENOUGH_TILES
+    served = not few and tiles_serve(x.device)
   if served:
     straight = stored_transpose(w)
     b = w if straight is None else straight
@@ -481,7 +496,7 @@ def multiply(x:Tensor, w:Tensor, bias:Tensor|None=None, dtype:DType|None=None) -
   if not on_gpu and dtype == dtypes.float: x, w = widened(x), widened(w)
   if dtype == dtypes.float and x.dtype == dtypes.ushort: x = widened(x)
   if w.dtype == dtypes.ushort: w = widened(w)
-  y = product_on_gpu(x, w, dtype) if on_gpu else PLAIN_DOT(x, w, dtype)
+  y = plain_product(x, w, dtype) if on_gpu else PLAIN_DOT(x, w, dtype)
   return y + biases[0] if biases else y
 
 # ================================================================ layer norm
@@ -744,8 +759,11 @@ def embedding_kernel(y:UOp, table:UOp, ids:UOp, m:Machine) -> UOp:
   return body.finish(f"embed_{n}x{D}")
 
 def embedding_grad_kernel(dtable:UOp, dy:UOp, ids:UOp, m:Machine) -> UOp:
-  """Each core, or thread, has columns of its own, so that no two add to the same place; on a GPU
-  also every 32nd word alone."""
+  """dtable = 0; dtable[ids[row]] += dy[row], row by row.
+
+  Each core has columns of its own, so that no two add to the same place. On a GPU each thread has
+  one, and a group the words h, h + 32, h + 64, … alone: it passes over the ids of others.
+  """
   n, D = dy.shape
   threads = divisor(D, 32)
   columns, every = (threads, 32) if m.gpu else (D//divisor(D, m.cores), 1)
@@ -970,7 +988,8 @@ def attend_all(q:Tensor, k:Tensor, v:Tensor) -> Tensor:
 def attend_plainly(q:Tensor, k:Tensor, v:Tensor) -> Tensor:
   return (q*q.shape[-1]**-0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
 
-CHECKS["matmul"] = linear, None, (50, 35), (50, 40), (40, 35), (35,)
+# large enough for `tiled_gemm`, with 8 x 8 sums a thread forward, 4 x 4 backward, and dw in parts
+CHECKS["matmul"] = linear, None, (1150, 1400), (1150, 40), (40, 1400), (1400,)
 CHECKS["layernorm"] = layernorm, None, (5, 24), (5, 24), (24,), (24,)
 CHECKS["softmax"] = softmax_method, None, (5, 24), (5, 24)
 CHECKS["attend"] = attend_all, attend_plainly, *[(1, 2, 5, 4)]*4
