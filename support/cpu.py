@@ -13,7 +13,7 @@ FLASH=0 turns all of it off.
 The file in order: what kernels share · the matrix product · layer norm · softmax · attention ·
 embedding · decoding · tinygrad's own words · the cores · threads, forks and Ctrl-C · programs on
 disk · setup.
-How a kernel is written, what `after` and `end` order, is explained at the top of flashconv.py.
+How a kernel is written, what `after` and `end` order: flashconv.py, before `conv_kernel`.
 
 Not here: second derivatives, but of the products; half precision, but for factors of products,
 which are multiplied as float32s: a GPU's tensor cores stay idle.
@@ -290,7 +290,7 @@ def gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
 #   8192 x 768 x 50264   38   38   39    7.3
 SIDE = 16
 MANY_TILES = 96                  # large tiles from which a thread has 8 x 8 sums
-ENOUGH_TILES = 32                # small ones below which tinygrad's own product is as fast
+ENOUGH_TILES = 32                # small ones from which this kernel takes a product
 def tile_count(M:int, N:int, each:int) -> int:
   "Tiles of M x N sums, with each x each of them a thread."
   return ceildiv(M, each*SIDE)*ceildiv(N, each*SIDE)
