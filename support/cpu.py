@@ -1379,11 +1379,14 @@ def is_clang(command:str) -> bool:
 def find_compiler() -> str|None:
   "CC or clang where they are a clang, else a script that runs PyPI's ziglang, if installed."
   found = next((c for c in (os.environ.get("CC"), "clang") if c and is_clang(c)), None)
-  if found or not importlib.util.find_spec("ziglang"): return found
+  package = importlib.util.find_spec("ziglang")
+  if found or not package: return found
+  # not `python -m ziglang`: a Python for each kernel, and the first step came after 33 s, not 20
+  zig = Path(package.origin).with_name("zig")
   script = Path(cache_dir)/"tinygrad"/"zig-clang"
   script.parent.mkdir(parents=True, exist_ok=True)
   new = script.with_name(f"zig-clang.{os.getpid()}")
-  new.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ziglang clang "$@"\n')
+  new.write_text(f'#!/bin/sh\nexec "{zig}" clang "$@"\n')
   new.chmod(0o755)
   new.replace(script)
   return str(script)
