@@ -474,14 +474,16 @@ class GPU:
 LAST = {"fftconv": [7]}
 WALK_GRAD = [0, 1, 2, 3, 4, 5, 8, 10, 11, 14, 15, 18, 19, 20, 21, 23]
 
-def test_kernel_product_of_a_small_group(monkeypatch):
-  "4 x 4 threads, which make tiles of 16 x 16, or of 32 x 32; sizes that these do not divide"
-  for limit, n in (("SMALL", 0), ("ENOUGH_TILES", 0), ("SIDE", 4)):
-    monkeypatch.setattr(cpu, limit, n)
+def check_tiles(monkeypatch:pytest.MonkeyPatch, each:int) -> None:
+  "Groups of 4 x 4 threads with each x each sums a thread, and sizes that their tiles do not divide."
+  small = dict(SMALL=0, ENOUGH_TILES=0, SIDE=4, MANY_TILES=0 if each == 8 else 99)
+  for limit, n in small.items(): monkeypatch.setattr(cpu, limit, n)
   monkeypatch.setattr(cpu, "tiles_serve", lambda device: True)
-  for many, M in ((99, 33), (0, 41)):
-    monkeypatch.setattr(cpu, "MANY_TILES", many)
-    check_product((1, M, 7), (7, 18), many > 0)
+  check_product((1, 8*each + 1, 7), (7, 18), each == 4)
+
+@pytest.mark.skipif(not HAS_LOCAL, reason="the kernel is a GPU's")
+@pytest.mark.parametrize("each", [4, 8])
+def test_kernel_tiles_of_a_product(each, monkeypatch): check_tiles(monkeypatch, each)
 
 def check_embedding(_) -> None:
   "A look-up of words of which some come twice, most not at all, and its gradient."
@@ -514,12 +516,13 @@ GPU_CASES = {
                {"ssm_segments": [0, 1, 4, 6], "ssm_segments_grad": [0, 1, 4, 6],
                 "ssm_walk": [2, 5, 7],
                 "ssm_walk_grad": [0, 1, 2, 4, 6, 7, 10, 12, 13, 16, 17, 20, 21, 22, 23, 25]}),
-  "products": (test_kernel_product_of_a_small_group, {}),
+  "tiles": (lambda patch: check_tiles(patch, 4), {}),
+  "large tiles": (lambda patch: check_tiles(patch, 8), {}),
   "words": (check_embedding, {}),
   "adamw": (lambda _: check_adamw(lambda f: f, 2), {}),
   "token": (lambda _: check_h3_step(lambda f: f, 2, 2, 32), {"h3_step": [0, 2, 3, 5, 6, 7]}),
   "cache": (lambda _: test_kernel_attend_over_a_cache(5, 70, 16, (3, 0, 6), 1), {})}
-GPU_QUICK = [("cuda", "shared rows"), ("metal", "products"), ("cuda", "cache"), ("cuda", "token"),
+GPU_QUICK = [("cuda", "shared rows"), ("metal", "tiles"), ("cuda", "cache"), ("cuda", "token"),
              ("metal", "states")]
 
 @pytest.mark.parametrize("backend,case", and_slow(
