@@ -5066,7 +5066,7 @@ def test_benchmarks(command, row, rows, monkeypatch, printed):
   for name, value in (sizes | dict(child=child_here, copying=float)).items():
     monkeypatch.setattr(bench, name, value)
   if command:
-    for jobs in ("JOBS", "GPU_JOBS"): monkeypatch.setattr(bench, jobs, {job: JOBS[job]})
+    for jobs in ("JOBS", "CPU_JOBS", "GPU_JOBS"): monkeypatch.setattr(bench, jobs, {job: JOBS[job]})
   monkeypatch.setattr(H3Config, "named", lambda size: TWIN)
   if job == "generate":              # sessions have a test of their own
     def captured(session, shape, capacity):
@@ -5087,7 +5087,7 @@ def test_training_benchmark_of_a_device(device, monkeypatch, printed):
   for name, value in replaced.items(): monkeypatch.setattr(bench, name, value)
   monkeypatch.setattr(bench, "Device", SimpleNamespace(DEFAULT=device))
   said = printed(bench, "train")
-  jobs = bench.GPU_JOBS if device == "CUDA" else bench.JOBS
+  jobs = bench.GPU_JOBS if device == "CUDA" else bench.CPU_JOBS
   plainly = [(next(iter(jobs)), "0")] * (device == "CUDA")
   assert {*begun} == {*((job, "1") for job in jobs), *plainly}
   assert all(f"{job}, ours" in said for job in jobs)
