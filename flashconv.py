@@ -34,6 +34,7 @@ from typing import Callable, NamedTuple, Sequence
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit, UOp, dtypes, tensor
 from tinygrad.codegen import to_program
+from tinygrad.device import Compiled
 from tinygrad.dtype import AddrSpace, DType, strong_dtype
 from tinygrad.engine.realize import capturing
 from tinygrad.helpers import MAX_KERNEL_BUFFERS, Context, ContextVar, Target, prod
@@ -848,7 +849,11 @@ VECTORS: dict[str, int] = {}         # lanes and registers, if support/cpu.py ha
 
 @functools.cache
 def machine(device:str|tuple[str, ...]) -> Machine:
-  return machine_of(Device[device if isinstance(device, str) else device[0]].renderer)
+  return machine_of(opened(device).renderer)
+
+def opened(device:str|tuple[str, ...]) -> Compiled:
+  "The device, or of several, which are alike, the first."
+  return Device[device if isinstance(device, str) else device[0]]
 
 def machine_of(r:Renderer) -> Machine:
   cores = r.global_max[0] if r.has_threads else 1

@@ -58,7 +58,8 @@ from tinygrad.uop.ops import AxisType, KernelInfo, Ops, graph_rewrite
 import flashconv
 from flashconv import (CHECKS, FAST, FLASH, LOCK, ONE_CORE, VECTORS, WEIGHTS, Machine, Stores,
                        Value, Workers, bound, cmul, divisor, launch, machine, no_second_gradient,
-                       on_one_device, only_if, selfcheck, stored, stored_backward, whole, widened)
+                       on_one_device, only_if, opened, selfcheck, stored, stored_backward, whole,
+                       widened)
 from support.text import SIGNALS, waiting
 
 # ================================================================ what the kernels share
@@ -95,14 +96,13 @@ class Body(Workers):
     assert n % self.threads == 0
     with self.over(n//self.threads, barrier=False) as turn: yield turn*self.threads + self.t
 
-  def put(self, place:UOp, x:UOp|float):
-    "place = x"
-    self.done = *self.done, place.store(x)
+  def put(self, place:UOp, x:UOp|float, ok:UOp|None=None):
+    "place = x, where ok; then place is in memory of one axis."
+    self.done = *self.done, only_if(ok, place.store(x))
 
   def put_once(self, place:UOp, x:UOp|float):
     "place = x, by one thread of a group; place is in memory of one axis."
-    ok = self.t.eq(0) if self.m.gpu else None
-    self.done = *self.done, only_if(ok, place.store(x))
+    self.put(place, x, self.t.eq(0) if self.m.gpu else None)
 
   def add(self, place:UOp, x:UOp):
     "place += x"
@@ -392,7 +392,7 @@ def tiles_serve(device:str|tuple[str, ...]) -> bool:
   Not where that uses matrix units, as on Metal (NVIDIA's would round to TF32, so tinygrad leaves
   them idle), nor in OpenCL on a CPU (PoCL), where it is 160 times slower.
   """
-  device = Device[device if isinstance(device, str) else device[0]]
+  device = opened(device)
   units = [u for u in device.renderer.tensor_cores if u.dtype_in == dtypes.float]
   return all(u in tc.cuda_8168_tf32 for u in units) and not is_opencl_on_cpu(device)
 
@@ -772,13 +772,11 @@ def embedding_grad_kernel(dtable:UOp, dy:UOp, ids:UOp, m:Machine) -> UOp:
   words, mine = dtable.shape[0]//D, body.h % every
   with body.over(ceildiv(words, every), barrier=False) as i, body.share(columns) as c:
     word = i*every + mine
-    inside = word < words if words % every else None
-    body.done = *body.done, only_if(inside, sums(word*D + first + c).store(0.0))
+    body.put(sums(word*D + first + c), 0.0, word < words if words % every else None)
   with body.over(n, barrier=False) as t, body.share(columns) as c:
     word = ids[t].load()
     place = sums(word*D + first + c)
-    add = place.store(place + dy[t, first + c])
-    body.done = *body.done, only_if((word % every).eq(mine) if every > 1 else None, add)
+    body.put(place, place + dy[t, first + c], (word % every).eq(mine) if every > 1 else None)
   return body.finish(f"embed_grad_{n}x{D}")
 
 def embedding_backward(dy:Tensor, y:Tensor, table:Tensor, ids:Tensor, m:Machine
