@@ -68,6 +68,20 @@ def checked(output:Shape, *inputs:Shape, plain:Callable|None=None) -> Callable:
     return f
   return register
 
+FAST: dict[str, Callable] = {}  # faster versions by name, which support/cpu.py adds
+
+def replaceable(f:Callable) -> Callable:
+  """Marks a definition in plain ops that may have a faster version in FAST.
+
+  That takes the same arguments and returns None where it does not serve. FLASH=0 turns all off.
+  """
+  @functools.wraps(f)
+  def call(*args, **options):
+    fast = FAST.get(f.__name__) if FLASH else None
+    y = fast(*args, **options) if fast else None
+    return f(*args, **options) if y is None else y
+  return call
+
 # ---------------------------------------------------------------- the definition, in plain ops
 def cmul(a:Pair, b:Pair) -> Pair:
   (a_re, a_im), (b_re, b_im) = a, b
@@ -162,6 +176,7 @@ def direct(u:Tensor, k:Tensor, D:Tensor, v:Tensor, q:Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- the public function
 SMALL = (3, 4, 48)
+@replaceable
 @checked(SMALL, SMALL, (4, 48), (4,), SMALL, SMALL, plain=direct)
 def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor|None=None,
             channels_last:bool=False) -> Tensor:
@@ -173,7 +188,7 @@ def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor
   Differentiable in every argument, works in TinyJit. Raises ValueError when shapes don't fit.
   It runs in one launch where the transform fits into shared memory; in two levels where it does
   not; by overlap-save where the filter is far shorter than the sequence; and in plain ops,
-  `fftconv_ref`, where no kernel serves.
+  `fftconv_ref`, where no kernel serves. On a CPU support/cpu.py adds up few taps without an FFT.
   Sources: paper section 4; HazyResearch/H3 src/ops/fftconv.py:53-103.
   """
   check_shapes(u, k, D, v, q, channels_last)
@@ -1746,21 +1761,7 @@ def capture(f:Callable, **options) -> TinyJit:
   jit.cnt = 1
   return jit
 
-# ---------------------------------------------------------------- where faster versions come in
-FAST: dict[str, Callable] = {}  # faster versions by name, which support/cpu.py adds
-
-def replaceable(f:Callable) -> Callable:
-  """Marks a definition in plain ops that may have a faster version in FAST.
-
-  That takes the same arguments and returns None where it does not serve. FLASH=0 turns all off.
-  """
-  @functools.wraps(f)
-  def call(*args, **options):
-    fast = FAST.get(f.__name__) if FLASH else None
-    y = fast(*args, **options) if fast else None
-    return f(*args, **options) if y is None else y
-  return call
-
+# ---------------------------------------------------------------- what has a faster version
 @replaceable
 def matmul(x:Tensor, w:Tensor) -> Tensor:
   "Returns x @ w, for x (…,M,K) and w (K,N) or (…,K,N). Differentiable in both."

@@ -130,12 +130,14 @@ def check_fftconv(B:int, H:int, L:int, K:int, what:str, dtype:DType=dtypes.float
 # B, H, L, K, and what optional arguments are given; 1: one filter for all channels; T: channels
 # last. With LONG_CASES every radix of the last pass (on a CPU 3, 6 and 12 as well), and no to four
 # passes inside; K shorter and longer than L, odd batches, one channel; a short filter on a long
-# sequence, which is cut. A GPU takes long ones in two levels.
+# sequence, which is cut; few taps without gates, which a CPU adds up. A GPU takes long ones in two
+# levels.
 CASES = table("""
   1  1     1     1  Dvq
   3  1     3     9  D
   1  5     7     5  vqT
   3  5    90   100  1Dq
+  2  3   100    17  1D
   2 64    64    64  Dvq
   2  3  9000    64  Dvq""")
 LONG_CASES = table("""
