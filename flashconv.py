@@ -697,10 +697,10 @@ class Workers:
     self.done = done.end(i),
   def all_done(self) -> UOp:
     return UOp.group(*(x for x in self.done if x.op is not Ops.RANGE))
-  def memory(self, *shape:int, shared:bool=False) -> UOp:
-    "Float32s: a worker's own, in registers or on its stack, or in a GPU's shared memory."
+  def memory(self, *shape:int, shared:bool=False, dtype:DType=dtypes.float) -> UOp:
+    "Numbers: a worker's own, in registers or on its stack, or in a GPU's shared memory."
     space = AddrSpace.LOCAL if self.m.gpu and shared else AddrSpace.REG
-    return UOp.placeholder(shape, dtypes.float, slot=next(self.ids), addrspace=space)
+    return UOp.placeholder(shape, dtype, slot=next(self.ids), addrspace=space)
   def finish(self, name:str, **info) -> UOp:
     "The sink: here the loops over channels and cores end."
     info = KernelInfo(name=name, opts_to_apply=(), **info)
@@ -859,6 +859,7 @@ class Machine(NamedTuple):
   buffers: int = NO_LIMIT            # that a kernel may have; WebGPU's few are why this is here
   lanes: int = 4                     # floats in a CPU's vector register,
   registers: int = 16                # and how many of those it has
+  mma: tuple[DType, ...] = ()        # what tensor cores take that have the instruction mma.m16n8k16
 
 VECTORS: dict[str, int] = {}         # lanes and registers, if support/cpu.py has asked the compiler
 
@@ -874,7 +875,10 @@ def machine_of(r:Renderer) -> Machine:
   cores = r.global_max[0] if r.has_threads else 1
   # tinygrad keeps this limit in a table; the device itself is not asked
   buffers = MAX_KERNEL_BUFFERS.value or DEVICE_MAX_BUFS.get(r.target.device, NO_LIMIT)
-  return Machine(r.has_local, cores, r.shared_max, Ops.SUB in r.code_for_op, buffers, **VECTORS)
+  mma = tuple(t.dtype_in for t in r.tensor_cores
+              if (t.dims, t.threads, t.dtype_out) == ((8, 16, 16), 32, dtypes.float))
+  return Machine(r.has_local, cores, r.shared_max, Ops.SUB in r.code_for_op, buffers, mma=mma,
+                 **VECTORS)
 
 # -------------------------------------------------------- longer sequences: two levels, and pieces
 # A transform of length N = R M that does not fit into shared memory; here M is N/R, not N/8.
@@ -1841,7 +1845,7 @@ def renderer_of(backend:str) -> Renderer:
   language, arch = BACKENDS[backend]
   r = object.__new__(language)
   cstyle.CStyleLanguage.__init__(r, Target(backend.upper(), arch=arch))
-  r.tensor_cores = []
+  r.tensor_cores = cstyle.tc.get_cuda(arch) if backend == "cuda" else []
   return r
 
 def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, int]]:

@@ -422,7 +422,8 @@ class GPU:
     for call in linear.toposort():
       if call.op is not Ops.CALL or call.src[0].op is not Ops.SINK: continue
       if call.src[0].arg.name == "test": continue          # tinygrad's own have no name yet
-      with Context(NOOPT=0): program = codegen.do_to_program(call.src[0], self.renderer)
+      with Context(NOOPT=0, EMULATED_DTYPES=""):
+        program = codegen.do_to_program(call.src[0], self.renderer)
       self.patch.setitem(realize.runtime_cache, (program.key, "CPU"), self.runtime(program))
       # an argument that it does not use would end a graph of CUDA's with "invalid argument"
       assert len(program.arg.globals) == len(call.src) - 1, program.arg.name
@@ -458,9 +459,10 @@ class GPU:
     size = 0
     def shared(match:re.Match) -> str:                     # each work group has its own
       nonlocal size
-      size += 4*int(match[2])
-      return f"SHARED({match[1]}, {match[2]}, {size - 4*int(match[2])});"
-    source = re.sub(r"(?:__shared__|threadgroup) [^;]* float (\w+)\[(\d+)\];", shared, source)
+      size += 4*int(match[3])
+      return f"SHARED({match[1]}, {match[2]}, {match[3]}, {size - 4*int(match[3])});"
+    declared = r"(?:__shared__|threadgroup) [^;]*?\b(float|uint) (\w+)\[(\d+)\];"
+    source = re.sub(declared, shared, source)
     (folder/"kernel.inc").write_text(source)
     params = re.search(rf" {name}\(([^{{]*)\) {{", source)[1].split(",")
     args = [f"arg({i})" for i, p in enumerate(params) if "*" in p]
@@ -486,6 +488,28 @@ def check_tiles(monkeypatch:pytest.MonkeyPatch, each:int) -> None:
 @pytest.mark.skipif(not HAS_LOCAL, reason="the kernel is a GPU's")
 @pytest.mark.parametrize("each", [4, 8])
 def test_kernel_tiles_of_a_product(each, monkeypatch): check_tiles(monkeypatch, each)
+
+def check_tensor_cores(monkeypatch:pytest.MonkeyPatch, size:int, dtype:DType) -> None:
+  "Sizes that the tiles do not divide, with sums of several rounds; w stored both ways."
+  small = dict(SMALL=0, ENOUGH_TILES=0, MANY_TILES=0 if size == 128 else 99)
+  for limit, n in small.items(): monkeypatch.setattr(cpu, limit, n)
+  monkeypatch.setattr(cpu, "tiles_serve", lambda device: True)
+  def half(*shape:int) -> tuple[Tensor, np.ndarray]:
+    x = Tensor(normal(*shape)).cast(dtype).realize()
+    return x, x.float().numpy()
+  for M, K, N, transposed in (size + 4, 70, 72, False), (40, 64, size + 2, True):
+    (X, x), (W, w), (G, g) = half(M, K), half(N, K) if transposed else half(K, N), half(M, N)
+    y = cpu.multiply(X, W.transpose() if transposed else W, dtype=dtypes.float)
+    dx, dw = y.gradient(X, W, gradient=G.float())
+    close(y, x, w.T if transposed else w)
+    close(dx, g, w if transposed else w.T)
+    close(dw, *((g.T, x) if transposed else (x.T, g)))
+
+@pytest.mark.skipif(not flashconv.machine(Device.DEFAULT).mma, reason="no such tensor cores")
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("dtype", [dtypes.half, dtypes.bfloat16])
+def test_kernel_product_on_tensor_cores(size, dtype, monkeypatch):
+  check_tensor_cores(monkeypatch, size, dtype)
 
 def check_embedding(_) -> None:
   "A look-up of words of which some come twice, most not at all, and its gradient."
@@ -520,6 +544,8 @@ GPU_CASES = {
                 "ssm_walk_grad": [0, 1, 2, 4, 6, 7, 10, 12, 13, 16, 17, 20, 21, 22, 23, 25]}),
   "tiles": (lambda patch: check_tiles(patch, 4), {}),
   "large tiles": (lambda patch: check_tiles(patch, 8), {}),
+  "tensor cores": (lambda patch: check_tensor_cores(patch, 64, dtypes.half), {}),
+  "tensor cores, large": (lambda patch: check_tensor_cores(patch, 128, dtypes.bfloat16), {}),
   "words": (check_embedding, {}),
   "adamw": (lambda _: check_adamw(lambda f: f, 2), {}),
   "token": (lambda _: check_h3_step(lambda f: f, 2, 2, 32), {"h3_step": [0, 2, 3, 5, 6, 7]}),
@@ -528,7 +554,8 @@ GPU_QUICK = [("cuda", "shared rows"), ("metal", "tiles"), ("cuda", "cache"), ("c
              ("metal", "states")]
 
 @pytest.mark.parametrize("backend,case", and_slow(
-  GPU_QUICK, sorted({*itertools.product(("cuda", "metal"), GPU_CASES)} - {*GPU_QUICK})))
+  GPU_QUICK, sorted({*itertools.product(("cuda", "metal"), GPU_CASES)} - {*GPU_QUICK}
+                    - {("metal", case) for case in GPU_CASES if "tensor" in case})))
 def test_kernel_executed_as_on_a_gpu(backend, case, monkeypatch, tmp_path):
   """Right and without a race, also where barriers order shared memory alone. Each barrier taken
   out, but those that may go, gives another result or a race."""
@@ -588,10 +615,13 @@ def test_kernels_of_more_buffers_than_a_device_binds_are_done_without(monkeypatc
 # ================================================================ the CPU's kernels
 
 def close(got:Tensor, a:np.ndarray, b:np.ndarray) -> None:
-  "got is the product a @ b: each entry's error is at most about eps sqrt(K) |a_row| |b_column|."
-  a, b, got = a.astype(np.float64), b.astype(np.float64), got.numpy()
+  """got is the product a @ b: each entry's error is at most about eps sqrt(K) |a_row| |b_column|, and
+  in half precision half of its last digit's worth."""
+  rounding = {dtypes.half: 2**-11, dtypes.bfloat16: 2**-8}.get(got.dtype, 0)
+  a, b, got = a.astype(np.float64), b.astype(np.float64), got.float().numpy()
   rows, columns = np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-2)
   bound = EPS*(2 + a.shape[-1]**.5)*rows[..., :, None]*columns[..., None, :]
+  bound = bound*(1 + rounding) + rounding*np.abs(a @ b)
   assert got.shape == bound.shape and (np.abs(got - a @ b) <= bound + 1e-30).all()
 
 def with_bias(x:np.ndarray, w:np.ndarray, bias:np.ndarray) -> tuple[np.ndarray, np.ndarray]:

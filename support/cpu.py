@@ -17,7 +17,7 @@ Ctrl-C · programs on disk · setup.
 How a kernel is written, what `after` and `end` order: flashconv.py, before `conv_kernel`.
 
 Not here: second derivatives, but of the products; half precision, but for factors of products,
-which are multiplied as float32s: a GPU's tensor cores stay idle.
+which NVIDIA's tensor cores multiply, or else they are multiplied as float32s.
 """
 from __future__ import annotations
 import contextlib
@@ -113,9 +113,9 @@ class Body(Workers):
     "Its elements by index, each as it is when all that has been written so far is done."
     return lambda *i: memory.after(*self.done)[i]
 
-  def array(self, *shape:int) -> Value:
-    "A core's own float32s, in registers or on the stack; shared by a GPU's group."
-    return self.ordered(self.memory(*shape, shared=True))
+  def array(self, *shape:int, dtype:DType=dtypes.float) -> Value:
+    "A core's own numbers, in registers or on the stack; shared by a GPU's group."
+    return self.ordered(self.memory(*shape, shared=True, dtype=dtype))
 
   def totals(self, n:int, *terms:Callable[[UOp], UOp], both:Callable=operator.add,
              start:float=0.0, vectors:int=1) -> list[UOp]:
@@ -296,6 +296,9 @@ def tile_count(M:int, N:int, each:int) -> int:
   "Tiles of M x N sums, with each x each of them a thread."
   return ceildiv(M, each*SIDE)*ceildiv(N, each*SIDE)
 
+def large_tiles(G:int, M:int, N:int) -> bool:
+  return G*tile_count(M, N, 8) >= MANY_TILES and min(M, N) > 4*SIDE
+
 def tiled_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
   """`gemm`, without sums over groups, on a GPU. C is flat, (G M N,).
 
@@ -303,8 +306,7 @@ def tiled_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> U
   """
   G, K = max(A.shape[0], B.shape[0]), A.shape[1 if ta else 2]
   M, N = A.shape[2 if ta else 1], B.shape[1 if tb else 2]
-  many = G*tile_count(M, N, 8) >= MANY_TILES and min(M, N) > 4*SIDE
-  each = 8 if many else 4                                  # rows, and columns, of a thread
+  each = 8 if large_tiles(G, M, N) else 4                  # rows, and columns, of a thread
   size = each*SIDE
   tiles, across, rounds = tile_count(M, N, each), ceildiv(N, size), ceildiv(K, SIDE)
   body = Body(m, G*tiles, SIDE*SIDE)
@@ -363,6 +365,120 @@ def tiled_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> U
   do([result(i, j) for i, j in pairs])
   return body.finish(f"tiled_{'nt'[ta]}{'nt'[tb]}_{G}x{M}x{K}x{N}")
 
+# In half precision a group of WARPS makes a tile on tensor cores, by NVIDIA's mma.m16n8k16: a warp,
+# 32 threads, adds the product of 16 x 16 and 16 x 8 numbers to 16 x 8 sums in float32, of all three
+# of which each thread has a part (PTX ISA, "Matrix Fragments for mma.m16n8k16"). Two neighbours in
+# k go as one word of 32 bits. TFLOPS on an H200, bfloat16:
+#   M x K x N             this kernel      tinygrad
+#                         y   dx    dw     y
+#   8192 x 768 x 3072   166  195    78    45
+#   8192 x 768 x 768    116  133    75    33
+#   8192 x 768 x 50264  171  199   165    14
+WARPS = 2, 2                     # down and across a tile
+DEPTH = 32                       # numbers in k that lie in shared memory at once
+
+def tensor_cores_take(a:Tensor, b:Tensor) -> bool:
+  "Whether `mma_gemm` multiplies these: of a type that the tensor cores know, and of even sizes."
+  return a.dtype == b.dtype and a.dtype in machine(a.device).mma \
+    and all(n % 2 == 0 for x in (a, b) for n in x.shape[1:])
+
+def as_words(x:UOp) -> UOp:
+  "A kernel's matrices of half precision, (G,R,S), as words of two numbers each, (G,R,S/2)."
+  return UOp.placeholder((*x.shape[:-1], x.shape[-1]//2), dtypes.uint, x.base.arg.slot)
+
+def mma_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
+  "`tiled_gemm` for factors of half precision, on tensor cores."
+  G, K = max(A.shape[0], B.shape[0]), A.shape[1 if ta else 2]
+  M, N = A.shape[2 if ta else 1], B.shape[1 if tb else 2]
+  size = 128 if large_tiles(G, M, N) else 64
+  tiles, across, rounds = ceildiv(M, size)*ceildiv(N, size), ceildiv(N, size), ceildiv(K, DEPTH)
+  threads, words = 32*WARPS[0]*WARPS[1], DEPTH//2
+  body = Body(m, G*tiles, threads)
+  g, row, column = body.h//tiles, (body.h % tiles)//across*size, (body.h % across)*size
+  high, wide = (size//n for n in WARPS)                    # a warp's part of the tile, and where
+  down, right = body.t//32//WARPS[1]*high, body.t//32 % WARPS[1]*wide
+  lane = body.t % 32
+  def do(*stores:Stores): body.done = UOp.group(*itertools.chain(*stores)),
+
+  class Factor:
+    """The tile's rows of A, or columns of B, from the `first` of n; as it is stored (G,n,K), if
+    `straight`, or (G,K,n). DEPTH numbers of each are in one of two blocks of shared memory, the
+    thread's share of the next ones in registers, on its way to the other block."""
+    def __init__(self, x:UOp, n:int, first:UOp, straight:bool):
+      self.x, self.n, self.first, self.straight = as_words(x), n, first, straight
+      self.block, self.share = body.array(2, size, words, dtype=dtypes.uint), size*words//threads
+      self.next = body.ordered(body.memory(self.share, dtype=dtypes.uint))
+    def load(self, turn:UOp|int) -> Stores:
+      "next = the thread's share of x's `turn`th block, with zeros past the ends"
+      return [self.next(i).store(self.word(turn, i)) for i in range(self.share)]
+    def word(self, turn:UOp|int, i:int) -> UOp:
+      "The i-th of the words of x that the thread loads."
+      ok, half = None, self.share//2
+      if self.straight:                                    # four threads a row, four words each
+        r, i = self.first + body.t//4 + i//4*(threads//4), i % 4
+        r, start = r.minimum(self.n - 1), turn*words + body.t % 4*4
+        length, block = K//2, words
+      else:                                                # words of rows k and k + 1
+        r, i = turn*DEPTH + body.t % words*2 + i//half, i % half
+        start = self.first//2 + body.t//words*half
+        length, block = self.n//2, size//2
+        if K % DEPTH: ok = r < K
+      if length % block:
+        run = math.gcd(length, 4)                          # either all of a run are there, or none is
+        there = start + i//run*run < length
+        ok = there if ok is None else ok & there
+      at = start + i
+      x = self.x[0 if self.x.shape[0] == 1 else g, r, at if ok is None else at.valid(ok)].load()
+      return x if ok is None else ok.where(x, 0)
+    def pack(self, block:UOp|int) -> Stores:
+      "The block = every thread's `next`, in words of two neighbours in k."
+      stores, half = [], self.share//2
+      for i in range(self.share):
+        if self.straight:
+          word, r, k = self.next(i), body.t//4 + i//4*(threads//4), body.t % 4*4 + i % 4
+        else:                                              # the same column of rows k and k + 1
+          a, b = self.next(i//2), self.next(half + i//2)
+          word = (a >> 16) | (b & 0xffff0000) if i % 2 else (a & 0xffff) | (b << 16)
+          r, k = body.t//words*self.share + i, body.t % words
+        stores.append(self.block(block, r, k).store(word))
+      return stores
+    def fragments(self, block:UOp, first:UOp, n:int, rows:int) -> list[list[UOp]]:
+      """The thread's parts of n times `rows` rows, for each half of a block. Which numbers in k a
+      half has is free, if it is the same for A and B: here a thread's four words are neighbours."""
+      def numbers(r:UOp, i:int) -> list[UOp]:
+        word = self.block(block, r, lane % 4*4 + i).load()
+        return [(word >> shift).cast(dtypes.ushort).bitcast(A.dtype) for shift in (0, 16)]
+      def part(first:UOp, half:int) -> UOp:
+        places = itertools.product((2*half, 2*half + 1), range(0, rows, 8))
+        return UOp.stack(*itertools.chain(*(numbers(first + lane//4 + r, i) for i, r in places)))
+      return [[part(first + rows*j, half) for j in range(n)] for half in range(2)]
+
+  a, b = Factor(A, M, row, not ta), Factor(B, N, column, tb)
+  parts = [*itertools.product(range(high//16), range(wide//8))]
+  sums = body.ordered(body.memory(high//16, wide//8, 4))
+  do(a.load(0), b.load(0), [sums(*ij, n).store(0.0) for ij in parts for n in range(4)])
+  do(a.pack(0), b.pack(0))
+  body.done = body.all_done().barrier(),
+  with body.over(rounds) as turn:
+    following = (turn + 1).minimum(rounds - 1)       # the last round loads its own block again
+    do(a.load(following), b.load(following))
+    for x, y in zip(a.fragments(turn % 2, down, high//16, 16),
+                    b.fragments(turn % 2, right, wide//8, 8)):
+      stores = []
+      for i, j in parts:
+        before = UOp.stack(*(sums(i, j, n).load() for n in range(4)))
+        after = UOp.wmma(x[i], y[j], before, (8, 16, 16), "CUDA", 32)
+        stores += [sums(i, j, n).store(after.index(UOp.const(n))) for n in range(4)]
+      do(stores)
+    do(a.pack((turn + 1) % 2), b.pack((turn + 1) % 2))
+  def result(i:int, j:int, n:int) -> UOp:
+    r, c = row + down + 16*i + lane//4 + n//2*8, column + right + 8*j + lane % 4*2 + n % 2
+    value, place = sums(i, j, n), (g*M + r)*N + c
+    if bias: value = value + bias[0][c.minimum(N - 1)]
+    return C[place.valid((r < M) & (c < N)) if M % size or N % size else place].store(value)
+  do([result(*ij, n) for ij in parts for n in range(4)])
+  return body.finish(f"mma_{'nt'[ta]}{'nt'[tb]}_{G}x{M}x{K}x{N}")
+
 def dots(C:UOp, A:UOp, B:UOp, *bias:UOp, m:Machine) -> UOp:
   """C (G,M,N) = A (G,M,K) B^T + bias (N,), B (G,N,K), for up to four rows of A.
 
@@ -415,7 +531,8 @@ def product(a:Tensor, b:Tensor, *bias:Tensor, ta:bool=False, tb:bool=False, tota
       if parts > 1:
         a, b = (x.reshape(parts, K//parts, x.shape[2]) for x in (a, b))
         return product(a, b, ta=True, total=True)
-    y, = launch(bound(tiled_gemm, ta=ta, tb=tb, m=m), [(G*M*N,)], [a, b, *bias], backward)
+    kernel = mma_gemm if tensor_cores_take(a, b) else tiled_gemm
+    y, = launch(bound(kernel, ta=ta, tb=tb, m=m), [(G*M*N,)], [a, b, *bias], backward)
     y = y.reshape(G, M, N)
     return y.sum(0, keepdim=True) if total else y
   few = M <= 4 and tb and not ta and not total
@@ -431,12 +548,13 @@ def product_backward(dy:Tensor, y:Tensor, a:Tensor, b:Tensor, *bias:Tensor, ta:b
   G = max(a.shape[0], b.shape[0])
   one_a, one_b = (x.shape[0] < G for x in (a, b))
   dy = dy.reshape(-1, a.shape[2 if ta else 1], b.shape[1 if tb else 2])
+  rows = dy.reshape(1, -1, dy.shape[2])
+  if tensor_cores_take(a, b): dy = dy.cast(a.dtype)
   if ta: da = product(b, dy, ta=tb, tb=True, total=one_a)
   else: da = product(dy, b, tb=not tb, total=one_a)
   if tb: db = product(dy, a, ta=True, tb=ta, total=one_b)
   else: db = product(a, dy, ta=not ta, total=one_b)
   # tinygrad's own sum over rows: 8 ms where this takes 0.2, (4096,128) on a CPU
-  rows = dy.reshape(1, -1, dy.shape[2])
   ones = Tensor.ones(1, rows.shape[1], 1, device=dy.device)
   return da, db, *(product(ones, rows, ta=True).reshape(x.shape) for x in bias)
 

@@ -174,7 +174,7 @@ PRECISIONS = ("float32", "float16", "bfloat16")
 @contextlib.contextmanager
 def half_precision(dtype:str) -> Iterator[None]:
   """While active, products with weights take in numbers of this type, and on a GPU the convolutions
-  do, half the bytes; all sums stay float32."""
+  do, half the bytes, and on tensor cores the products' gradients; all sums stay float32."""
   linear, low = Tensor.linear, {"float16": dtypes.half, "bfloat16": dtypes.bfloat16}.get(dtype)
   def low_linear(x:Tensor, weight:Tensor, bias:Tensor|None=None, dtype:DType|None=None) -> Tensor:
     if dtype is None and x.dtype == weight.dtype == dtypes.float:

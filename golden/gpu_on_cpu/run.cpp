@@ -40,7 +40,13 @@ void AnnotateIgnoreWritesEnd(const char*, int);
 #endif
 
 struct uint3 { unsigned x, y, z; };
-struct Group { uint3 at; char phases[2]; void* shared; };             // the address of phases[i] is a name to ThreadSanitizer
+struct Fragments { int a[4], b[2]; };                                 // a thread's parts of two factors
+struct Group {
+  uint3 at;
+  char phases[2];                                                     // the address of phases[i] is a name to ThreadSanitizer
+  void* shared;
+  Fragments fragments[1024];
+};
 struct Thread { Group* group; uint3 at; int waits_at = -1; bool ended = false; void* fiber; ucontext_t context; };
 
 static Thread* now;
@@ -66,19 +72,52 @@ OUTSIDE static void barrier(int number) {
   yield();
   if (!local_only) __tsan_acquire(passed);
 }
+template <class To, class From> OUTSIDE static To bits(From x) {
+  union { From from; To to; } u = {x};
+  return u.to;
+}
+OUTSIDE static float number(int pair, int which, bool bfloat16) {
+  union { uint16_t half; __fp16 x; } u = {(uint16_t)((unsigned)pair >> 16*which)};
+  return bfloat16 ? bits<float>((unsigned)u.half << 16) : u.x;
+}
+// mma.m16n8k16, c += a b, where each of the 32 threads of a warp has a part; ThreadSanitizer does not see it
+OUTSIDE static void mma(const int* a, const int* b, int* c, const char* instruction) {
+  Thread* me = now;
+  unsigned lane = me->at.x % 32;
+  Fragments* warp = &me->group->fragments[me->at.x - lane];
+  warp[lane] = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+  me->waits_at = -2;
+  yield();
+  bool bfloat16 = strstr(instruction, "bf16");
+  for (int n = 0; n < 4; n++) {
+    const Fragments& row = warp[lane/4*4], &column = warp[(lane % 4*2 + n % 2)*4];
+    float sum = bits<float>(c[n]);
+    for (int k = 0; k < 16; k++)
+      sum += number((&row)[k % 8/2].a[k/8*2 + n/2], k % 2, bfloat16)*number((&column)[k % 8/2].b[k/8], k % 2, bfloat16);
+    c[n] = bits<int>(sum);
+  }
+  me->waits_at = -3;
+  yield();
+}
 OUTSIDE static uint3 group_at() { return now->group->at; }
 OUTSIDE static uint3 thread_at() { return now->at; }
 template <class T> OUTSIDE static T& shared(int offset) { return *(T*)((char*)now->group->shared + offset); }
 
 // ---- the words of CUDA and Metal
 #define BARRIER(number) barrier(number)
-#define SHARED(name, n, offset) auto& name = shared<float[n]>(offset)
+#define SHARED(type, name, n, offset) auto& name = shared<type[n]>(offset)
 struct alignas(8) float2 { float x, y; float2(float x, float y): x(x), y(y) {} float2() = default; };
 struct alignas(16) float4 {
   float x, y, z, w;
   float4(float x, float y, float z, float w): x(x), y(y), z(z), w(w) {}
   float4() = default;
 };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+struct nv_bfloat16 { uint16_t bits; };
+#define asm(...) mma(a_pk, b_pk, c_pk, #__VA_ARGS__)                   // the only assembler there is
 static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct half {
