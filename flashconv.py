@@ -175,9 +175,9 @@ def direct(u:Tensor, k:Tensor, D:Tensor, v:Tensor, q:Tensor) -> Tensor:
   return q*direct_conv(u*v, k, D)
 
 # ---------------------------------------------------------------- the public function
-SMALL = (3, 4, 48)
+SMALL = (3, 4, 24)
 @replaceable
-@checked(SMALL, SMALL, (4, 48), (4,), SMALL, SMALL, plain=direct)
+@checked(SMALL, SMALL, (4, 24), (4,), SMALL, SMALL, plain=direct)
 def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor|None=None,
             channels_last:bool=False) -> Tensor:
   """y = q * (k ∗ (u*v) + D*(u*v)): the causal convolution along the last axis, gated before, after.
