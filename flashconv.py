@@ -1807,44 +1807,51 @@ ELEMENTWISE = {Ops.ADD: np.add, Ops.MUL: np.multiply, Ops.MAX: np.maximum, Ops.S
                Ops.CMPLT: np.less, Ops.CMPNE: np.not_equal, Ops.RECIPROCAL: lambda x: 1/x}
 
 def in_numpy(*tensors:Tensor) -> list[np.ndarray]:
-  """The values of Tensors made by plain ops, computed by numpy in float64: no kernel is compiled.
+  """Returns the values of Tensors made by plain ops, as numpy computes them in float64.
 
-  LookupError names an op that is missing here.
+  Nothing is compiled for it: the device and its compiler can't make the same mistake in them.
+  LookupError names an op that has no counterpart here.
   """
   def converted(x:np.ndarray, dtype:DType) -> np.ndarray:
     return x.astype(np.float64 if dtypes.is_float(dtype) else dtype.fmt)
+
   def reduced(u:UOp) -> np.ndarray:
     "The sum, product or maximum over the first n axes."
     (x,), (op, n) = u.src, u.arg
     if op is not Ops.ADD: return ELEMENTWISE[op].reduce(value(x), tuple(range(n)))
-    (x,), axes = (x.src, x.arg) if x.op is Ops.PERMUTE else ((x,), range(x.ndim))
-    # the terms of a matrix product are never stored: they would fill half a gigabyte
-    factors = np.broadcast_arrays(*map(value, x.src if x.op is Ops.MUL else [x]))
-    return np.einsum(*itertools.chain(*((f, range(x.ndim)) for f in factors)), axes[n:])
+    axes = range(x.ndim)
+    if x.op is Ops.PERMUTE: (x,), axes = x.src, x.arg
+    # a product is summed as it is made: that of two large matrices would take half a gigabyte
+    factors = x.src if x.op is Ops.MUL else [x]
+    terms = []
+    for factor in np.broadcast_arrays(*map(value, factors)): terms += factor, range(x.ndim)
+    return np.einsum(*terms, axes[n:])
+
   @functools.cache
   def value(u:UOp) -> np.ndarray:
     if u.op in ELEMENTWISE: return ELEMENTWISE[u.op](*map(value, u.src))
+    if u.op is Ops.REDUCE: return reduced(u)
+    x = value(u.src[0]) if u.src else None
     match u.op:
-      case Ops.BUFFER: return converted(Tensor(u).numpy(), u.dtype)
       case Ops.CONST: return np.array(u.val)
-      case Ops.REDUCE: return reduced(u)
-    x = value(u.src[0])
-    match u.op:
+      case Ops.BUFFER: return converted(Tensor(u).numpy(), u.dtype)
       case Ops.CAST: return converted(x, u.dtype)
+      case Ops.COPY | Ops.DETACH: return x
       case Ops.RESHAPE: return x.reshape(u.shape)
       case Ops.EXPAND: return np.broadcast_to(x, u.shape)
       case Ops.PERMUTE: return x.transpose(u.arg)
-      case Ops.FLIP: return np.flip(x, [i for i, flipped in enumerate(u.arg) if flipped])
+      case Ops.FLIP: return np.flip(x, [axis for axis, flipped in enumerate(u.arg) if flipped])
       case Ops.SHRINK: return x[tuple(slice(first, first + n) for first, n in u.marg)]
-      case Ops.PAD: return np.pad(x, [(before, size - before - n)
-                                      for (before, size), n in zip(u.marg, x.shape)])
-      case Ops.COPY | Ops.DETACH: return x
-    raise LookupError(f"in_numpy lacks {u.op}")
+      case Ops.PAD:
+        around = [(first, size - first - n) for (first, size), n in zip(u.marg, x.shape)]
+        return np.pad(x, around)
+    raise LookupError(f"in_numpy: {u.op} has no counterpart here")
+
   return [value(t.uop) for t in tensors]
 
 def selfcheck(device:str|None=None) -> float:
-  """Runs what is in CHECKS, forward and backward, on the device, at small sizes, against plain ops
-  in numpy.
+  """Runs what is in CHECKS on the device, forward and backward, at small sizes, and compares with
+  plain ops in numpy.
 
   Returns the worst relative error; RuntimeError, which names the kernel, past 1e-4.
   """
@@ -1870,7 +1877,7 @@ def selfcheck(device:str|None=None) -> float:
   for name, (got, want) in checks.items():
     try:
       Tensor.realize(*got)
-      # not .numpy(): that compiles a kernel for each view
+      # where Tensor.numpy() would compile kernels that transpose
       pairs = [*zip(in_numpy(*got), want)]
     except Exception as e: raise failure(name, e) from e
     error = max(float(np.abs(a - b).max()/np.abs(b).max()) for a, b in pairs)
@@ -1940,7 +1947,7 @@ def render(backend:str, L:int=2048, B:int=4, H:int=64) -> dict[str, tuple[str, i
 
 def main(argv:list[str]|None=None) -> int:
   ap = argparse.ArgumentParser(
-    prog="flashconv.py", description="Checks the kernels against plain ops on this device. "
+    prog="flashconv.py", description="Checks the kernels on this device against plain ops. "
                                      "`python support/bench.py conv` times them.")
   def fail(message:str):
     print(f"error: {message} (--help; timings: python support/bench.py conv)", file=sys.stderr)

@@ -311,6 +311,21 @@ def test_kernel_selfcheck(monkeypatch, capsys):
     *_, said = capsys.readouterr().err.splitlines()          # before it, that it takes a while
     assert said.startswith("warning: kernel fftconv is wrong on")
 
+def test_plain_ops_in_numpy():
+  "what `selfcheck` takes as right: in float64, without a kernel; an op that it lacks is named"
+  a = normal(3, 4)
+  b, x, y = a.astype(float), Tensor(a), Tensor(normal(4, 3)).realize()
+  want = {x.sin().exp(): np.exp(np.sin(b)), x.abs().log(): np.log(np.abs(b)),
+          (x*x).sqrt().reciprocal(): 1/np.abs(b), (x < 0).where(x, 2): np.where(b < 0, b, 2),
+          x.max(0): b.max(0), x.prod(1): b.prod(1), x.sum(): b.sum(), (x*x).sum(0): (b*b).sum(0),
+          x @ y: b @ y.numpy().astype(float), x[:, 1:3].flip(1).T: b[:, 2:0:-1].T,
+          x.pad((1, 2)).int(): np.pad(b.astype(int), ((0, 0), (1, 2)))}
+  GlobalCounters.reset()
+  for value, right in zip(flashconv.in_numpy(*want), want.values()):
+    np.testing.assert_allclose(value, right, rtol=1e-12)
+  assert not GlobalCounters.kernel_count
+  with pytest.raises(LookupError, match="BITCAST"): flashconv.in_numpy(x.bitcast(dtypes.int))
+
 # ---------------------------------------------------------------- the sources for other devices
 
 BARRIER = {"opencl": "barrier(CLK_LOCAL_MEM_FENCE);", "cuda": "__syncthreads();",
