@@ -30,9 +30,10 @@ from tinygrad.helpers import Context
 from tinygrad.nn.optim import AdamW
 from tinygrad.nn.state import get_parameters, get_state_dict
 from tinygrad.runtime.ops_cpu import CPUProgram
+from tinygrad.runtime.support.elf import jit_loader
 from tinygrad.uop.ops import Ops
 import bigs_tiny, generate as gen, h3tiny, train
-from support import bench, checkpoints, text as texts, training
+from support import bench, checkpoints, compiling, text as texts, training
 from papers import arena, bigs, finetune, grid, language, layer, synthetic
 from bigs_tiny import BLOCKS, BiGS, BiGSConfig
 from flashconv import capture, fftconv, ssm_conv
@@ -1018,6 +1019,38 @@ def test_programs_on_disk_are_right_or_missing(monkeypatch):
   helpers.diskcache_put(table, row, whole)
   assert key in cpu.Programs()
 
+@on_cpu
+def test_kernels_compiled_together():
+  "As each of them alone, but for the names of files, which are not loaded"
+  compiler = Device["CPU"].renderer.compiler
+  source = "void f{0}(float *x) {{ for (int i = 0; i < {0}; i++) x[i] = __builtin_sqrtf(x[i])*.{0}f; }}"
+  sources = [source.format(n) for n in (3, 40, 500)]
+  together = compiling.compile_sources(compiler, sources)
+  assert [*map(jit_loader, together)] == [jit_loader(compiler.compile(s)) for s in sources]
+
+class Worker:
+  "Does at once what is given to a compile worker."
+  def apply_async(self, f:Callable, args:tuple) -> SimpleNamespace:
+    result = f(*args)
+    return SimpleNamespace(get=lambda: result)
+
+@on_cpu
+def test_a_kernel_fails_alone(capfd):
+  "Not those that are compiled with it, nor those of other options"
+  renderer, workers = Device["CPU"].renderer, compiling.Batches(Worker())
+  good, other = ((Tensor(normal(n)).realize() + 1).schedule_linear().src[0].src[0] for n in (31, 37))
+  program = codegen.do_to_program(good, renderer)
+  bad = program.replace(src=(*program.src[:2], UOp(Ops.SOURCE, arg="This is not C.")))
+  for kernel in (good, bad): workers.begin(kernel, renderer)
+  with Context(NOOPT=1 - helpers.NOOPT.value): workers.begin(other, renderer)
+  workers.begin(other, renderer)
+  workers.send()
+  assert len(workers.begun) == 4
+  for kernel in (good, other):
+    assert workers.program(kernel, renderer).key == codegen.do_to_program(kernel, renderer).key
+  with pytest.raises(subprocess.CalledProcessError): workers.program(bad, renderer)
+  capfd.readouterr()
+
 # ---------------------------------------------------------------- state passing
 
 def np_ssm_conv(u, v, q, A, B, C, D, x, dy, dx) -> dict[str, np.ndarray]:
@@ -1497,6 +1530,7 @@ setup_device()
 # what a shell runs in the background ignores Ctrl-C until told otherwise
 for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.default_int_handler)
 from tinygrad.runtime.ops_cpu import CPUProgram
+from tinygrad.runtime.support.elf import jit_loader
 from tinygrad.uop.ops import Ops
 x = Tensor(np.zeros(1 << 18, np.float32)).realize()
 def add(): return x.assign(x + 1).realize()

@@ -13,7 +13,7 @@ FLASH=0 turns all of it off.
 
 The file in order: what kernels share · the matrix product · layer norm · softmax · attention ·
 embedding · short filters · decoding · tinygrad's own words · the cores · threads, forks and
-Ctrl-C · programs on disk · setup.
+Ctrl-C · programs on disk · the compile workers · setup.
 How a kernel is written, what `after` and `end` order: flashconv.py, before `conv_kernel`.
 
 Not here: second derivatives, but of the products; half precision, but for factors of products,
@@ -61,6 +61,7 @@ from flashconv import (CHECKS, FAST, FLASH, LOCK, ONE_CORE, VECTORS, WEIGHTS, Ma
                        Value, Workers, bound, check_shapes, cmul, divisor, launch, machine,
                        no_second_gradient, on_one_device, only_if, opened, selfcheck, stored,
                        stored_backward, whole, widened)
+from support.compiling import Batches, batches
 from support.text import SIGNALS, waiting
 
 # ================================================================ what the kernels share
@@ -1573,6 +1574,24 @@ def keep_programs():
   if not isinstance(codegen.to_program_cache, Programs):
     codegen.to_program_cache = realize.to_program_cache = Programs(codegen.to_program_cache)
 
+# ================================================================ the compile workers
+# tinygrad's; support/compiling.py says what they do.
+
+def batches_for_workers() -> Batches|None:
+  "realize.get_worker_pool, of workers that take several kernels at once."
+  pool = pool_without_interrupts()
+  return pool and batches(pool)
+
+def compile_begun(task:tuple) -> tuple[int, UOp]:
+  "realize._compile_kernel, for a kernel that a worker may have."
+  number, kernel, _ = task
+  pool = worker.worker_pool
+  return number, (batches(pool).program if pool else codegen.to_program)(*kernel)
+
+def compile_in_batches():
+  "Lets tinygrad's workers compile several kernels at once."
+  realize.get_worker_pool, realize._compile_kernel = batches_for_workers, compile_begun
+
 # ================================================================ setup
 
 def is_clang(command:str) -> bool:
@@ -1701,6 +1720,7 @@ def setup_device():
   answer_with_kernels()
   guard_tinygrad()
   keep_programs()
+  if FLASH and on_cpu: compile_in_batches()
   # tinygrad's compile workers live on instead of starting anew: the first step 9.6 s, not 12.3
   os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "100000")
   if FLASH: check_kernels()
