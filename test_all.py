@@ -428,6 +428,7 @@ class GPU:
     self.backend, self.folder, self.patch, self.launches = backend, folder, patch, []
     self.renderer, self.compile_others = flashconv.renderer_of(backend), realize.lower_and_compile
     patch.setattr(realize, "lower_and_compile", self.lower)
+    patch.setattr(cpu, "begin", lambda kernel: None)       # it would compile them for the CPU
     machine = flashconv.machine_of(self.renderer)
     for module in (flashconv, cpu, training):
       patch.setattr(module, "machine", lambda device: machine)
@@ -1050,6 +1051,16 @@ def test_a_kernel_fails_alone(capfd):
     assert workers.program(kernel, renderer).key == codegen.do_to_program(kernel, renderer).key
   with pytest.raises(subprocess.CalledProcessError): workers.program(bad, renderer)
   capfd.readouterr()
+
+@on_cpu
+def test_kernels_are_begun_as_they_will_be_scheduled(monkeypatch):
+  workers = compiling.Batches(Worker())
+  monkeypatch.setattr(realize, "get_worker_pool", lambda: workers)
+  monkeypatch.setattr(codegen, "to_program_cache", {})
+  x, w, b = (Tensor(normal(*shape)).realize() for shape in ((3, 41), (41,), (41,)))
+  y = cpu.layernorm(x, w, b, 1e-5)
+  begun = {kernel.key for kernel in workers.batch.values()}
+  assert begun == {call.src[0].key for call in y.schedule_linear().src}
 
 # ---------------------------------------------------------------- state passing
 

@@ -1,7 +1,10 @@
-"""Compiles kernels in tinygrad's compile workers: on a CPU several at once.
+"""Compiles kernels in tinygrad's compile workers: on a CPU several at once, and early.
 
-clang takes 30 ms to start, half of its time for a small kernel. A module of its own, because each
-worker imports it, and support/cpu.py takes 0.3 s.
+Several at once: clang takes 30 ms to start, half of its time for a small kernel.
+Early: tinygrad begins when a graph is scheduled, seconds in which one core works. What is written as
+a kernel is known when the graph is built.
+
+A module of its own, because each worker imports it, and support/cpu.py takes 0.3 s.
 """
 from __future__ import annotations
 import copy

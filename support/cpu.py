@@ -7,7 +7,8 @@ A program calls `setup_device()` before it touches a device. From then on, on a 
   fftconv                              (likewise, in flashconv.py) needs no FFT for few taps;
   write_cache, h3_step                 (likewise) overwrite states in place;
   every kernel                         is shared by the cores, and a TinyJit replays without Python;
-  a second process                     finds its lowered kernels on disk.
+  a second process                     finds its lowered kernels on disk;
+  the first one                        compiles while graphs are still built (support/compiling.py).
 On a GPU products (in tiles, where that is faster), nn.Embedding, write_cache and h3_step run too.
 FLASH=0 turns all of it off.
 
@@ -1575,7 +1576,8 @@ def keep_programs():
     codegen.to_program_cache = realize.to_program_cache = Programs(codegen.to_program_cache)
 
 # ================================================================ the compile workers
-# tinygrad's; support/compiling.py says what they do.
+# tinygrad's, which get a graph's kernels when it has been scheduled: seconds in which one core works.
+# A kernel that is launched here is known when the graph is built. support/compiling.py says how.
 
 def batches_for_workers() -> Batches|None:
   "realize.get_worker_pool, of workers that take several kernels at once."
@@ -1588,9 +1590,27 @@ def compile_begun(task:tuple) -> tuple[int, UOp]:
   pool = worker.worker_pool
   return number, (batches(pool).program if pool else codegen.to_program)(*kernel)
 
+@one_at_a_time
+def begin(kernel:UOp):
+  "Lets a worker have the kernel, if it has no program yet."
+  renderer = Device["CPU"].renderer
+  if codegen.to_program_key(kernel, renderer) in codegen.to_program_cache: return
+  if workers := realize.get_worker_pool(): workers.begin(kernel, renderer)
+
+PLAIN_KERNEL = UOp.custom_kernel
+
+def custom_kernel_begun(*buffers:UOp, fxn:Callable, grad_fxn:Callable|None=None) -> list[UOp]:
+  "UOp.custom_kernel, whose kernel a worker gets now, unless tinygrad is to optimise it first."
+  written = PLAIN_KERNEL(*buffers, fxn=fxn, grad_fxn=grad_fxn)
+  kernel = written[0].src[1].src[0]
+  final = isinstance(kernel.arg, KernelInfo) and kernel.arg.opts_to_apply is not None
+  if final and written[0].device == "CPU": begin(kernel)
+  return written
+
 def compile_in_batches():
-  "Lets tinygrad's workers compile several kernels at once."
+  "Lets tinygrad's workers compile several kernels at once, and those that are launched early."
   realize.get_worker_pool, realize._compile_kernel = batches_for_workers, compile_begun
+  UOp.custom_kernel = staticmethod(custom_kernel_begun)
 
 # ================================================================ setup
 
