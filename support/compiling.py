@@ -9,6 +9,7 @@ A module of its own, because each worker imports it, and support/cpu.py takes 0.
 from __future__ import annotations
 import copy
 import functools
+import gc
 import tempfile
 from multiprocessing.pool import Pool
 from pathlib import Path
@@ -54,11 +55,14 @@ def compile_batch(kernels:Sequence[UOp], renderer:Renderer, switches:dict) -> li
   def compile_one(kernel:UOp) -> UOp|None:
     try: return codegen.do_to_program(kernel, renderer)
     except Exception: return None
-  with Context(**switches):
-    if len(kernels) > 1:
-      try: return compile_together(kernels, renderer)
-      except Exception: pass
-    return [*map(compile_one, kernels)]
+  gc.disable()          # a tenth of the time went into searches for cycles, of which there are few
+  try:
+    with Context(**switches):
+      if len(kernels) > 1:
+        try: return compile_together(kernels, renderer)
+        except Exception: pass
+      return [*map(compile_one, kernels)]
+  finally: gc.enable()
 
 # ---- in the process that has the workers
 
