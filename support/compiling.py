@@ -51,7 +51,7 @@ def compile_together(kernels:Sequence[UOp], renderer:Renderer) -> list[UOp]:
           for program, binary in zip(programs, objects)]
 
 def compile_batch(kernels:Sequence[UOp], renderer:Renderer, switches:dict) -> list[UOp|None]:
-  "The programs of the kernels; None for one that fails, which its caller compiles again to see why."
+  "The programs of the kernels; None for one that fails: its caller compiles it again to see why."
   def compile_one(kernel:UOp) -> UOp|None:
     try: return codegen.do_to_program(kernel, renderer)
     except Exception: return None
