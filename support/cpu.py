@@ -919,9 +919,9 @@ def lookup(table:Tensor, ids:Tensor) -> Tensor|None:
   return y.reshape(*ids.shape, D)
 
 # ================================================================ short filters
-# The shift SSM has 64 taps. Their sum takes about as long as an FFT, and its kernels are compiled in
-# half a second of one core, an FFT's in four. Milliseconds forward, and with all gradients, of 64
-# taps on two cores with AVX2:
+# The shift SSM has 64 taps. Their sum takes about as long as an FFT, and its kernels compile in half
+# a second of one core, an FFT's in four. Milliseconds forward, and with all gradients, of 64 taps on
+# two cores with AVX2:
 #   B x H x L           by taps       by FFT
 #   8 x 128 x 256       0.48  1.0     0.52  0.95
 #   16 x 256 x 2048     12.9  38      13.0  34
@@ -1056,9 +1056,9 @@ def attend_kernel(y:UOp, q:UOp, k:UOp, v:UOp, pos:UOp, *start:UOp, m:Machine) ->
       body.add(acc(d), s(t)*v[at(t, d)])
   with body.over(D) as d:
     body.put(y[g*D + d], acc(d)/total(0))
-  # loops whose length is known only to the device: tinygrad can't count or rearrange what they do
+  # loops whose length is known only to the device: tinygrad can't count what they do
   work = Estimates(4*G*T*D, 8*G*T*D, 8*G*T*D)
-  return body.finish(f"attend_{G}x{T}x{D}", estimates=work).replace(tag=1)
+  return body.finish(f"attend_{G}x{T}x{D}", estimates=work)
 
 def attend(q:Tensor, k:Tensor, v:Tensor, pos:Tensor|None=None, start:Tensor|None=None,
            causal:bool=True, dropout:float=0.0) -> Tensor|None:
