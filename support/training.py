@@ -95,6 +95,7 @@ class Hyper(NamedTuple):
 
 UNSCALE = Hyper._fields.index("unscale")
 
+@functools.cache                                 # one object for all parameters of a shape
 def sumsq_kernel(total:UOp, g:UOp) -> UOp:
   """Adds Σ_j g[i,j]² to total[i].
 
@@ -110,6 +111,7 @@ def sumsq_kernel(total:UOp, g:UOp) -> UOp:
   s = (x*x).reduce(j, arg=Ops.ADD) if rows > 1 else x*x
   return total[i].store(total[i] + s).end(i).sink(arg=KernelInfo(name=f"sumsq_{n}"))
 
+@functools.cache
 def adamw_kernel(p:UOp, m:UOp, v:UOp, g:UOp, hyper:UOp, sumsq:UOp, beta2:float, eps:float) -> UOp:
   """Updates one parameter and its moments in place (Loshchilov & Hutter, arXiv 1711.05101). A
   gradient that is not finite changes nothing."""
