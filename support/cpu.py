@@ -1203,6 +1203,7 @@ CHECKS["matmul"] = linear, None, (1150, 1400), (1150, 40), (40, 1400), (1400,)
 CHECKS["layernorm"] = layernorm, None, (5, 24), (5, 24), (24,), (24,)
 CHECKS["softmax"] = softmax_method, None, (5, 24), (5, 24)
 CHECKS["attend"] = attend_all, attend_plainly, *[(1, 2, 40, 32)]*4
+CHECKS["taps"] = flashconv.fftconv, None, (3, 4, 24), (3, 4, 24), (4, 8), (4,)
 CHECKS["embedding"] = four_words, None, (4, 8), (5, 8)
 
 # ================================================================ the cores
