@@ -1,8 +1,8 @@
 """Compiles kernels in tinygrad's compile workers: on a CPU several at once, and early.
 
 Several at once: clang takes 30 ms to start, half of its time for a small kernel.
-Early: tinygrad begins when a graph is scheduled, seconds in which one core works. What is written as
-a kernel is known when the graph is built.
+Early: tinygrad begins when all of a graph has been scheduled, and for seconds until then one core
+works. But a kernel that is launched by hand is known when the graph is built, and is begun then.
 
 A module of its own, because each worker imports it, and support/cpu.py takes 0.3 s.
 """
@@ -11,7 +11,7 @@ import copy
 import functools
 import gc
 import tempfile
-from multiprocessing.pool import Pool
+from multiprocessing.pool import AsyncResult, Pool
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Sequence
 from tinygrad import codegen
@@ -67,28 +67,37 @@ def compile_batch(kernels:Sequence[UOp], renderer:Renderer, switches:dict) -> li
 # ---- in the process that has the workers
 
 class Batches:
-  "tinygrad's compile workers, and what they have been given."
+  """Stands before the pool of tinygrad's compile workers: gives it kernels early, in batches.
+
+  For one thread at a time. Programs stay in `begun` until they are asked for; for ever, where the
+  graph is never computed, as all others do in tinygrad's table.
+  """
   def __init__(self, pool:Pool):
-    self.pool, self.begun = pool, {}
-    self.batch, self.kind, self.room = {}, None, 0     # kernels by key that will be given at once
+    self.pool = pool
+    self.begun: dict[tuple, tuple[AsyncResult, int]] = {}   # by key: a batch's programs, and which
+    self.batch: dict[tuple, UOp] = {}                       # by key: kernels not yet given to it
+    self.options: tuple[Renderer, dict]|None = None         # the batch's, see `compile_batch`
+    self.space = 0                                          # UOps that still fit into the batch
 
   def begin(self, kernel:UOp, renderer:Renderer):
-    "Gives the kernel to a worker; a small one when there are enough of them, or at `send`."
+    "Adds the kernel to the batch, which goes to a worker when the next does not fit, or at `send`."
     key = codegen.to_program_key(kernel, renderer)
     if key in self.begun or key in self.batch: return
-    kind = renderer, {v.key: v.value for v in codegen.to_program_context}
+    options = renderer, {v.key: v.value for v in codegen.to_program_context}
     size = len(kernel.toposort())
-    if size > self.room or kind != self.kind:
+    if size > self.space or options != self.options:
       self.send()
-      self.kind, self.room = kind, BATCH if isinstance(renderer.compiler, ClangCompiler) else 0
+      self.options, together = options, isinstance(renderer.compiler, ClangCompiler)
+      self.space = BATCH if together else 0
     self.batch[key] = kernel
-    self.room -= size
+    self.space -= size
 
   def send(self):
+    "Gives the batch to a worker."
     if not self.batch: return
-    programs = self.pool.apply_async(compile_batch, ([*self.batch.values()], *self.kind))
+    programs = self.pool.apply_async(compile_batch, ([*self.batch.values()], *self.options))
     for i, key in enumerate(self.batch): self.begun[key] = programs, i
-    self.batch, self.room = {}, 0
+    self.batch, self.space = {}, 0
 
   def program(self, kernel:UOp, renderer:Renderer) -> UOp:
     "The kernel's program, which this process compiles if no worker has begun."
@@ -101,9 +110,9 @@ class Batches:
 
   def imap_unordered(self, _:Callable, tasks:Iterable[tuple]) -> Iterator[tuple[int, UOp]]:
     "What tinygrad asks of its workers: the programs, each with the number of its task."
-    tasks = [*tasks]
-    for _, kernel, _ in tasks: self.begin(*kernel)
+    tasks = [*tasks]                    # number, (kernel, renderer), options
+    for _, args, _ in tasks: self.begin(*args)
     self.send()
-    for number, kernel, _ in tasks: yield number, self.program(*kernel)
+    for number, args, _ in tasks: yield number, self.program(*args)
 
-batches = functools.cache(Batches)    # those of the workers that there are
+batches = functools.cache(Batches)      # one for each pool: after a fork or Ctrl-C there is another

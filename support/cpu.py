@@ -1577,8 +1577,8 @@ def keep_programs():
     codegen.to_program_cache = realize.to_program_cache = Programs(codegen.to_program_cache)
 
 # ================================================================ the compile workers
-# tinygrad's, which get a graph's kernels when it has been scheduled: seconds in which one core works.
-# A kernel that is launched here is known when the graph is built. support/compiling.py says how.
+# support/compiling.py says why they get kernels in batches, and those that are launched here before
+# their graph is scheduled; here that is put in the place of what tinygrad does.
 
 def batches_for_workers() -> Batches|None:
   "realize.get_worker_pool, of workers that take several kernels at once."
@@ -1586,10 +1586,10 @@ def batches_for_workers() -> Batches|None:
   return pool and batches(pool)
 
 def compile_begun(task:tuple) -> tuple[int, UOp]:
-  "realize._compile_kernel, for a kernel that a worker may have."
-  number, kernel, _ = task
+  "realize._compile_kernel, called without workers, for a kernel alone; one may have begun it."
+  number, args, _ = task                              # args: kernel and renderer
   pool = worker.worker_pool
-  return number, (batches(pool).program if pool else codegen.to_program)(*kernel)
+  return number, batches(pool).program(*args) if pool else codegen.to_program(*args)
 
 @one_at_a_time
 def begin(kernel:UOp):
