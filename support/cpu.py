@@ -18,7 +18,7 @@ Ctrl-C · programs on disk · the compile workers · setup.
 How a kernel is written, what `after` and `end` order: flashconv.py, before `conv_kernel`.
 
 Not here: second derivatives, but of the products; half precision, but for factors of products,
-which NVIDIA's tensor cores multiply, or else they are multiplied as float32s.
+which NVIDIA's tensor cores multiply; elsewhere they are multiplied as float32s.
 """
 from __future__ import annotations
 import contextlib
@@ -299,6 +299,7 @@ def tile_count(M:int, N:int, each:int) -> int:
   return ceildiv(M, each*SIDE)*ceildiv(N, each*SIDE)
 
 def large_tiles(G:int, M:int, N:int) -> bool:
+  "Whether there are enough tiles of 8*SIDE rows and columns to keep a GPU busy."
   return G*tile_count(M, N, 8) >= MANY_TILES and min(M, N) > 4*SIDE
 
 def tiled_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
@@ -377,7 +378,7 @@ def tiled_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> U
 #   8192 x 768 x 768    116  133    75    33
 #   8192 x 768 x 50264  171  199   165    14
 WARPS = 2, 2                     # down and across a tile
-DEPTH = 32                       # numbers in k that lie in shared memory at once
+DEPTH = 32                       # numbers in k of a block; two blocks lie in shared memory
 
 def tensor_cores_take(a:Tensor, b:Tensor) -> bool:
   "Whether `mma_gemm` multiplies these: of a type that the tensor cores know, and of even sizes."
@@ -426,7 +427,7 @@ def mma_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp
         length, block = self.n//2, size//2
         if K % DEPTH: ok = r < K
       if length % block:
-        run = math.gcd(length, 4)                          # either all of a run are there, or none is
+        run = math.gcd(length, 4)                          # all words of a run are there, or none
         there = start + i//run*run < length
         ok = there if ok is None else ok & there
       at = start + i
@@ -550,7 +551,7 @@ def product_backward(dy:Tensor, y:Tensor, a:Tensor, b:Tensor, *bias:Tensor, ta:b
   G = max(a.shape[0], b.shape[0])
   one_a, one_b = (x.shape[0] < G for x in (a, b))
   dy = dy.reshape(-1, a.shape[2 if ta else 1], b.shape[1 if tb else 2])
-  rows = dy.reshape(1, -1, dy.shape[2])
+  rows = dy.reshape(1, -1, dy.shape[2])    # before the cast: a bias's gradient sums float32s
   if tensor_cores_take(a, b): dy = dy.cast(a.dtype)
   if ta: da = product(b, dy, ta=tb, tb=True, total=one_a)
   else: da = product(dy, b, tb=not tb, total=one_a)
