@@ -920,9 +920,9 @@ def lookup(table:Tensor, ids:Tensor) -> Tensor|None:
   return y.reshape(*ids.shape, D)
 
 # ================================================================ short filters
-# The shift SSM has 64 taps. Their sum takes about as long as an FFT, and its kernels compile in half
-# a second of one core, an FFT's in four. Milliseconds forward, and with all gradients, of 64 taps on
-# two cores with AVX2:
+# The shift SSM has 64 taps. Their sum takes about as long as an FFT, and its kernels compile in
+# half a second of one core, an FFT's in four. Milliseconds forward, and with all gradients, of
+# 64 taps on two cores with AVX2:
 #   B x H x L           by taps       by FFT
 #   8 x 128 x 256       0.48  1.0     0.52  0.95
 #   16 x 256 x 2048     12.9  38      13.0  34
@@ -930,7 +930,7 @@ def lookup(table:Tensor, ids:Tensor) -> Tensor|None:
 FEW_TAPS = 64
 
 class Taps(Body):
-  "The body of a kernel on the rows (B,L) of a channel, and its filter, D being part of k[0]."
+  "The body of a kernel on the rows (B,L) of a channel, and its filter, to whose k[0] D is added."
   def __init__(self, w:UOp, k:UOp, D:Sequence[UOp], m:Machine, flipped:bool=False):
     (_, H, self.L), self.K = w.shape, k.shape[1]
     super().__init__(m, H)
