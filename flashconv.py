@@ -17,7 +17,7 @@ Glossary. B batch, H channels, L length, K taps, N ≥ L + K - 1 length of the F
 In an H3 layer k is the diagonal SSM's filter, K in h3tiny.py, and u is shift_ssm of the key.
 Also here: `ssm_conv`, the same with the filter of an SSM at any length, by state passing (its
 glossary stands there); `launch`, which runs a kernel and keeps its gradients whatever was read
-before; `replaceable`, by which support/cpu.py puts faster versions in the place of plain ops.
+before; `replaceable`, by which support/cpu.py puts faster versions in functions' place.
 
 Run: `python flashconv.py` checks the kernels on your device; `python flashconv.py --render metal`
 (or cuda, opencl) prints their sources; FLASH=0 turns them off. `python support/bench.py conv` and
@@ -71,7 +71,7 @@ def checked(output:Shape, *inputs:Shape, plain:Callable|None=None) -> Callable:
 FAST: dict[str, Callable] = {}  # faster versions by name, which support/cpu.py adds
 
 def replaceable(f:Callable) -> Callable:
-  """Marks a definition in plain ops that may have a faster version in FAST.
+  """Marks a function that may have a faster version in FAST.
 
   That takes the same arguments and returns None where it does not serve. FLASH=0 turns all off.
   """
@@ -706,8 +706,8 @@ class Workers:
     info = KernelInfo(name=name, opts_to_apply=(), **info)
     sink = self.all_done().end(*self.outer).sink(arg=info)
     if not self.m.has_sub: sink = graph_rewrite(sink, without_sub)
-    # tagged, a kernel goes past tinygrad's optimiser: on a CPU that changes nothing, and takes a
-    # sixth of the time until it is compiled; on a GPU it cuts loops of `mma_gemm` for the better
+    # A tag keeps a kernel from tinygrad's optimiser. On a CPU that would change nothing and take a
+    # sixth of the time until it is compiled; on a GPU it splits loops of `mma_gemm`, for the better
     return sink if self.m.gpu else sink.replace(tag=1)
 
 def divisor(n:int, most:int) -> int:
@@ -1768,7 +1768,7 @@ def capture(f:Callable, **options) -> TinyJit:
   jit.cnt = 1
   return jit
 
-# ---------------------------------------------------------------- what has a faster version
+# ---------------------------------------------------------------- products, look-ups, types
 @replaceable
 def matmul(x:Tensor, w:Tensor) -> Tensor:
   "Returns x @ w, for x (…,M,K) and w (K,N) or (…,K,N). Differentiable in both."
@@ -1880,7 +1880,7 @@ def selfcheck(device:str|None=None) -> float:
   for name, (got, want) in checks.items():
     try:
       Tensor.realize(*got)
-      # where Tensor.numpy() would compile kernels that transpose
+      # not Tensor.numpy(), which would compile a kernel for each that lies transposed
       pairs = [*zip(in_numpy(*got), want)]
     except Exception as e: raise failure(name, e) from e
     error = max(float(np.abs(a - b).max()/np.abs(b).max()) for a, b in pairs)
