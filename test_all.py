@@ -632,8 +632,8 @@ def test_kernels_of_more_buffers_than_a_device_binds_are_done_without(monkeypatc
 # ================================================================ the CPU's kernels
 
 def close(got:Tensor, a:np.ndarray, b:np.ndarray) -> None:
-  """got is the product a @ b: each entry's error is at most about eps sqrt(K) |a_row| |b_column|, and
-  in half precision half of its last digit's worth."""
+  """got is the product a @ b: each entry's error is at most about eps sqrt(K) |a_row| |b_column|,
+  and in half precision half of its last digit's worth."""
   rounding = {dtypes.half: 2**-11, dtypes.bfloat16: 2**-8}.get(got.dtype, 0)
   a, b, got = a.astype(np.float64), b.astype(np.float64), got.float().numpy()
   rows, columns = np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-2)
@@ -1024,7 +1024,8 @@ def test_programs_on_disk_are_right_or_missing(monkeypatch):
 def test_kernels_compiled_together():
   "As each of them alone, but for the names of files, which are not loaded"
   compiler = Device["CPU"].renderer.compiler
-  source = "void f{0}(float *x) {{ for (int i = 0; i < {0}; i++) x[i] = __builtin_sqrtf(x[i])*.{0}f; }}"
+  source = ("void f{0}(float *x) {{ for (int i = 0; i < {0}; i++) "
+            "x[i] = __builtin_sqrtf(x[i])*.{0}f; }}")
   sources = [source.format(n) for n in (3, 40, 500)]
   together = compiling.compile_sources(compiler, sources)
   assert [*map(jit_loader, together)] == [jit_loader(compiler.compile(s)) for s in sources]
@@ -1039,7 +1040,8 @@ class Worker:
 def test_a_kernel_fails_alone(capfd):
   "Not those that are compiled with it, nor those of other options"
   renderer, workers = Device["CPU"].renderer, compiling.Batches(Worker())
-  good, other = ((Tensor(normal(n)).realize() + 1).schedule_linear().src[0].src[0] for n in (31, 37))
+  good, other = ((Tensor(normal(n)).realize() + 1).schedule_linear().src[0].src[0]
+                 for n in (31, 37))
   program = codegen.do_to_program(good, renderer)
   bad = program.replace(src=(*program.src[:2], UOp(Ops.SOURCE, arg="This is not C.")))
   for kernel in (good, bad): workers.begin(kernel, renderer)

@@ -95,7 +95,7 @@ class Hyper(NamedTuple):
 
 UNSCALE = Hyper._fields.index("unscale")
 
-@functools.cache                                 # one object for all parameters of a shape
+@functools.cache                                 # built once for all parameters of a size
 def sumsq_kernel(total:UOp, g:UOp) -> UOp:
   """Adds Σ_j g[i,j]² to total[i].
 
