@@ -2,7 +2,7 @@
 // this, defines KERNEL (the source's file), LAUNCH (the call), SHARED_BYTES, and numbers the barriers: BARRIER(0), BARRIER(1), …
 //
 // Each thread of the GPU is a fiber. Work groups are under way at once, as far as there are numbers for their threads: each thread
-// in turn runs on to its next barrier or to its end. ThreadSanitizer knows nothing of these turns; to it, threads are ordered by the barriers of their work group
+// in turn runs on to its next barrier or mma, or to its end. ThreadSanitizer knows nothing of these turns; to it, threads are ordered by the barriers of their work group
 // and by nothing else. Two accesses to one place, at least one a store, that no barrier orders, are a race, in whatever order
 // they were run. pthread barriers would hide some: a thread that is already at the next one is taken to be ordered before one
 // that has not yet left this one.
@@ -47,6 +47,7 @@ struct Group {
   void* shared;
   Fragments fragments[1024];
 };
+// waits_at: the number of a barrier, or what is no barrier: -1 before the first, -2 and -3 in `mma`
 struct Thread { Group* group; uint3 at; int waits_at = -1; bool ended = false; void* fiber; ucontext_t context; };
 
 static Thread* now;
