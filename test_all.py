@@ -522,6 +522,15 @@ def check_tensor_cores(monkeypatch:pytest.MonkeyPatch, size:int, dtype:DType) ->
     close(dx, g, w if transposed else w.T)
     close(dw, *((g.T, x) if transposed else (x.T, g)))
 
+def test_tensor_cores_take_no_part_of_a_buffer(monkeypatch):
+  "It may begin within a word, and the kernel loads four at once."
+  nvidia = flashconv.machine_of(flashconv.renderer_of("cuda"))
+  monkeypatch.setattr(cpu, "machine", lambda device: nvidia)
+  numbers = Tensor(normal(33)).cast(dtypes.half).realize()
+  part, whole = numbers[1:].reshape(1, 4, 8), Tensor(normal(1, 8, 4)).cast(dtypes.half)
+  assert cpu.tensor_cores_take(part.clone().realize(), whole)
+  assert not cpu.tensor_cores_take(part, whole)
+
 @pytest.mark.skipif(not flashconv.machine(Device.DEFAULT).mma, reason="no such tensor cores")
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("dtype", [dtypes.half, dtypes.bfloat16])

@@ -381,9 +381,11 @@ WARPS = 2, 2                     # down and across a tile
 DEPTH = 32                       # numbers in k of a block; two blocks lie in shared memory
 
 def tensor_cores_take(a:Tensor, b:Tensor) -> bool:
-  "Whether `mma_gemm` multiplies these: of a type that the tensor cores know, and of even sizes."
+  """Whether `mma_gemm` multiplies these: of a type that the tensor cores know, and of even sizes. A
+  part of a buffer may begin anywhere, where loads of four words fail."""
   return a.dtype == b.dtype and a.dtype in machine(a.device).mma \
-    and all(n % 2 == 0 for x in (a, b) for n in x.shape[1:])
+    and all(n % 2 == 0 for x in (a, b) for n in x.shape[1:]) \
+    and all(prod(x.uop.base.shape) <= x.numel() for x in (a, b))
 
 def as_words(x:UOp) -> UOp:
   "A kernel's matrices of half precision, (G,R,S), as words of two numbers each, (G,R,S/2)."
@@ -1524,8 +1526,8 @@ def guard_tinygrad():
                         after_in_child=begin_child)
 
 # ================================================================ lowered programs on disk
-# tinygrad keeps compiled sources on disk, but lowers each kernel anew in each process: 7 of the
-# 12 s to a first training step.
+# tinygrad keeps compiled sources on disk, but lowers each kernel anew in each process: more than
+# half of the time to a first training step.
 
 # what tinygrad's lowering and rendering read of the environment, but for what is in its own key
 SWITCHES = ("ALIGNED", "ALLOW_HALF8", "DMC", "EXPAND_SSA", "MV", "MV_BLOCKSIZE",
@@ -1723,7 +1725,7 @@ def setup_device():
   `zig clang` is a whole clang; where no device opens without one: one line that says how to get it,
   exit status 2. On the CPU it leaves the loops to that compiler (NOOPT), which fills its vector
   registers, where tinygrad would unroll into vectors of 4: a training step took 0.83 s instead of
-  0.94, the first one 20 s instead of 27. Checks the kernels the first time.
+  0.94. Checks the kernels the first time.
   """
   compiler = find_compiler()
   if compiler: os.environ["CC"] = compiler
@@ -1743,6 +1745,6 @@ def setup_device():
   guard_tinygrad()
   keep_programs()
   if FLASH and on_cpu: compile_in_batches()
-  # tinygrad's compile workers live on instead of starting anew: the first step 9.6 s, not 12.3
+  # tinygrad's compile workers live on instead of starting anew
   os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "100000")
   if FLASH: check_kernels()
