@@ -1552,7 +1552,6 @@ setup_device()
 # what a shell runs in the background ignores Ctrl-C until told otherwise
 for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.default_int_handler)
 from tinygrad.runtime.ops_cpu import CPUProgram
-from tinygrad.runtime.support.elf import jit_loader
 from tinygrad.uop.ops import Ops
 x = Tensor(np.zeros(1 << 18, np.float32)).realize()
 def add(): return x.assign(x + 1).realize()
