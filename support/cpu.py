@@ -302,23 +302,56 @@ def large_tiles(G:int, M:int, N:int) -> bool:
   "Whether there are enough tiles of 8*SIDE rows and columns to keep a GPU busy."
   return G*tile_count(M, N, 8) >= MANY_TILES and min(M, N) > 4*SIDE
 
-def tiled_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
-  """`gemm`, without sums over groups, on a GPU. C is flat, (G M N,).
+class Tile(Body):
+  """What a group of a GPU's threads makes of C (G M N,), a product of A (G,M,K) and B (G,K,N): rows
+  and columns of group g from `row` and `column`, `size` of each.
 
-  Rows and columns past the end are computed from the last one, and not stored.
+  ta, tb: A, B are stored transposed. parts: A and B, of one group, are cut along K into so many.
+  Rows and columns past the end may be computed, and are not stored.
   """
-  G, K = max(A.shape[0], B.shape[0]), A.shape[1 if ta else 2]
-  M, N = A.shape[2 if ta else 1], B.shape[1 if tb else 2]
-  each = 8 if large_tiles(G, M, N) else 4                  # rows, and columns, of a thread
-  size = each*SIDE
-  tiles, across, rounds = tile_count(M, N, each), ceildiv(N, size), ceildiv(K, SIDE)
-  body = Body(m, G*tiles, SIDE*SIDE)
-  g, row, column = body.h//tiles, (body.h % tiles)//across*size, (body.h % across)*size
+  def __init__(self, C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, parts:int, threads:int,
+               m:Machine):
+    self.A, self.B = (viewed(x, parts*x.shape[0], x.shape[1]//parts, x.shape[2]) if parts > 1
+                      else x for x in (A, B))
+    self.C, self.bias, self.ta, self.tb = C, bias, ta, tb
+    self.G, self.K = max(self.A.shape[0], self.B.shape[0]), self.A.shape[1 if ta else 2]
+    self.M, self.N = A.shape[2 if ta else 1], B.shape[1 if tb else 2]
+    self.size = 8*SIDE if large_tiles(self.G, self.M, self.N) else 4*SIDE
+    across = ceildiv(self.N, self.size)
+    tiles = ceildiv(self.M, self.size)*across
+    super().__init__(m, self.G*tiles, threads)
+    nth = self.h % tiles
+    self.g, self.row, self.column = self.h//tiles, nth//across*self.size, nth % across*self.size
+
+  def do(self, *stores:Stores):
+    "A stage: stores that may be made in any order."
+    self.done = UOp.group(*itertools.chain(*stores)),
+
+  def result(self, r:UOp, c:UOp, value:UOp) -> UOp:
+    "C[g, r, c] = value + bias[c], unless that is past the end"
+    if self.bias: value = value + self.bias[0][c.minimum(self.N - 1)]
+    place = (self.g*self.M + r)*self.N + c
+    if self.M % self.size or self.N % self.size:
+      place = place.valid((r < self.M) & (c < self.N))
+    return self.C[place].store(value)
+
+  def named(self, kernel:str) -> UOp:
+    "The finished kernel."
+    sizes = f"{self.G}x{self.M}x{self.K}x{self.N}"
+    return self.finish(f"{kernel}_{'nt'[self.ta]}{'nt'[self.tb]}_{sizes}")
+
+def viewed(x:UOp, *shape:int, dtype:DType|None=None) -> UOp:
+  "An input of a kernel, whole, as of this shape and type."
+  return UOp.placeholder(shape, dtype or x.dtype, x.base.arg.slot)
+
+def tiled_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine, parts:int=1) -> UOp:
+  "`gemm`, without sums over groups, on a GPU. C, and parts: see `Tile`."
+  body = Tile(C, A, B, *bias, ta=ta, tb=tb, parts=parts, threads=SIDE*SIDE, m=m)
+  K, size, do = body.K, body.size, body.do
+  each, rounds = size//SIDE, ceildiv(K, SIDE)              # rows, and columns, of a thread
   down, right = body.t//SIDE, body.t % SIDE                # where in the tile the thread is
   # a thread's own rows, or columns: four side by side, which are read at once, and four more
   def own(place:UOp) -> list[UOp]: return [place*4 + i % 4 + i//4*4*SIDE for i in range(each)]
-  # a stage: stores that may be made in any order
-  def do(*stores:Stores): body.done = UOp.group(*itertools.chain(*stores)),
 
   class Factor:
     """The tile's rows of A, or columns of B, from the `first` of n; as it is stored (G,n,K), if
@@ -341,14 +374,15 @@ def tiled_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> U
         ok = k < K if K % SIDE else None
         at = k if ok is None else k.valid(ok)
         place = (r, at) if self.straight else (at, r)
-        x = widened(self.x[0 if self.x.shape[0] == 1 else g, *place].load())
+        x = widened(self.x[0 if self.x.shape[0] == 1 else body.g, *place].load())
         stores.append(self.next(i).store(x if ok is None else ok.where(x, 0.0)))
       return stores
     def pack(self) -> Stores:
       "block = every thread's `next`"
       return [self.block(k, r).store(self.next(i)) for i, (r, k) in enumerate(self.places)]
 
-  a, b = Factor(A, M, row, not ta), Factor(B, N, column, tb)
+  a = Factor(body.A, body.M, body.row, not ta)
+  b = Factor(body.B, body.N, body.column, tb)
   sums, pairs = body.ordered(body.memory(each, each)), [*itertools.product(range(each), repeat=2)]
   do(a.load(0), b.load(0), [sums(*ij).store(0.0) for ij in pairs])
   with body.over(rounds) as turn:
@@ -359,14 +393,9 @@ def tiled_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> U
     with body.over(SIDE, barrier=False) as k:
       x, y = ([f.block(k, r) for r in own(place)] for f, place in ((a, down), (b, right)))
       do([sums(i, j).store(sums(i, j) + x[i]*y[j]) for i, j in pairs])
-  rows, columns = [row + r for r in own(down)], [column + c for c in own(right)]
-  def result(i:int, j:int) -> UOp:
-    r, c, value = rows[i], columns[j], sums(i, j)
-    if bias: value = value + bias[0][c.minimum(N - 1)]
-    place = (g*M + r)*N + c
-    return C[place.valid((r < M) & (c < N)) if M % size or N % size else place].store(value)
-  do([result(i, j) for i, j in pairs])
-  return body.finish(f"tiled_{'nt'[ta]}{'nt'[tb]}_{G}x{M}x{K}x{N}")
+  rows, columns = [body.row + r for r in own(down)], [body.column + c for c in own(right)]
+  do([body.result(rows[i], columns[j], sums(i, j)) for i, j in pairs])
+  return body.named("tiled")
 
 # In half precision a group of WARPS makes a tile on tensor cores, by NVIDIA's mma.m16n8k16: a warp,
 # 32 threads, adds the product of 16 x 16 and 16 x 8 numbers to 16 x 8 sums in float32, of all three
@@ -387,30 +416,23 @@ def tensor_cores_take(a:Tensor, b:Tensor) -> bool:
     and all(n % 2 == 0 for x in (a, b) for n in x.shape[1:]) \
     and all(prod(x.uop.base.shape) <= x.numel() for x in (a, b))
 
-def as_words(x:UOp) -> UOp:
-  "A kernel's matrices of half precision, (G,R,S), as words of two numbers each, (G,R,S/2)."
-  return UOp.placeholder((*x.shape[:-1], x.shape[-1]//2), dtypes.uint, x.base.arg.slot)
-
-def mma_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp:
+def mma_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine, parts:int=1) -> UOp:
   "`tiled_gemm` for factors of half precision, on tensor cores."
-  G, K = max(A.shape[0], B.shape[0]), A.shape[1 if ta else 2]
-  M, N = A.shape[2 if ta else 1], B.shape[1 if tb else 2]
-  size = 128 if large_tiles(G, M, N) else 64
-  tiles, across, rounds = ceildiv(M, size)*ceildiv(N, size), ceildiv(N, size), ceildiv(K, DEPTH)
   threads, words = 32*WARPS[0]*WARPS[1], DEPTH//2
-  body = Body(m, G*tiles, threads)
-  g, row, column = body.h//tiles, (body.h % tiles)//across*size, (body.h % across)*size
+  body = Tile(C, A, B, *bias, ta=ta, tb=tb, parts=parts, threads=threads, m=m)
+  K, size, do, rounds = body.K, body.size, body.do, ceildiv(body.K, DEPTH)
   high, wide = (size//n for n in WARPS)                    # a warp's part of the tile, and where
   down, right = body.t//32//WARPS[1]*high, body.t//32 % WARPS[1]*wide
   lane = body.t % 32
-  def do(*stores:Stores): body.done = UOp.group(*itertools.chain(*stores)),
 
   class Factor:
     """The tile's rows of A, or columns of B, from the `first` of n; as it is stored (G,n,K), if
     `straight`, or (G,K,n). DEPTH numbers of each are in one of two blocks of shared memory, the
     thread's share of the next ones in registers, on its way to the other block."""
     def __init__(self, x:UOp, n:int, first:UOp, straight:bool):
-      self.x, self.n, self.first, self.straight = as_words(x), n, first, straight
+      # as words of two numbers
+      self.x = viewed(x, *x.shape[:-1], x.shape[-1]//2, dtype=dtypes.uint)
+      self.n, self.first, self.straight = n, first, straight
       self.block, self.share = body.array(2, size, words, dtype=dtypes.uint), size*words//threads
       self.next = body.ordered(body.memory(self.share, dtype=dtypes.uint))
     def load(self, turn:UOp|int) -> Stores:
@@ -433,7 +455,7 @@ def mma_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp
         there = start + i//run*run < length
         ok = there if ok is None else ok & there
       at = start + i
-      x = self.x[0 if self.x.shape[0] == 1 else g, r, at if ok is None else at.valid(ok)].load()
+      x = self.x[0 if self.x.shape[0] == 1 else body.g, r, at if ok is None else at.valid(ok)].load()
       return x if ok is None else ok.where(x, 0)
     def pack(self, block:UOp|int) -> Stores:
       "The block = every thread's `next`, in words of two neighbours in k."
@@ -458,10 +480,11 @@ def mma_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp
         return UOp.stack(*itertools.chain(*(numbers(first + lane//4 + r, i) for i, r in places)))
       return [[part(first + rows*j, half) for j in range(n)] for half in range(2)]
 
-  a, b = Factor(A, M, row, not ta), Factor(B, N, column, tb)
-  parts = [*itertools.product(range(high//16), range(wide//8))]
+  a = Factor(body.A, body.M, body.row, not ta)
+  b = Factor(body.B, body.N, body.column, tb)
+  pairs = [*itertools.product(range(high//16), range(wide//8))]
   sums = body.ordered(body.memory(high//16, wide//8, 4))
-  do(a.load(0), b.load(0), [sums(*ij, n).store(0.0) for ij in parts for n in range(4)])
+  do(a.load(0), b.load(0), [sums(*ij, n).store(0.0) for ij in pairs for n in range(4)])
   do(a.pack(0), b.pack(0))
   body.done = body.all_done().barrier(),
   with body.over(rounds) as turn:
@@ -470,19 +493,17 @@ def mma_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine) -> UOp
     for x, y in zip(a.fragments(turn % 2, down, high//16, 16),
                     b.fragments(turn % 2, right, wide//8, 8)):
       stores = []
-      for i, j in parts:
+      for i, j in pairs:
         before = UOp.stack(*(sums(i, j, n).load() for n in range(4)))
         after = UOp.wmma(x[i], y[j], before, (8, 16, 16), "CUDA", 32)
         stores += [sums(i, j, n).store(after.index(UOp.const(n))) for n in range(4)]
       do(stores)
     do(a.pack((turn + 1) % 2), b.pack((turn + 1) % 2))
-  def result(i:int, j:int, n:int) -> UOp:
-    r, c = row + down + 16*i + lane//4 + n//2*8, column + right + 8*j + lane % 4*2 + n % 2
-    value, place = sums(i, j, n), (g*M + r)*N + c
-    if bias: value = value + bias[0][c.minimum(N - 1)]
-    return C[place.valid((r < M) & (c < N)) if M % size or N % size else place].store(value)
-  do([result(*ij, n) for ij in parts for n in range(4)])
-  return body.finish(f"mma_{'nt'[ta]}{'nt'[tb]}_{G}x{M}x{K}x{N}")
+  rows = [body.row + down + 16*i + lane//4 for i in range(high//16)]
+  columns = [body.column + right + 8*j + lane % 4*2 for j in range(wide//8)]
+  do([body.result(rows[i] + n//2*8, columns[j] + n % 2, sums(i, j, n))
+      for i, j in pairs for n in range(4)])
+  return body.named("mma")
 
 def dots(C:UOp, A:UOp, B:UOp, *bias:UOp, m:Machine) -> UOp:
   """C (G,M,N) = A (G,M,K) B^T + bias (N,), B (G,N,K), for up to four rows of A.
