@@ -537,6 +537,14 @@ def test_tensor_cores_take_no_part_of_a_buffer(monkeypatch):
 def test_kernel_product_on_tensor_cores(size, dtype, monkeypatch):
   check_tensor_cores(monkeypatch, size, dtype)
 
+def check_layernorm(monkeypatch:pytest.MonkeyPatch) -> None:
+  "With its gradients, and rows of which one group of threads has more than another."
+  monkeypatch.setattr(cpu, "NORM_GROUPS", 2)
+  x, w, b, dy = drawn((3, 48), (48,), (48,), (3, 48))
+  both = cpu.layernorm(x, w, b), x.layernorm()*w + b
+  ours, plain = ((y, *y.gradient(x, w, b, gradient=dy)) for y in both)
+  for got, want in zip(ours, flashconv.in_numpy(*plain)): assert_close(got, want, 1e-5)
+
 def check_embedding(_) -> None:
   "A look-up of words of which some come twice, most not at all, and its gradient."
   words, ids = normal(70, 12), np.array([[3, 69, 3], [0, 32, 3]], np.int32)
@@ -572,9 +580,10 @@ GPU_CASES = {
   "large tiles": (lambda patch: check_tiles(patch, 8), {}),
   "tensor cores": (lambda patch: check_tensor_cores(patch, 64, dtypes.half), {}),
   "tensor cores, large": (lambda patch: check_tensor_cores(patch, 128, dtypes.bfloat16), {}),
+  "layer norm": (check_layernorm, {"layernorm": [1], "layernorm_grad": [1, 3, 4, 6]}),
   "words": (check_embedding, {}),
   "adamw": (lambda _: check_adamw(lambda f: f, 2), {}),
-  "token": (lambda _: check_h3_step(lambda f: f, 2, 2, 32), {"h3_step": [0, 2, 3, 5, 6, 7]}),
+  "token": (lambda _: check_h3_step(lambda f: f, 2, 2, 32), {"h3_step": [0, 2, 4, 5, 6, 7, 9, 10]}),
   "cache": (lambda _: test_kernel_attend_over_a_cache(5, 70, 16, (3, 0, 6), 1), {})}
 GPU_QUICK = [("cuda", "shared rows"), ("metal", "tiles"), ("cuda", "cache"), ("cuda", "token"),
              ("metal", "states")]

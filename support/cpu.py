@@ -125,18 +125,21 @@ class Body(Workers):
 
     As many sums side by side as fill so many vectors, then halves are added to halves: a compiler
     may not reorder the additions of a single sum to fill its vector registers. On a GPU one a
-    thread, and each thread adds up all of them.
+    thread, in a register, and each thread adds up all of them.
     """
     width = self.threads if self.m.gpu else math.gcd(n, vectors*self.m.lanes)
     each = range(len(terms))
     sums = self.array(len(terms), width)
+    parts = self.ordered(self.memory(len(terms))) if self.m.gpu else None
+    part = (lambda t, i: parts(t)) if self.m.gpu else sums
     with self.share(width) as i:
-      for t in each: self.put(sums(t, i), start)
+      for t in each: self.put(part(t, i), start)
     with self.over(n//width, barrier=False) as turn, self.share(width) as i:
       for t in each:
         x = terms[t](turn*width + i)
-        self.put(sums(t, i), both(sums(t, i), x))
+        self.put(part(t, i), both(part(t, i), x))
     if self.m.gpu:
+      for t in each: self.put(sums(t, self.t), parts(t))
       return [functools.reduce(both, [sums(t, i) for i in range(width)]) for t in each]
     while width := width//2:
       with self.over(width) as i:
@@ -549,28 +552,31 @@ def product(a:Tensor, b:Tensor, *bias:Tensor, ta:bool=False, tb:bool=False, tota
   G, m = max(a.shape[0], b.shape[0]), machine(a.device)
   M, K = a.shape[1:][::-1] if ta else a.shape[1:]
   N = b.shape[1 if tb else 2]
-  backward = bound(product_backward, ta=ta, tb=tb)
   if m.gpu:
     # long sums of few tiles, as in dw: in parts of 256 or more, for up to 512 groups of threads
-    if ta and not tb and G == 1 and not bias:
-      parts = divisor(K, max(1, min(K//256, 512//tile_count(M, N, 8))))
-      if parts > 1:
-        a, b = (x.reshape(parts, K//parts, x.shape[2]) for x in (a, b))
-        return product(a, b, ta=True, total=True)
+    long = ta and not tb and G == 1 and not bias
+    parts = divisor(K, max(1, min(K//256, 512//tile_count(M, N, 8)))) if long else 1
     kernel = mma_gemm if tensor_cores_take(a, b) else tiled_gemm
-    y, = launch(bound(kernel, ta=ta, tb=tb, m=m), [(G*M*N,)], [a, b, *bias], backward)
-    y = y.reshape(G, M, N)
-    return y.sum(0, keepdim=True) if total else y
+    kernel = bound(kernel, ta=ta, tb=tb, parts=parts, m=m)
+    backward = bound(product_backward, ta=ta, tb=tb, parts=parts)
+    y, = launch(kernel, [(parts*G*M*N,)], [a, b, *bias], backward)
+    y = y.reshape(-1, M, N)
+    return y.sum(0, keepdim=True) if total or parts > 1 else y
+  backward = bound(product_backward, ta=ta, tb=tb)
   few = M <= 4 and tb and not ta and not total
   kernel = bound(dots, m=m) if few else bound(gemm, ta=ta, tb=tb, m=m)
   return launch(kernel, [(1 if total else G, M, N)], [a, b, *bias], backward)[0]
 
-def product_backward(dy:Tensor, y:Tensor, a:Tensor, b:Tensor, *bias:Tensor, ta:bool, tb:bool
-                     ) -> tuple[Tensor, ...]:
+def product_backward(dy:Tensor, y:Tensor, a:Tensor, b:Tensor, *bias:Tensor, ta:bool, tb:bool,
+                     parts:int=1) -> tuple[Tensor, ...]:
   """dA = dY B^T, dB = A^T dY, or their transposes B dY^T, dY^T A.
 
   They are summed where one A or B has served all groups.
   """
+  if parts > 1:
+    cut = [x.reshape(parts, -1, x.shape[2]) for x in (a, b)]
+    return tuple(d.reshape(x.shape) for d, x in
+                 zip(product_backward(dy, y, *cut, ta=ta, tb=tb), (a, b)))
   G = max(a.shape[0], b.shape[0])
   one_a, one_b = (x.shape[0] < G for x in (a, b))
   dy = dy.reshape(-1, a.shape[2 if ta else 1], b.shape[1 if tb else 2])
@@ -648,6 +654,12 @@ def multiply(x:Tensor, w:Tensor, bias:Tensor|None=None, dtype:DType|None=None) -
 # One launch forward, one back. (4096,128) with its gradients, one core: 0.9 ms; tinygrad takes 9
 # launches and 11.0 ms.
 
+NORM_GROUPS = 1024               # of a GPU's threads, for the gradient
+
+def warp(D:int) -> int:
+  "The threads of a group that do a row of D numbers together: as many as run in step, or fewer."
+  return math.gcd(D, 32)
+
 def normalised(body:Body, x:UOp, row:UOp, eps:float) -> tuple[Callable, UOp]:
   "i -> hat[i] = (x[row, i] - mean)/deviation, and 1/deviation"
   D = x.shape[1]
@@ -660,44 +672,47 @@ def normalised(body:Body, x:UOp, row:UOp, eps:float) -> tuple[Callable, UOp]:
 def norm_kernel(y:UOp, x:UOp, w:UOp, b:UOp, eps:float, m:Machine) -> UOp:
   "y = hat w + b"
   M, D = x.shape
-  body = Body(m, M)
+  body = Body(m, M, warp(D))
   hat, _ = normalised(body, x, body.h, eps)
-  with body.over(D) as i: body.put(y[body.h, i], hat(i)*w[i] + b[i])
+  with body.share(D) as i: body.put(y[body.h, i], hat(i)*w[i] + b[i])
   return body.finish(f"layernorm_{M}x{D}")
 
 def norm_grad_kernel(dx:UOp, dw:UOp, db:UOp, x:UOp, w:UOp, dy:UOp, eps:float, m:Machine) -> UOp:
   """dx = (g - mean g - hat·mean(g hat))/deviation, g = w dy;  dw = Σ hat dy, db = Σ dy over rows.
 
-  dw and db are (cores,D): each core adds up its own rows.
+  dw and db are (n,D): each of n cores, or groups of threads, adds up its own rows.
   """
-  (M, D), cores = x.shape, dw.shape[0]
-  body = Body(m, cores)
-  sw, sb = body.array(D), body.array(D)
-  with body.over(D) as i:
-    for s in (sw, sb): body.put(s(i), 0.0)
-  with body.over(M//cores) as turn:
-    row = body.h*(M//cores) + turn
+  (M, D), n = x.shape, dw.shape[0]
+  body = Body(m, n, warp(D))
+  # a thread's own sums of the columns that it has of each row
+  sw, sb = (body.ordered(body.memory(D//body.threads)) for _ in range(2))
+  nth = lambda i: i//body.threads
+  with body.share(D) as i:
+    for s in (sw, sb): body.put(s(nth(i)), 0.0)
+  turns = (M - 1 - body.h)//n + 1 if M % n else M//n
+  with body.over(turns, barrier=M > n) as turn:
+    row = body.h + turn*n if m.gpu else body.h*(M//n) + turn
     hat, scale = normalised(body, x, row, eps)
     g = lambda i: dy[row, i]*w[i]
     sum_g, sum_gh = body.totals(D, g, lambda i: g(i)*hat(i))
-    with body.over(D) as i:
+    with body.share(D) as i:
       means = (sum_g + hat(i)*sum_gh)*(1/D)
       body.put(dx[row, i], scale*(g(i) - means))
-      body.add(sw(i), dy[row, i]*hat(i))
-      body.add(sb(i), dy[row, i])
-  with body.over(D) as i:
-    body.put(dw[body.h, i], sw(i))
-    body.put(db[body.h, i], sb(i))
+      body.add(sw(nth(i)), dy[row, i]*hat(i))
+      body.add(sb(nth(i)), dy[row, i])
+  with body.share(D) as i:
+    body.put(dw[body.h, i], sw(nth(i)))
+    body.put(db[body.h, i], sb(nth(i)))
   return body.finish(f"layernorm_grad_{M}x{D}")
 
 def norm_backward(dy:Tensor, y:Tensor, x:Tensor, w:Tensor, b:Tensor, eps:float, m:Machine
                   ) -> tuple[Tensor, ...]:
-  "dx, dw, db, the last two summed over the cores."
-  of_cores = divisor(x.shape[0], m.cores), *w.shape
+  "dx, dw, db, the last two summed over the cores, or the groups of threads."
+  n = min(x.shape[0], NORM_GROUPS) if m.gpu else divisor(x.shape[0], m.cores)
   kernel = bound(norm_grad_kernel, eps=eps, m=m)
-  outputs = x.shape, of_cores, of_cores
+  outputs = x.shape, (n, *w.shape), (n, *w.shape)
   dx, *sums = launch(kernel, outputs, [x, w, dy], no_second_gradient("layernorm"))
-  return dx, *(s[0] if of_cores[0] == 1 else s.sum(0) for s in sums)
+  return dx, *(s[0] if n == 1 else s.sum(0) for s in sums)
 
 def layernorm(x:Tensor, w:Tensor, b:Tensor, eps:float=1e-5) -> Tensor:
   """(x - mean)/sqrt(variance + eps) · w + b over the last axis: x (…,D), w, b (D,).
@@ -705,7 +720,7 @@ def layernorm(x:Tensor, w:Tensor, b:Tensor, eps:float=1e-5) -> Tensor:
   Differentiable once in all three.
   """
   x, w, b = on_one_device(x, w, b)
-  if not serves(x, w, b): return x.layernorm(eps=eps)*w + b
+  if not serves(x, w, b, gpu=warp(x.shape[-1]) >= 8): return x.layernorm(eps=eps)*w + b
   rows, m = x.reshape(-1, x.shape[-1]), few_or_all_cores(x)
   y = run(norm_kernel, norm_backward, rows.shape, [rows, w, b], eps=eps, m=m)
   return y.reshape(x.shape)
