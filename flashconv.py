@@ -1768,7 +1768,7 @@ def capture(f:Callable, **options) -> TinyJit:
   jit.cnt = 1
   return jit
 
-# ---------------------------------------------------------------- products, look-ups, types
+# ---------------------------------------------------------------- products, look-ups, loss, types
 @replaceable
 def matmul(x:Tensor, w:Tensor) -> Tensor:
   "Returns x @ w, for x (…,M,K) and w (K,N) or (…,K,N). Differentiable in both."
@@ -1786,6 +1786,17 @@ def lookup(table:Tensor, ids:Tensor) -> Tensor:
   # a look-up: tinygrad makes one load of this sum
   rows = onehot.unsqueeze(-1).where(table, 0)
   return widened(rows.sum(-2, dtype=table.dtype))
+
+@replaceable
+def surprisal(logits:Tensor, targets:Tensor) -> Tensor:
+  """Returns -log p in nats of the targets (…) int, given logits (…,V) -> (…). Differentiable in
+  the logits.
+
+  For a negative target, which is no token, the result is logsumexp(logits): callers multiply it
+  by 0.
+  """
+  picked = (targets.unsqueeze(-1) == Tensor.arange(logits.shape[-1])).where(logits, 0).sum(-1)
+  return logits.logsumexp(-1) - picked
 
 def overwrite(old:Sequence[Tensor], new:Sequence[Tensor]) -> None:
   "Writes new, realised Tensors into old ones; nothing where a kernel has done so already."

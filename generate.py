@@ -33,7 +33,7 @@ from tinygrad.device import Buffer
 from tinygrad.helpers import Context, round_up, tqdm
 from tinygrad.nn.state import get_parameters, get_state_dict
 from bigs_tiny import BiGS
-from flashconv import WEIGHTS, capture, overwrite
+from flashconv import WEIGHTS, capture, overwrite, surprisal
 from h3tiny import H3LM, State, move_on, visible_rows
 from support.checkpoints import (CHECKPOINT, RELEASED, CheckpointError, Weights, bigs_model, find,
                                  h3_model, read_weights, refusing, require_head, save_official,
@@ -170,12 +170,6 @@ def log_softmax(x:np.ndarray) -> np.ndarray:
 # ---- likelihood ---------------------------------------------------------------------------------
 
 TOKENS_AT_ONCE = 4096                      # that go through a model in one batch
-
-def surprisal(logits:Tensor, targets:Tensor) -> Tensor:
-  """-log p in nats of the targets (…), given logits (…,V). For a negative target, which is no
-  token, the result is logsumexp(logits): callers multiply it by 0."""
-  picked = (targets.unsqueeze(-1) == Tensor.arange(logits.shape[-1])).where(logits, 0).sum(-1)
-  return logits.logsumexp(-1) - picked
 
 NLL = Callable[[np.ndarray], np.ndarray]
 

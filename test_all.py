@@ -507,14 +507,16 @@ def check_tiles(monkeypatch:pytest.MonkeyPatch, each:int) -> None:
 def test_kernel_tiles_of_a_product(each, monkeypatch): check_tiles(monkeypatch, each)
 
 def check_tensor_cores(monkeypatch:pytest.MonkeyPatch, size:int, dtype:DType) -> None:
-  "Sizes that the tiles do not divide, with sums of several rounds; w stored both ways."
+  """Sizes that the tiles do not divide, with sums of several rounds; w stored both ways; a sum that
+  is cut into two of odd length."""
   small = dict(SMALL=0, ENOUGH_TILES=0, MANY_TILES=0 if size == 128 else 99)
   for limit, n in small.items(): monkeypatch.setattr(cpu, limit, n)
   monkeypatch.setattr(cpu, "tiles_serve", lambda device: True)
   def half(*shape:int) -> tuple[Tensor, np.ndarray]:
     x = Tensor(normal(*shape)).cast(dtype).realize()
     return x, x.float().numpy()
-  for M, K, N, transposed in (size + 4, 70, 72, False), (40, 64, size + 2, True):
+  for M, K, N, transposed in ((size + 4, 70, 72, False), (40, 64, size + 2, True),
+                              (514, 34, 36, False)):
     (X, x), (W, w), (G, g) = half(M, K), half(N, K) if transposed else half(K, N), half(M, N)
     y = cpu.multiply(X, W.transpose() if transposed else W, dtype=dtypes.float)
     dx, dw = y.gradient(X, W, gradient=G.float())
@@ -544,6 +546,20 @@ def check_layernorm(monkeypatch:pytest.MonkeyPatch) -> None:
   both = cpu.layernorm(x, w, b), x.layernorm()*w + b
   ours, plain = ((y, *y.gradient(x, w, b, gradient=dy)) for y in both)
   for got, want in zip(ours, flashconv.in_numpy(*plain)): assert_close(got, want, 1e-5)
+
+def check_surprisal(_) -> None:
+  "With its gradient; a negative target is none; rows that a group's threads do not divide."
+  x, dy = drawn((2, 3, 70), (2, 3))
+  targets = Tensor([[3, 69, -1], [0, 64, 63]], dtype=dtypes.int).realize()
+  def results() -> tuple[Tensor, ...]:
+    y = flashconv.surprisal(x, targets)
+    return y, *y.gradient(x, gradient=dy)
+  ours = results()
+  with Context(FLASH=0): plain = results()
+  for got, want in zip(ours, flashconv.in_numpy(*plain)): assert_close(got, want, 1e-5)
+
+@pytest.mark.skipif(not HAS_LOCAL, reason="the kernel is a GPU's")
+def test_kernel_surprisal(): check_surprisal(None)
 
 def check_embedding(_) -> None:
   "A look-up of words of which some come twice, most not at all, and its gradient."
@@ -581,6 +597,7 @@ GPU_CASES = {
   "tensor cores": (lambda patch: check_tensor_cores(patch, 64, dtypes.half), {}),
   "tensor cores, large": (lambda patch: check_tensor_cores(patch, 128, dtypes.bfloat16), {}),
   "layer norm": (check_layernorm, {"layernorm": [1], "layernorm_grad": [1, 3, 4, 6]}),
+  "loss": (check_surprisal, {"surprisal": [1]}),
   "words": (check_embedding, {}),
   "adamw": (lambda _: check_adamw(lambda f: f, 2), {}),
   "token": (lambda _: check_h3_step(lambda f: f, 2, 2, 32), {"h3_step": [0, 2, 4, 5, 6, 7, 9, 10]}),

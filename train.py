@@ -31,9 +31,9 @@ from tinygrad import Device, Tensor
 from tinygrad.helpers import Context
 from tinygrad.nn.state import get_state_dict
 from bigs_tiny import BiGS, BiGSConfig
-from flashconv import FLASH, capture
+from flashconv import FLASH, capture, surprisal
 from support.cpu import setup_device
-from generate import MASK, MASK_RUN, OUT, USES, print_fill, print_text, surprisal, use_of
+from generate import MASK, MASK_RUN, OUT, USES, print_fill, print_text, use_of
 from h3tiny import H3Config, H3LM
 from support.checkpoints import (CHECKPOINT, CheckpointError, bigs_model, find, h3_model,
                                  read_weights)
