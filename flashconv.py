@@ -176,7 +176,6 @@ def direct(u:Tensor, k:Tensor, D:Tensor, v:Tensor, q:Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- the public function
 SMALL = (3, 4, 24)
-@replaceable
 @checked(SMALL, SMALL, (4, 24), (4,), SMALL, SMALL, plain=direct)
 def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor|None=None,
             channels_last:bool=False) -> Tensor:
@@ -197,22 +196,24 @@ def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor
   original = u.dtype
   if narrow and original == dtypes.float and machine(u.device).gpu:
     u, v, q = (None if x is None else x.cast(narrow) for x in (u, v, q))
-  L = u.shape[2]
-  k, D = wide(k[:, :L]), wide(D)
-  N = transform_length(u.device, L + k.shape[1] - 1)
+  y = gated_conv(u, k[:, :u.shape[2]], D, v, q).cast(original)
+  return y.transpose(1, 2) if channels_last else y
+
+@replaceable
+def gated_conv(u:Tensor, k:Tensor, D:Tensor|None, v:Tensor|None, q:Tensor|None) -> Tensor:
+  "`fftconv` of Tensors that fit together, on one device; k has at most as many taps as u steps."
+  k, D = wide(k), wide(D)
+  N = transform_length(u.device, u.shape[2] + k.shape[1] - 1)
   N_short = max(SHORT, fft_length(8*k.shape[1], 1))
   serve, finish = kernels_serve(u, k, D, v, q), Finish(q is not None)
   R = levels(u.device, N) if serve else 0
   overlap_save = serve and N > 2*N_short and levels(u.device, N_short) == 1
   if R == 1 and not overlap_save:
-    y = conv_one_launch(ConvArgs(k.unsqueeze(0), u, D, v, q), N, finish)
-  elif R and not overlap_save: y = conv_two_levels(ConvArgs(k, u, D, v, q), N, R, finish)
-  else:
-    def conv(w:Tensor) -> Tensor:
-      return conv_overlap_save(w, k, D, N_short) if overlap_save else conv_ref(w, k, D)
-    y = with_gates(conv, u, v, q, finish)
-  y = y.cast(original)
-  return y.transpose(1, 2) if channels_last else y
+    return conv_one_launch(ConvArgs(k.unsqueeze(0), u, D, v, q), N, finish)
+  if R and not overlap_save: return conv_two_levels(ConvArgs(k, u, D, v, q), N, R, finish)
+  def conv(w:Tensor) -> Tensor:
+    return conv_overlap_save(w, k, D, N_short) if overlap_save else conv_ref(w, k, D)
+  return with_gates(conv, u, v, q, finish)
 
 def check_shapes(u:Tensor, k:Tensor, D:Tensor|None, v:Tensor|None, q:Tensor|None,
                  channels_last:bool) -> None:

@@ -60,7 +60,7 @@ from tinygrad.runtime.ops_cpu import BufferSpec, CPUAllocator, CPUProgram, HCQBu
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, graph_rewrite
 import flashconv
 from flashconv import (CHECKS, FAST, FLASH, LOCK, ONE_CORE, VECTORS, WEIGHTS, Machine, Stores,
-                       Value, Workers, bound, check_shapes, cmul, divisor, launch, machine,
+                       Value, Workers, bound, cmul, divisor, launch, machine,
                        no_second_gradient, on_one_device, only_if, opened, selfcheck, stored,
                        stored_backward, whole, widened)
 from support.compiling import Batches, batches
@@ -1091,20 +1091,18 @@ def taps_backward(dc:Tensor, c:Tensor, w:Tensor, k:Tensor, *D:Tensor, m:Machine
                   no_second_gradient("fftconv"))
   return dw, dk, *(dk[:, 0] for _ in D)
 
-def fftconv(u:Tensor, k:Tensor, D:Tensor|None=None, v:Tensor|None=None, q:Tensor|None=None,
-            channels_last:bool=False) -> Tensor|None:
+def gated_conv(u:Tensor, k:Tensor, D:Tensor|None, v:Tensor|None, q:Tensor|None) -> Tensor|None:
   """y = k ∗ u + D u: u (B,H,L), k (H,K) or (1,K), D (H,). Without gates, for few taps.
 
   Differentiable once.
   """
-  check_shapes(u, k, D, v, q, channels_last)
-  u, k, *D = on_one_device(*(t for t in (u, k, D) if t is not None))
-  plain = v is None and q is None and not channels_last and serves(u, k, *D)
-  if not plain or k.shape[1] > FEW_TAPS or u.shape[2] > LONG: return None
-  (_, H, L), m = u.shape, machine(u.device)
-  k = k[:, :L].expand(H, -1)
+  skip = [] if D is None else [D]
+  if v is not None or q is not None or not serves(u, k, *skip): return None
+  if k.shape[1] > FEW_TAPS or u.shape[2] > LONG: return None
+  m = machine(u.device)
+  k = k.expand(u.shape[1], -1)
   if 2*u.numel()*k.shape[1] < ONE_CORE: m = m._replace(cores=1)
-  return run(taps_kernel, taps_backward, u.shape, [u, k, *D], m=m)
+  return run(taps_kernel, taps_backward, u.shape, [u, k, *skip], m=m)
 
 # ================================================================ decoding: states are overwritten
 
@@ -1281,7 +1279,7 @@ ANSWERS = ((Tensor, "dot", dot),
 def answer_with_kernels():
   "Lets tinygrad's own words and the `replaceable` definitions be answered by the kernels above."
   for owner, name, fast in ANSWERS: setattr(owner, name, fast)
-  for fast in (lookup, surprisal, attend, fftconv, write_cache, h3_step):
+  for fast in (lookup, surprisal, attend, gated_conv, write_cache, h3_step):
     FAST[fast.__name__] = fast
 
 def four_words(table:Tensor) -> Tensor:
