@@ -50,8 +50,8 @@ from numpy.random import Generator
 from tinygrad import Tensor, dtypes, nn
 from tinygrad.engine.realize import capturing
 from tinygrad.nn.state import get_parameters
-from flashconv import (Pair, Vandermonde, cmul, constant, fftconv, fftconv_ref, lookup, overwrite,
-                       replaceable, ssm_conv, stored)
+from flashconv import (Pair, Vandermonde, cmul, fftconv, fftconv_ref, lookup, overwrite,
+                       replaceable, ssm_conv, stored, to_device)
 
 BY_FFT = 2048     # up to this length a sequence in training goes by FFT, past it by state passing
 
@@ -153,7 +153,7 @@ def param(x:np.ndarray) -> Tensor:
   "Makes a parameter of these values; if they come from a Blank, one without values or memory."
   x = np.asarray(x, dtype=np.float32)
   blank = x.size > 1 and not any(x.strides)
-  return Tensor.empty(*x.shape) if blank else Tensor(x).realize()
+  return Tensor.empty(*x.shape) if blank else to_device(x)
 
 class Blank:
   "Takes the place of a random generator for parameters whose values are in a file."
@@ -227,7 +227,7 @@ def move_on(states:list[State]|None, after:list[State], *computed:Tensor) -> Non
   Tensor.realize(*computed, *new)
   overwrite(old, new)
 
-def zeros(*shape:int) -> Tensor: return Tensor(np.zeros(shape, np.float32)).realize()
+def zeros(*shape:int) -> Tensor: return to_device(np.zeros(shape, np.float32))
 def copied(x:Tensor) -> Tensor: return x.clone().realize()
 
 # ---------------------------------------------------------------- the two SSMs
@@ -537,7 +537,7 @@ def visible_rows(n:int) -> int:
 def rotary_table(n:int, dim:int, device:str) -> Tensor:
   "cos and, beside it, sin of t * 10000^(-2j/dim), j < dim/2, for t < n: (n,dim)."
   angle = np.outer(np.arange(n), 10000.0 ** (-np.arange(0, dim, 2) / dim))
-  return constant(np.concatenate([np.cos(angle), np.sin(angle)], -1), device)
+  return to_device(np.concatenate([np.cos(angle), np.sin(angle)], -1), device, np.float32)
 
 def rotated(x:Tensor, table:Tensor) -> Tensor:
   "Rotates dims j and r+j of x (…,hd) as a pair; table (…,2r) holds cos and sin, later dims stay."

@@ -31,7 +31,7 @@ from tinygrad import Device, Tensor
 from tinygrad.helpers import Context
 from tinygrad.nn.state import get_state_dict
 from bigs_tiny import BiGS, BiGSConfig
-from flashconv import FLASH, capture, surprisal
+from flashconv import FLASH, capture, fill, surprisal
 from support.cpu import setup_device
 from generate import MASK, MASK_RUN, OUT, USES, print_fill, print_text, use_of
 from h3tiny import H3Config, H3LM
@@ -43,7 +43,7 @@ from support.text import (TEXT_KEY, TOKENIZERS, Interrupt, Parser, Tokenizer, Us
 from support.training import (BETA2, MASKED, PRECISIONS, PREVIOUS, AdamW, Batch, CarriedState, Feed,
                               Gradients, LossScale, Model, Saved, Step, accumulated,
                               check_memory, check_precision, check_writable, duration, estimate,
-                              fill, gradient_checkpointing, half_precision, has_dropout,
+                              gradient_checkpointing, half_precision, has_dropout,
                               lock_run_directory, on_devices, open_devices, pieces, read_newest,
                               restore, save_beside_previous, set_aside, tensor_on, training_state,
                               truncated, truncated_eval, weigh, weighted)

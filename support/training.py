@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 import numpy as np
 from tinygrad import Device, GlobalCounters, Tensor, UOp, dtypes
-from tinygrad.device import Buffer
 from tinygrad.dtype import DType
 from tinygrad.helpers import Context
 from tinygrad.nn.state import get_parameters, get_state_dict
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 from bigs_tiny import BiGS
 import flashconv
-from flashconv import capture, machine, overwrite
+from flashconv import capture, fill, machine, overwrite, to_device
 from h3tiny import H3LM, move_on
 from support.checkpoints import (CHECKPOINT, CheckpointError, Weights, read_weights,
                                  save_checkpoint)
@@ -36,17 +35,11 @@ Step = Callable[[Batch, list[Tensor]], list[float]]        # (batch, hyper) -> l
 
 def tensor_on(device:Devices, x:np.ndarray, split:bool=False) -> Tensor:
   "Makes a Tensor on a device, or whole on each of several; split: its rows shared among them."
-  t = Tensor(np.ascontiguousarray(x)).realize()
-  return t if isinstance(device, str) else t.shard(device, 0 if split else None).realize()
+  if isinstance(device, str): return to_device(x, device)
+  return to_device(x).shard(device, 0 if split else None).realize()
 
 def zeros_like(params:Iterable[Tensor]) -> list[Tensor]:
   return [tensor_on(p.device, np.zeros(p.shape, np.float32)) for p in params]
-
-def fill(t:Tensor, x:np.ndarray) -> None:
-  "Overwrites a Tensor in place, on each device, where a TinyJit that uses it will find it."
-  data = np.ascontiguousarray(x).reshape(t.shape)
-  for buffer in [t._buffer()] if isinstance(t.device, str) else t.uop.buffer.bufs:
-    buffer.ensure_allocated().copy_from(Buffer("NPY", data.size, t.dtype, opaque=data))
 
 class Feed:
   """Arrays as Tensors, each made once for its position and shape and then overwritten: making one
