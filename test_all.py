@@ -966,7 +966,7 @@ def test_rounding_to_bfloat16():
   bits = checkpoints.narrowed(np.float32(special), "bfloat16")
   assert bits.tolist() == [0, 0x8000, 0x7f80, 0xff80, 0, 0x3f80, 0x3f82]
 
-# ---------------------------------------------------------------- replay, and programs kept on disk
+# ---------------------------------------------------------------- replay, and what is kept on disk
 
 def test_replay_follows_parts_of_its_inputs():
   "A contiguous part of an input of a TinyJit is a view of another buffer at each call."
@@ -981,7 +981,7 @@ def test_capture_from_the_first_call():
   made = []
   @flashconv.capture
   def f(x:Tensor) -> Tensor:
-    made.append(flashconv.constant(np.arange(4), x.device))
+    made.append(flashconv.to_device(np.arange(4), x.device))
     return (x + made[-1]).realize()
   for i in range(3):
     x = Tensor(np.full(4, i, np.float32)).realize()
@@ -1012,10 +1012,15 @@ LOWERS = """
 from support import cpu
 kept, lowered = cpu.Programs.__setitem__, []
 cpu.Programs.__setitem__ = lambda *row: [lowered.append(row), kept(*row)]
+schedule, scheduled = cpu.PLAIN_SCHEDULE, []
+cpu.PLAIN_SCHEDULE = lambda graph: [scheduled.append(graph), schedule(graph)][1]
+cpu.LARGE_GRAPH = 0
 cpu.check_kernels = lambda: None
 cpu.setup_device()
 from tinygrad import Tensor
-print(((Tensor.ones(300, 90).contiguous() @ Tensor.ones(90, 20)).sum() + 1).item(), len(lowered))
+w = Tensor.ones(90, 20).contiguous()
+y = (Tensor.ones(300, 90).contiguous() @ w).sum() + 1
+print((y + y.gradient(w)[0].sum()).item(), len(lowered), len(scheduled))
 """
 
 def own_process(program:str|Path, *args:str, **environment:object) -> subprocess.CompletedProcess:
@@ -1027,11 +1032,11 @@ def own_process(program:str|Path, *args:str, **environment:object) -> subprocess
   return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 @on_cpu
-def test_second_process_lowers_nothing(tmp_path):
+def test_second_process_schedules_and_lowers_nothing(tmp_path):
   (tmp_path/"lowers.py").write_text(LOWERS)
   runs = (own_process(tmp_path/"lowers.py", CACHEDB=tmp_path/"cache.db") for _ in range(2))
-  (sum1, first), (sum2, second) = (run.stdout.split() for run in runs)
-  assert int(first) > 0 and int(second) == 0 and sum1 == sum2 == "540001.0"
+  (sum1, *first), (sum2, *second) = (run.stdout.split() for run in runs)
+  assert min(map(int, first)) > 0 and second == ["0", "0"] and sum1 == sum2 == "1080001.0"
 
 @on_cpu
 def test_programs_on_disk_are_right_or_missing(monkeypatch):
@@ -1043,10 +1048,8 @@ def test_programs_on_disk_are_right_or_missing(monkeypatch):
   assert key in cpu.Programs() and cpu.Programs().get(key) is program
   assert (*key[:-1], "other") not in cpu.Programs()
   monkeypatch.setattr(cpu, "compiler_macros", lambda: "another compiler")
-  cpu.what_lowers.cache_clear()
   assert key not in cpu.Programs() and cpu.Programs().get(key) is None
   monkeypatch.undo()
-  cpu.what_lowers.cache_clear()
   row, table = cpu.Programs().row(key), cpu.Programs.table
   checksum, data = whole = helpers.diskcache_get(table, row)
   for damaged in ((checksum, data[:-9]), (checksum, data[:-1] + b"x"), b"", None):
@@ -1054,6 +1057,17 @@ def test_programs_on_disk_are_right_or_missing(monkeypatch):
     assert key not in cpu.Programs()
   helpers.diskcache_put(table, row, whole)
   assert key in cpu.Programs()
+
+def test_schedules_on_disk_are_of_the_same_graph(monkeypatch):
+  "with the same options and code; not of one whose ops hold something that has an address"
+  x = Tensor.empty(3)
+  graph = lambda n: (x + n).sum().uop.sink()
+  row = cpu.graph_row(graph(1))
+  assert row == cpu.graph_row(graph(1)) != cpu.graph_row(graph(2))
+  with Context(DEBUG=helpers.DEBUG.value + 1): assert cpu.graph_row(graph(1)) != row
+  monkeypatch.setattr(cpu, "own_code", lambda: "other code")
+  assert cpu.graph_row(graph(1)) != row
+  assert cpu.graph_row(graph(1).replace(tag=object())) is None
 
 @on_cpu
 def test_kernels_compiled_together():
@@ -3315,7 +3329,7 @@ def instant(monkeypatch):
       said.seen.append({k: p.numpy() for k, p in opt.params.items()})
       failed = len(said.seen) in said.bad
       change = np.float32(np.nan if failed else 1e-6*batch[0].sum())
-      for p in opt.params.values(): training.fill(p, p.numpy() + change)
+      for p in opt.params.values(): flashconv.fill(p, p.numpy() + change)
       return [np.nan if failed else 5.0, 1.0]
     return step
   monkeypatch.setattr(train, "training_step", training_step)
@@ -3470,7 +3484,7 @@ def test_stop_compiles_no_evaluation(value, saved, again, tmp_path, monkeypatch)
   def interrupted(self, step):
     trained(self, step)
     if step == 1:
-      training.fill(self.params["backbone.ln_f.bias"], np.full(16, value, np.float32))
+      flashconv.fill(self.params["backbone.ln_f.bias"], np.full(16, value, np.float32))
       os.kill(os.getpid(), signal.SIGINT)
   trained = train.Run.train
   monkeypatch.setattr(train.Run, "train", interrupted)
@@ -3990,7 +4004,7 @@ def test_fill_on_several_devices():
   t = training.tensor_on(training.open_devices(2), np.zeros(4, np.float32))
   double = capture(lambda: (t*2).contiguous().realize())
   double()
-  training.fill(t, x := normal(4))
+  flashconv.fill(t, x := normal(4))
   for i in range(2):
     assert (Tensor(t.uop.mselect(i)).numpy() == x).all()
   assert (double().numpy() == 2*x).all()

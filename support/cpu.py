@@ -7,7 +7,7 @@ A program calls `setup_device()` before it touches a device. From then on, on a 
   fftconv                              (likewise, in flashconv.py) needs no FFT for few taps;
   write_cache, h3_step                 (likewise) overwrite states in place;
   every kernel                         is shared by the cores, and a TinyJit replays without Python;
-  a second process                     finds its lowered kernels on disk;
+  a second process                     finds its schedules and lowered kernels on disk;
   the first one                        compiles while graphs are still built (support/compiling.py).
 On a GPU products (in tiles, where that is faster), nn.LayerNorm, nn.Embedding, write_cache and
 h3_step run too, and `surprisal` of the logits, which is for GPUs alone.
@@ -15,7 +15,7 @@ FLASH=0 turns all of it off.
 
 The file in order: what kernels share · the matrix product · layer norm · softmax · attention ·
 embedding · the loss · short filters · decoding · tinygrad's own words · the cores · threads, forks and
-Ctrl-C · programs on disk · the compile workers · setup.
+Ctrl-C · schedules and programs on disk · the compile workers · setup.
 How a kernel is written, what `after` and `end` order: flashconv.py, before `conv_kernel`.
 
 Not here: second derivatives, but of the products; half precision, but for factors of products,
@@ -26,6 +26,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -47,7 +48,7 @@ from pathlib import Path
 from typing import Callable, Sequence
 import numpy as np
 import tinygrad
-from tinygrad import Device, Tensor, UOp, codegen, dtypes, helpers, nn, tensor
+from tinygrad import Device, Tensor, UOp, codegen, dtypes, helpers, nn, schedule, tensor
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps, tc
 from tinygrad.codegen.opt.postrange import Scheduler
 from tinygrad.device import Compiled, TinyELF
@@ -57,7 +58,7 @@ from tinygrad.helpers import (CCACHE, EMULATED_DTYPES, NOOPT, TRAINING, all_int,
                               diskcache_get, diskcache_put, prod, round_up)
 from tinygrad.renderer import Estimates, cstyle
 from tinygrad.runtime.ops_cpu import BufferSpec, CPUAllocator, CPUProgram, HCQBuffer
-from tinygrad.uop.ops import AxisType, KernelInfo, Ops, graph_rewrite
+from tinygrad.uop.ops import AxisType, CallInfo, KernelInfo, Ops, graph_rewrite
 import flashconv
 from flashconv import (CHECKS, FAST, FLASH, LOCK, ONE_CORE, VECTORS, WEIGHTS, Machine, Stores,
                        Value, Workers, bound, cmul, divisor, launch, machine,
@@ -1446,13 +1447,13 @@ def threaded(kernel:UOp) -> UOp:
                          (codegen.sym + flatten, {}),
                          (flatten + codegen.pm_simplify_ranges, {"ctx": {}})):
     kernel = graph_rewrite(kernel, rules, **options)
-  schedule = Scheduler(kernel, renderer)
-  schedule.convert_loop_to_global()
-  loops = (i for i in schedule.axes_of(AxisType.WEAK) if schedule.full_shape[i] % cores == 0)
+  scheduler = Scheduler(kernel, renderer)
+  scheduler.convert_loop_to_global()
+  loops = (i for i in scheduler.axes_of(AxisType.WEAK) if scheduler.full_shape[i] % cores == 0)
   if (axis := next(loops, None)) is not None:
-    try: schedule.apply_opt(Opt(OptOps.THREAD, axis, cores))
+    try: scheduler.apply_opt(Opt(OptOps.THREAD, axis, cores))
     except KernelOptError: pass                       # an inner loop, say
-  return schedule.get_optimized_ast()
+  return scheduler.get_optimized_ast()
 
 def shared_by_cores(call:UOp) -> UOp:
   "A call of a kernel of tinygrad's own, which is `threaded` where NOOPT leaves its loops alone."
@@ -1622,42 +1623,61 @@ def guard_tinygrad():
     os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release,
                         after_in_child=begin_child)
 
-# ================================================================ lowered programs on disk
-# tinygrad keeps compiled sources on disk, but lowers each kernel anew in each process: more than
-# half of the time to a first training step.
-
-# what tinygrad's lowering and rendering read of the environment, but for what is in its own key
-SWITCHES = ("ALIGNED", "ALLOW_HALF8", "DMC", "EXPAND_SSA", "MV", "MV_BLOCKSIZE",
-            "MV_ROWS_PER_THREAD", "MV_THREADS_PER_ROW", "OCCUPANCY_FLOOR", "THREADS")
-
-@functools.cache
-def what_lowers() -> str:
-  "Describes what a CPU's program depends on besides kernel and options: compiler, processor, switches."
-  sources = sorted(Path(tinygrad.__file__).parent.rglob("*.py"))
-  stats = [(str(path), s.st_size, s.st_mtime_ns) for path in sources for s in [path.stat()]]
-  return repr((compiler_macros(), [os.environ.get(name) for name in SWITCHES], stats))
+# ================================================================ schedules and programs on disk
+# tinygrad keeps compiled sources on disk, but schedules each graph and lowers each kernel anew in
+# each process: that was three quarters of the time to a first training step.
+#
+# A row on disk that is not what was written counts as missing. SQLite writes it whole or not at
+# all, and keeps processes apart that do so at the same time.
 
 def sha256(data:bytes) -> str: return hashlib.sha256(data).hexdigest()
 
-class Programs(dict):
-  """tinygrad's table of lowered programs, of which the CPU's are kept on disk too.
+def from_disk(table:str, row:str) -> object|None:
+  "What was kept in that row; None if there is no such row, or a damaged one."
+  try:
+    checksum, data = diskcache_get(table, row)
+    return pickle.loads(data) if sha256(data) == checksum else None
+  except Exception: return None
 
-  A row on disk that is not what was written counts as missing. SQLite writes it whole or not at
-  all, and keeps processes apart that do so at the same time.
-  """
+def to_disk(table:str, row:str, x:object):
+  "Keeps x, unless there is no room, or nobody may write there."
+  with contextlib.suppress(Exception):
+    data = pickle.dumps(x)
+    diskcache_put(table, row, (sha256(data), data))
+
+# what tinygrad's scheduling, lowering and rendering read of the environment, but for its
+# ContextVars
+SWITCHES = ("ALIGNED", "ALLOW_HALF8", "DMC", "EXPAND_SSA", "LATE_ALLREDUCE", "MV", "MV_BLOCKSIZE",
+            "MV_ROWS_PER_THREAD", "MV_THREADS_PER_ROW", "OCCUPANCY_FLOOR", "REDUCEOP_SPLIT_SIZE",
+            "REDUCEOP_SPLIT_THRESHOLD", "RING_ALLREDUCE_THRESHOLD", "THREADS")
+
+@functools.cache
+def what_runs() -> str:
+  "Describes tinygrad's sources and the switches."
+  sources = sorted(Path(tinygrad.__file__).parent.rglob("*.py"))
+  stats = [(str(path), s.st_size, s.st_mtime_ns) for path in sources for s in [path.stat()]]
+  return sha256(repr(([os.environ.get(name) for name in SWITCHES], stats)).encode())
+
+@functools.cache
+def own_code() -> str:
+  "Describes the kernels' files, which change parts of tinygrad too."
+  return sha256(b"".join(Path(f).read_bytes() for f in (__file__, flashconv.__file__)))
+
+class Programs(dict):
+  "tinygrad's table of lowered programs, of which the CPU's are kept on disk too."
   table = "h3tiny_programs"
 
   def row(self, key:tuple) -> str|None:
     kernel, renderer, target, *options = key
     if target.device != "CPU": return None
-    return sha256(repr((kernel, renderer.__qualname__, target, options, what_lowers())).encode())
+    # compiler and processor
+    options += compiler_macros(), what_runs()
+    return sha256(repr((kernel, renderer.__qualname__, target, options)).encode())
 
   def __contains__(self, key:tuple) -> bool:
     if not super().__contains__(key) and (row := self.row(key)):
-      try:
-        checksum, program = diskcache_get(self.table, row)
-        if sha256(program) == checksum: super().__setitem__(key, pickle.loads(program))
-      except Exception: pass                            # no such row, or a damaged one
+      program = from_disk(self.table, row)
+      if program is not None: super().__setitem__(key, program)
     return super().__contains__(key)
 
   def get(self, key:tuple, default:UOp|None=None) -> UOp|None:
@@ -1665,14 +1685,38 @@ class Programs(dict):
 
   def __setitem__(self, key:tuple, program:UOp):
     super().__setitem__(key, program)
-    if row := self.row(key):
-      try:
-        data = pickle.dumps(program)
-        diskcache_put(self.table, row, (sha256(data), data))
-      except Exception: pass                            # no room, or nobody may write there
+    if row := self.row(key): to_disk(self.table, row, program)
 
-def keep_programs():
-  "Lets tinygrad find its lowered programs on disk."
+SCHEDULES = "h3tiny_schedules"         # the table on disk
+LARGE_GRAPH = 1000                     # ops from which a graph's schedule is kept: 0.1 s and more
+PLAIN_GRAPH, PLAIN_SCHEDULE = schedule.get_kernel_graph, schedule.create_schedule
+
+def graph_row(graph:UOp) -> str|None:
+  """The row of a graph's schedule. Like UOp.key, but the same in each process: of a call it leaves
+  out where its gradient lies in memory. None if something else has such an address."""
+  keys = {}
+  for x in graph.toposort():
+    arg = x.arg
+    if isinstance(arg, CallInfo): arg = arg.name, arg.precompile, arg.precompile_backward, arg.aux
+    text = str((x.op, x.dtype, arg, x.tag))
+    if " at 0x" in text: return None
+    keys[x] = hashlib.sha256(text.encode() + b"".join(keys[y] for y in x.src)).digest()
+  options = {name: variable.value for name, variable in helpers.ContextVar._cache.items()}
+  return sha256(repr((keys[graph], options, what_runs(), own_code())).encode())
+
+def kept_schedule(graph:UOp) -> UOp:
+  "The kernels of a graph in their order, from disk if they were kept."
+  large = len(graph.toposort()) >= LARGE_GRAPH
+  row = graph_row(graph) if large else None
+  kept = from_disk(SCHEDULES, row) if row else None
+  if kept is not None: return kept
+  made = PLAIN_SCHEDULE(PLAIN_GRAPH(graph))
+  if row: to_disk(SCHEDULES, row, made)
+  return made
+
+def keep_on_disk():
+  "Lets tinygrad find its schedules and lowered programs on disk."
+  schedule.get_kernel_graph, schedule.create_schedule = (lambda graph: graph), kept_schedule
   if not isinstance(codegen.to_program_cache, Programs):
     codegen.to_program_cache = realize.to_program_cache = Programs(codegen.to_program_cache)
 
@@ -1779,9 +1823,8 @@ def check_kernels():
 
   Where it fails: one line on stderr, and plain ops from here on.
   """
-  code = b"".join(Path(f).read_bytes() for f in (__file__, flashconv.__file__))
   target, version = Device[Device.DEFAULT].renderer.target, importlib.metadata.version("tinygrad")
-  key = f"{target} {os.environ.get('CC')} {version} {sha256(code)}"
+  key = f"{target} {os.environ.get('CC')} {version} {own_code()}"
   if diskcache_get("h3tiny_selfcheck", key): return
   if machine(Device.DEFAULT).gpu: CHECKS["surprisal"] = four_targets, None, (4,), (4, 40)
   else: realize.get_worker_pool()          # it begins meanwhile
@@ -1825,6 +1868,7 @@ def setup_device():
   registers, where tinygrad would unroll into vectors of 4: a training step took 0.83 s instead of
   0.94. Checks the kernels the first time.
   """
+  gc.freeze()     # what imports have made stays: garbage is looked for in the rest, a tenth sooner
   compiler = find_compiler()
   if compiler: os.environ["CC"] = compiler
   try: device = open_device(compiler)
@@ -1841,7 +1885,7 @@ def setup_device():
     use_all_cores()
   answer_with_kernels()
   guard_tinygrad()
-  keep_programs()
+  keep_on_disk()
   if FLASH and on_cpu: compile_in_batches()
   # tinygrad's compile workers live on instead of starting anew
   os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "100000")
