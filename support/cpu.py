@@ -51,7 +51,7 @@ import tinygrad
 from tinygrad import Device, Tensor, UOp, codegen, dtypes, helpers, nn, schedule, tensor
 from tinygrad.codegen.opt import KernelOptError, Opt, OptOps, tc
 from tinygrad.codegen.opt.postrange import Scheduler
-from tinygrad.device import Compiled, TinyELF
+from tinygrad.device import Buffer, Compiled, TinyELF
 from tinygrad.dtype import DType
 from tinygrad.engine import jit as tinyjit, realize, worker
 from tinygrad.helpers import (CCACHE, EMULATED_DTYPES, NOOPT, TRAINING, all_int, cache_dir, ceildiv,
@@ -1528,12 +1528,13 @@ def overwrites(graph:UOp) -> bool:
 
 # tinygrad gives a Tensor its buffer before the kernels that fill it have run. If a call of realize
 # or of a TinyJit fails between the two, by Ctrl-C say, the Tensor looks computed and holds zeros.
-# So each call that is going on, inside the one before, has the Tensors and their graphs before.
+# So each call that is going on, inside the one before, has the Tensors and their graphs before. A
+# copy into a Buffer is a call too: that it has run says nothing of the kernels of the one around it.
 NOTED: list[list[tuple[Tensor, UOp]]] = []
 
 @contextlib.contextmanager
 def realisation():
-  "A call of realize or of a TinyJit: gives Tensors their graphs back if it fails."
+  "A call of realize, copy_from or a TinyJit: gives Tensors their graphs back if it fails."
   NOTED.append(noted := [])
   try: yield
   except BaseException:
@@ -1609,12 +1610,14 @@ def guard_tinygrad():
   """Patches tinygrad 0.14.0, once in a process, for threads, forks and Ctrl-C.
 
   Threads: what is being captured and compiled stands in tables that all threads share, and the
-  cache on disk is open in one thread only, so one at a time realises Tensors or calls a TinyJit.
+  cache on disk is open in one thread only, so one at a time realises Tensors, copies a Buffer or
+  calls a TinyJit.
   Forks: the child begins without what it does not have.
   Ctrl-C: before the first kernel, Tensors get their graphs back; while kernels run, Ctrl-C waits
   until the last has run.
   """
-  for owner, name in ((Tensor, "realize"), (Tensor, "_buffer"), (tinyjit._TinyJit, "__call__")):
+  for owner, name in ((Tensor, "realize"), (Tensor, "_buffer"), (Buffer, "copy_from"),
+                      (tinyjit._TinyJit, "__call__")):
     setattr(owner, name, one_at_a_time(getattr(owner, name)))
   tensor._apply_map_to_tensors = replace_and_note
   realize.run_linear = tensor.run_linear = tinyjit.run_linear = run_whole
