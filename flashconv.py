@@ -1801,8 +1801,8 @@ def surprisal(logits:Tensor, targets:Tensor) -> Tensor:
   """Returns -log p in nats of the targets (…) int, given logits (…,V) -> (…). Differentiable in
   the logits.
 
-  For a negative target, which is no token, the result is logsumexp(logits): callers multiply it
-  by 0.
+  For a target outside 0 … V-1, which is no token, the result is logsumexp(logits): callers
+  multiply it by 0.
   """
   picked = (targets.unsqueeze(-1) == Tensor.arange(logits.shape[-1])).where(logits, 0).sum(-1)
   return logits.logsumexp(-1) - picked

@@ -977,10 +977,13 @@ class Row(Body):
   def inside(self, i:UOp) -> UOp: return i < self.V
   def logit(self, i:UOp, ok:UOp, other:float) -> UOp:
     return ok.where(self.logits[self.h, i.valid(ok)].load(), other)
-  def picked(self) -> UOp: return self.logit(self.target, self.target >= 0, 0.0)
+  def picked(self) -> UOp:
+    "The target's logit; 0 where there is none, as nothing past the row's end may be read."
+    there = (self.target >= 0) & self.inside(self.target)
+    return self.logit(self.target, there, 0.0)
 
 def surprisal_kernel(y:UOp, logits:UOp, targets:UOp, m:Machine) -> UOp:
-  "y[row] = log Σ exp logits[row] - logits[row, target], that last only where target >= 0"
+  "y[row] = log Σ exp logits[row] - logits[row, target], that last only of a target that exists"
   body = Row(logits, targets, m)
   x = lambda i: body.logit(i, body.inside(i), LOWEST)
   [largest] = body.totals(body.n, x, both=UOp.maximum, start=LOWEST)
