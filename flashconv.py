@@ -1760,8 +1760,13 @@ def to_device(x:np.ndarray, device:str|None=None, dtype:type|None=None) -> Tenso
   return t
 
 def fill(t:Tensor, x:np.ndarray) -> None:
-  "Overwrites a Tensor in place, on each device, where a TinyJit that uses it will find it."
+  """Overwrites a Tensor in place, on each device, where a TinyJit that uses it will find it.
+
+  The Tensor is whole, no view, and the array of its shape and type: bytes are copied.
+  """
   data = np.ascontiguousarray(x).reshape(t.shape)
+  assert t.dtype == getattr(dtypes, data.dtype.name), f"{data.dtype} does not go into {t.dtype}"
+  if data.size == 0: return
   held = t.realize().uop.base.buffer
   for buffer in [held] if isinstance(held, Buffer) else held.bufs:
     buffer.ensure_allocated().copy_from(Buffer("NPY", data.size, t.dtype, opaque=data))

@@ -4007,6 +4007,14 @@ def test_what_a_compiler_says_is_shown(tmp_path):
   done = own_process(tmp_path/"fails.py", "clang", CC=compiler, CACHEDB=tmp_path/"cache.db")
   assert done.returncode == 1 and "no 77 of anything" in done.stderr
 
+def test_arrays_on_a_device():
+  "of any size, order and type; no array of another type into a Tensor"
+  for x in np.float32(3), np.zeros((2, 0), np.float32), np.arange(6).reshape(2, 3).T, [True, False]:
+    y = flashconv.to_device(x).numpy()
+    assert y.dtype == np.asarray(x).dtype and np.array_equal(y, x)
+  with pytest.raises(AssertionError, match="int32 does not go into"):
+    flashconv.fill(Tensor.empty(3), np.zeros(3, np.int32))
+
 def test_fill_on_several_devices():
   "As a resumed run does: in place, on each of them, where a TinyJit finds it"
   t = training.tensor_on(training.open_devices(2), np.zeros(4, np.float32))
