@@ -496,11 +496,12 @@ LAST = {"fftconv": [7]}
 WALK_GRAD = [0, 1, 2, 3, 4, 5, 8, 10, 11, 14, 15, 18, 19, 20, 21, 23]
 
 def check_tiles(monkeypatch:pytest.MonkeyPatch, each:int) -> None:
-  "Groups of 4 x 4 threads with each x each sums a thread, and sizes that their tiles do not divide."
+  """Groups of 4 x 4 threads with each x each sums a thread, sizes that their tiles do not divide; of
+  the large ones dw is a sum that is cut into two."""
   small = dict(SMALL=0, ENOUGH_TILES=0, SIDE=4, MANY_TILES=0 if each == 8 else 99)
   for limit, n in small.items(): monkeypatch.setattr(cpu, limit, n)
   monkeypatch.setattr(cpu, "tiles_serve", lambda device: True)
-  check_product((1, 8*each + 1, 7), (7, 18), each == 4)
+  check_product((1, 33 if each == 4 else 514, 7), (7, 18), each == 4)
 
 @pytest.mark.skipif(not HAS_LOCAL, reason="the kernel is a GPU's")
 @pytest.mark.parametrize("each", [4, 8])

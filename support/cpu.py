@@ -14,8 +14,8 @@ h3_step run too, and `surprisal` of the logits, which is for GPUs alone.
 FLASH=0 turns all of it off.
 
 The file in order: what kernels share · the matrix product · layer norm · softmax · attention ·
-embedding · the loss · short filters · decoding · tinygrad's own words · the cores · threads, forks and
-Ctrl-C · schedules and programs on disk · the compile workers · setup.
+embedding · the loss · short filters · decoding · tinygrad's own words · the cores · threads, forks
+and Ctrl-C · schedules and programs on disk · the compile workers · setup.
 How a kernel is written, what `after` and `end` order: flashconv.py, before `conv_kernel`.
 
 Not here: second derivatives, but of the products; half precision, but for factors of products,
@@ -308,18 +308,20 @@ def large_tiles(G:int, M:int, N:int) -> bool:
   return G*tile_count(M, N, 8) >= MANY_TILES and min(M, N) > 4*SIDE
 
 class Tile(Body):
-  """What a group of a GPU's threads makes of C (G M N,), a product of A (G,M,K) and B (G,K,N): rows
-  and columns of group g from `row` and `column`, `size` of each.
+  """The tile of C (G M N,), a product of A (G,M,K) and B (G,K,N), that one group of a GPU's threads
+  computes: of matrix g the rows and columns from `row` and `column`, `size` of each.
 
-  ta, tb: A, B are stored transposed. parts: A and B, of one group, are cut along K into so many.
+  ta, tb: A, B are stored transposed. parts: with ta alone and G = 1, where K comes first in A and
+  B, both are cut along K into so many, whose products are the matrices of C.
   Rows and columns past the end may be computed, and are not stored.
   """
   def __init__(self, C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, parts:int, threads:int,
                m:Machine):
-    self.A, self.B = (viewed(x, parts*x.shape[0], x.shape[1]//parts, x.shape[2]) if parts > 1
-                      else x for x in (A, B))
-    self.C, self.bias, self.ta, self.tb = C, bias, ta, tb
-    self.G, self.K = max(self.A.shape[0], self.B.shape[0]), self.A.shape[1 if ta else 2]
+    if parts > 1:
+      assert ta and not tb and A.shape[0] == B.shape[0] == 1
+      A, B = (viewed(x, parts, x.shape[1]//parts, x.shape[2]) for x in (A, B))
+    self.A, self.B, self.C, self.bias, self.ta, self.tb = A, B, C, bias, ta, tb
+    self.G, self.K = max(A.shape[0], B.shape[0]), A.shape[1 if ta else 2]
     self.M, self.N = A.shape[2 if ta else 1], B.shape[1 if tb else 2]
     self.size = 8*SIDE if large_tiles(self.G, self.M, self.N) else 4*SIDE
     across = ceildiv(self.N, self.size)
@@ -346,7 +348,7 @@ class Tile(Body):
     return self.finish(f"{kernel}_{'nt'[self.ta]}{'nt'[self.tb]}_{sizes}")
 
 def viewed(x:UOp, *shape:int, dtype:DType|None=None) -> UOp:
-  "An input of a kernel, whole, as of this shape and type."
+  "An input of a kernel, all of it, in another shape, or read as numbers of another type."
   return UOp.placeholder(shape, dtype or x.dtype, x.base.arg.slot)
 
 def tiled_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine, parts:int=1) -> UOp:
@@ -460,8 +462,9 @@ def mma_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine, parts:
         there = start + i//run*run < length
         ok = there if ok is None else ok & there
       at = start + i
-      x = self.x[0 if self.x.shape[0] == 1 else body.g, r, at if ok is None else at.valid(ok)].load()
-      return x if ok is None else ok.where(x, 0)
+      g = 0 if self.x.shape[0] == 1 else body.g
+      if ok is None: return self.x[g, r, at].load()
+      return ok.where(self.x[g, r, at.valid(ok)].load(), 0)
     def pack(self, block:UOp|int) -> Stores:
       "The block = every thread's `next`, in words of two neighbours in k."
       stores, half = [], self.share//2
@@ -967,7 +970,7 @@ def lookup(table:Tensor, ids:Tensor) -> Tensor|None:
 class Row(Body):
   """A row of V logits and its target, by a group of a GPU's threads.
 
-  The loops go on to a multiple of the threads; `inside` says of i < n whether there is such a logit.
+  The loops go on to a multiple of the threads, n; `inside` says whether there is a logit i < n.
   """
   def __init__(self, logits:UOp, targets:UOp, m:Machine):
     (rows, self.V), self.logits = logits.shape, logits
@@ -1532,7 +1535,8 @@ def overwrites(graph:UOp) -> bool:
 # tinygrad gives a Tensor its buffer before the kernels that fill it have run. If a call of realize
 # or of a TinyJit fails between the two, by Ctrl-C say, the Tensor looks computed and holds zeros.
 # So each call that is going on, inside the one before, has the Tensors and their graphs before. A
-# copy into a Buffer is a call too: that it has run says nothing of the kernels of the one around it.
+# copy into a Buffer counts as a call: that it has run does not mean that the kernels have for which
+# the call around it notes Tensors.
 NOTED: list[list[tuple[Tensor, UOp]]] = []
 
 @contextlib.contextmanager
@@ -1698,8 +1702,12 @@ LARGE_GRAPH = 1000                     # ops from which a graph's schedule is ke
 PLAIN_GRAPH, PLAIN_SCHEDULE = schedule.get_kernel_graph, schedule.create_schedule
 
 def graph_row(graph:UOp) -> str|None:
-  """The row of a graph's schedule. Like UOp.key, but the same in each process: of a call it leaves
-  out where its gradient lies in memory. None if something else has such an address."""
+  """The row of a graph's schedule on disk; None if an argument in the graph shows an address, which
+  is another in each process.
+
+  Like UOp.key, but of a call it leaves out the gradient function, shown by its address: schedules
+  do not depend on it. The options and files say what else the schedule depends on.
+  """
   keys = {}
   for x in graph.toposort():
     arg = x.arg
