@@ -11,7 +11,7 @@ A program calls `setup_device()` before it touches a device. From then on, on a 
   the first one                        compiles while graphs are still built (support/compiling.py).
 On a GPU products (in tiles, where that is faster), nn.LayerNorm, nn.Embedding, write_cache and
 h3_step run too, and `surprisal` of the logits, which is for GPUs alone.
-FLASH=0 turns all of it off.
+FLASH=0 turns all of it off but what is kept on disk.
 
 The file in order: what kernels share · the matrix product · layer norm · softmax · attention ·
 embedding · the loss · short filters · decoding · tinygrad's own words · the cores · threads, forks
