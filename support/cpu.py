@@ -122,6 +122,12 @@ class Body(Workers):
     "A core's own numbers, in registers or on the stack; shared by a GPU's group."
     return self.ordered(self.memory(*shape, shared=True, dtype=dtype))
 
+  def own(self, *shape:int) -> Value:
+    """Numbers by index, of which each thread of a group has in registers those of its turns of a
+    loop that they `share`; the last index is the loop's."""
+    numbers = self.ordered(self.memory(*shape[:-1], shape[-1]//self.threads))
+    return lambda *i: numbers(*i[:-1], i[-1]//self.threads)
+
   def totals(self, n:int, *terms:Callable[[UOp], UOp], both:Callable=operator.add,
              start:float=0.0, vectors:int=1) -> list[UOp]:
     """The sum over i < n of each of the terms(i); with UOp.maximum and -inf the largest.
@@ -132,18 +138,17 @@ class Body(Workers):
     """
     width = self.threads if self.m.gpu else math.gcd(n, vectors*self.m.lanes)
     each = range(len(terms))
-    sums = self.array(len(terms), width)
-    parts = self.ordered(self.memory(len(terms))) if self.m.gpu else None
-    part = (lambda t, i: parts(t)) if self.m.gpu else sums
+    sums = self.own(len(terms), width)
     with self.share(width) as i:
-      for t in each: self.put(part(t, i), start)
+      for t in each: self.put(sums(t, i), start)
     with self.over(n//width, barrier=False) as turn, self.share(width) as i:
       for t in each:
         x = terms[t](turn*width + i)
-        self.put(part(t, i), both(part(t, i), x))
+        self.put(sums(t, i), both(sums(t, i), x))
     if self.m.gpu:
-      for t in each: self.put(sums(t, self.t), parts(t))
-      return [functools.reduce(both, [sums(t, i) for i in range(width)]) for t in each]
+      shared = self.array(len(terms), width)
+      for t in each: self.put(shared(t, self.t), sums(t, self.t))
+      return [functools.reduce(both, [shared(t, i) for i in range(width)]) for t in each]
     while width := width//2:
       with self.over(width) as i:
         for t in each:
@@ -321,15 +326,16 @@ class Tile(Body):
     if parts > 1:
       assert ta and not tb and A.shape[0] == B.shape[0] == 1
       A, B = (viewed(x, parts, x.shape[1]//parts, x.shape[2]) for x in (A, B))
-    self.A, self.B, self.C, self.bias, self.ta, self.tb = A, B, C, bias, ta, tb
+    self.C, self.bias, self.ta, self.tb = C, bias, ta, tb
     self.G, self.K = max(A.shape[0], B.shape[0]), A.shape[1 if ta else 2]
     self.M, self.N = A.shape[2 if ta else 1], B.shape[1 if tb else 2]
     self.size = 8*SIDE if large_tiles(self.G, self.M, self.N) else 4*SIDE
-    across = ceildiv(self.N, self.size)
-    tiles = ceildiv(self.M, self.size)*across
+    across, tiles = ceildiv(self.N, self.size), tile_count(self.M, self.N, self.size//SIDE)
     super().__init__(m, self.G*tiles, threads)
     nth = self.h % tiles
     self.g, self.row, self.column = self.h//tiles, nth//across*self.size, nth % across*self.size
+    # what a kernel's `Factor` is made of: rows of A, and columns of B
+    self.factors = (A, self.M, self.row, not ta), (B, self.N, self.column, tb)
 
   def do(self, *stores:Stores):
     "A stage: stores that may be made in any order."
@@ -389,8 +395,7 @@ def tiled_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine, part
       "block = every thread's `next`"
       return [self.block(k, r).store(self.next(i)) for i, (r, k) in enumerate(self.places)]
 
-  a = Factor(body.A, body.M, body.row, not ta)
-  b = Factor(body.B, body.N, body.column, tb)
+  a, b = itertools.starmap(Factor, body.factors)
   sums, pairs = body.ordered(body.memory(each, each)), [*itertools.product(range(each), repeat=2)]
   do(a.load(0), b.load(0), [sums(*ij).store(0.0) for ij in pairs])
   with body.over(rounds) as turn:
@@ -489,8 +494,7 @@ def mma_gemm(C:UOp, A:UOp, B:UOp, *bias:UOp, ta:bool, tb:bool, m:Machine, parts:
         return UOp.stack(*itertools.chain(*(numbers(first + lane//4 + r, i) for i, r in places)))
       return [[part(first + rows*j, half) for j in range(n)] for half in range(2)]
 
-  a = Factor(body.A, body.M, body.row, not ta)
-  b = Factor(body.B, body.N, body.column, tb)
+  a, b = itertools.starmap(Factor, body.factors)
   pairs = [*itertools.product(range(high//16), range(wide//8))]
   sums = body.ordered(body.memory(high//16, wide//8, 4))
   do(a.load(0), b.load(0), [sums(*ij, n).store(0.0) for ij in pairs for n in range(4)])
@@ -558,17 +562,17 @@ def product(a:Tensor, b:Tensor, *bias:Tensor, ta:bool=False, tb:bool=False, tota
   G, m = max(a.shape[0], b.shape[0]), machine(a.device)
   M, K = a.shape[1:][::-1] if ta else a.shape[1:]
   N = b.shape[1 if tb else 2]
+  # on a GPU long sums of few tiles, as in dw: in parts of 256 or more, for up to 512 groups of
+  # threads
+  long = m.gpu and ta and not tb and G == 1 and not bias
+  parts = divisor(K, max(1, min(K//256, 512//tile_count(M, N, 8)))) if long else 1
+  backward = bound(product_backward, ta=ta, tb=tb, parts=parts)
   if m.gpu:
-    # long sums of few tiles, as in dw: in parts of 256 or more, for up to 512 groups of threads
-    long = ta and not tb and G == 1 and not bias
-    parts = divisor(K, max(1, min(K//256, 512//tile_count(M, N, 8)))) if long else 1
     kernel = mma_gemm if tensor_cores_take(a, b) else tiled_gemm
     kernel = bound(kernel, ta=ta, tb=tb, parts=parts, m=m)
-    backward = bound(product_backward, ta=ta, tb=tb, parts=parts)
     y, = launch(kernel, [(parts*G*M*N,)], [a, b, *bias], backward)
     y = y.reshape(-1, M, N)
     return y.sum(0, keepdim=True) if total or parts > 1 else y
-  backward = bound(product_backward, ta=ta, tb=tb)
   few = M <= 4 and tb and not ta and not total
   kernel = bound(dots, m=m) if few else bound(gemm, ta=ta, tb=tb, m=m)
   return launch(kernel, [(1 if total else G, M, N)], [a, b, *bias], backward)[0]
@@ -691,11 +695,9 @@ def norm_grad_kernel(dx:UOp, dw:UOp, db:UOp, x:UOp, w:UOp, dy:UOp, eps:float, m:
   """
   (M, D), n = x.shape, dw.shape[0]
   body = Body(m, n, warp(D))
-  # a thread's own sums of the columns that it has of each row
-  sw, sb = (body.ordered(body.memory(D//body.threads)) for _ in range(2))
-  nth = lambda i: i//body.threads
+  sw, sb = body.own(D), body.own(D)
   with body.share(D) as i:
-    for s in (sw, sb): body.put(s(nth(i)), 0.0)
+    for s in (sw, sb): body.put(s(i), 0.0)
   turns = (M - 1 - body.h)//n + 1 if M % n else M//n
   with body.over(turns, barrier=M > n) as turn:
     row = body.h + turn*n if m.gpu else body.h*(M//n) + turn
@@ -705,11 +707,11 @@ def norm_grad_kernel(dx:UOp, dw:UOp, db:UOp, x:UOp, w:UOp, dy:UOp, eps:float, m:
     with body.share(D) as i:
       means = (sum_g + hat(i)*sum_gh)*(1/D)
       body.put(dx[row, i], scale*(g(i) - means))
-      body.add(sw(nth(i)), dy[row, i]*hat(i))
-      body.add(sb(nth(i)), dy[row, i])
+      body.add(sw(i), dy[row, i]*hat(i))
+      body.add(sb(i), dy[row, i])
   with body.share(D) as i:
-    body.put(dw[body.h, i], sw(nth(i)))
-    body.put(db[body.h, i], sb(nth(i)))
+    body.put(dw[body.h, i], sw(i))
+    body.put(db[body.h, i], sb(i))
   return body.finish(f"layernorm_grad_{M}x{D}")
 
 def norm_backward(dy:Tensor, y:Tensor, x:Tensor, w:Tensor, b:Tensor, eps:float, m:Machine
@@ -1644,7 +1646,7 @@ def guard_tinygrad():
 def sha256(data:bytes) -> str: return hashlib.sha256(data).hexdigest()
 
 def from_disk(table:str, row:str) -> object|None:
-  "What was kept in that row; None if there is no such row, or a damaged one."
+  "Returns what was kept in that row; None if there is no such row, or a damaged one."
   try:
     checksum, data = diskcache_get(table, row)
     return pickle.loads(zlib.decompress(data)) if sha256(data) == checksum else None
