@@ -1886,7 +1886,7 @@ def selfcheck(device:str|None=None) -> float:
   device, worst = device or Device.DEFAULT, 0.0
   rng = np.random.default_rng(0)
   def draw(shape:Shape) -> Tensor:
-    return Tensor(rng.standard_normal(shape).astype(np.float32), device=device).realize()
+    return to_device(rng.standard_normal(shape), device, np.float32)
   def failure(name:str, e:Exception) -> RuntimeError:
     return RuntimeError(f"kernel {name} fails on {device}: {type(e).__name__}")
   def results(f:Callable, x:list[Tensor], dy:Tensor) -> list[Tensor]:

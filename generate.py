@@ -28,12 +28,11 @@ import argparse, codecs, collections, itertools, json, math, os, re, stat, sys, 
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
 import numpy as np
-from tinygrad import Device, Tensor, dtypes
-from tinygrad.device import Buffer
+from tinygrad import Device, Tensor
 from tinygrad.helpers import Context, round_up, tqdm
 from tinygrad.nn.state import get_parameters, get_state_dict
 from bigs_tiny import BiGS
-from flashconv import WEIGHTS, capture, overwrite, surprisal
+from flashconv import WEIGHTS, capture, fill as fill_tensor, overwrite, surprisal, to_device
 from h3tiny import H3LM, State, move_on, visible_rows
 from support.checkpoints import (CHECKPOINT, RELEASED, CheckpointError, Weights, bigs_model, find,
                                  h3_model, read_weights, refusing, require_head, save_official,
@@ -120,13 +119,12 @@ class Session:
     if key not in self.graphs: self.graphs[key] = self.captured(*key)
     graph, inputs = self.graphs[key]
     # a new Tensor for each token would take 1.5 ms more
-    data = np.ascontiguousarray(tokens, np.int32)
-    inputs._buffer().copy_from(Buffer("NPY", data.size, dtypes.int, opaque=data))
+    fill_tensor(inputs, tokens.astype(np.int32, copy=False))
     return graph(inputs).numpy()[:, :self.model.config.vocab_size]
   def captured(self, shape:tuple[int, ...], visible:int|None) -> tuple[Callable, Tensor]:
     "A graph that advances the state by tokens of this shape, and the Tensor it takes them from."
     advance = lambda tokens: self.model.advance(tokens, self.state, visible, self.weights)
-    return capture(advance), Tensor(np.zeros(shape, np.int32)).realize()
+    return capture(advance), to_device(np.zeros(shape, np.int32))
   def read(self, tokens:np.ndarray, piece:int) -> np.ndarray:
     "A prompt (B,P), P a multiple of `piece` -> logits (B,vocab_size) after the last token"
     for at in range(0, tokens.shape[1], piece):
@@ -184,8 +182,7 @@ def likelihood_of(model:H3LM, carry:list[State]|None=None) -> NLL:
     move_on(carry, after, nats)
     return nats
   def nll(rows:np.ndarray) -> np.ndarray:
-    inputs, targets = (Tensor(np.ascontiguousarray(x, np.int32)).realize()
-                       for x in (rows[:, :-1], rows[:, 1:]))
+    inputs, targets = (to_device(x, dtype=np.int32) for x in (rows[:, :-1], rows[:, 1:]))
     new = inputs.shape not in graphs
     if new: graphs[inputs.shape] = capture(forward)
     with waiting("the first window", new): nats = graphs[inputs.shape](inputs, targets).numpy()

@@ -4009,7 +4009,7 @@ def test_what_a_compiler_says_is_shown(tmp_path):
   assert done.returncode == 1 and "no 77 of anything" in done.stderr
 
 def test_arrays_on_a_device():
-  "of any size, order and type; no array of another type into a Tensor"
+  "come back equal, in any size, order and type; none of another type goes into a Tensor"
   for x in np.float32(3), np.zeros((2, 0), np.float32), np.arange(6).reshape(2, 3).T, [True, False]:
     y = flashconv.to_device(x).numpy()
     assert y.dtype == np.asarray(x).dtype and np.array_equal(y, x)
